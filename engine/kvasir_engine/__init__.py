@@ -1,0 +1,1 @@
+"""Inference engine and worker: decides what is computed in the next step."""

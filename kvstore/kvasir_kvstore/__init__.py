@@ -1,0 +1,1 @@
+"""KV tier: decides where KV blocks live, how they move and what is evicted."""

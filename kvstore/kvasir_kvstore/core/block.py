@@ -1,0 +1,85 @@
+"""Names of KV blocks: what a block holds decides its name, and nothing else does.
+
+A block is the K and V of BLOCK_TOKENS consecutive tokens in all layers. Its name is a 128-bit
+chained hash, H(parent, token ids), rooted in H(model fingerprint, tenant salt). Invariant: equal
+names mean equal bytes, for the same weights, the same layout and the same tenant. Router, engine,
+store and simulator all name blocks by this module; where blocks live is left to them.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+BLOCK_TOKENS = 32
+NAME_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """How K and V lie in a block: [layer][K then V][kv_head][...], contiguous.
+
+    K of one head is stored transposed, [head_dim][block_tokens], so that scores of one query
+    against a block are vector operations over tokens; V is [block_tokens][head_dim].
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_tokens: int = BLOCK_TOKENS
+    dtype: str = "bfloat16"
+    rope: str = ""
+    """Canonical JSON of the rotary embedding's parameters: they are baked into K."""
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer's slice of a block, K and V."""
+        return 2 * self.num_kv_heads * self.head_dim * self.block_tokens * 2
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, all layers."""
+        return self.num_layers * self.layer_bytes
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that differ whenever any part of the layout differs."""
+        text = json.dumps({"version": 1, **asdict(self)}, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=NAME_BYTES, person=b"kvasir-layout").digest()
+
+
+def fingerprint(weights_digest: bytes, layout: KvLayout) -> bytes:
+    """The model's fingerprint, 16 bytes: models that differ in weights or layout share no block."""
+    return hashlib.blake2b(
+        weights_digest + layout.digest, digest_size=NAME_BYTES, person=b"kvasir-model"
+    ).digest()
+
+
+def root(model_fingerprint: bytes, tenant_salt: bytes = b"") -> bytes:
+    """The parent of every first block of one tenant under one model."""
+    return hashlib.blake2b(
+        model_fingerprint + tenant_salt, digest_size=NAME_BYTES, person=b"kvasir-root"
+    ).digest()
+
+
+def child(parent: bytes, token_bytes: bytes) -> bytes:
+    """The name of the block after `parent` that holds these tokens (little-endian int32)."""
+    return hashlib.blake2b(parent + token_bytes, digest_size=NAME_BYTES).digest()
+
+
+def chain(
+    parent: bytes, token_ids: Sequence[int] | np.ndarray, block_tokens: int = BLOCK_TOKENS
+) -> list[bytes]:
+    """Names of the full blocks of `token_ids` that follow `parent` (a root or a block).
+
+    A last block that is not full has no name.
+    """
+    data = np.asarray(token_ids, dtype="<i4").tobytes()
+    step = 4 * block_tokens
+    names = []
+    for start in range(0, len(data) - step + 1, step):
+        parent = child(parent, data[start : start + step])
+        names.append(parent)
+    return names

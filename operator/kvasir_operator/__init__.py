@@ -1,0 +1,1 @@
+"""Kubernetes operator: decides which pods exist, in which role, and when one may go."""

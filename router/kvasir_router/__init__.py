@@ -1,0 +1,1 @@
+"""Router: decides which prefill and decode worker serve a request, and when."""

@@ -1,0 +1,1 @@
+"""Simulator: drives the production cores under a simulated clock."""
