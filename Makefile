@@ -5,27 +5,73 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/kvasir_proto/v1/*.proto)
 NATIVE := $(shell find engine/native kvstore/native -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+PACKAGES := operator router kvstore engine proto sim cli
+GENERATED := proto/kvasir_proto/v1 crds helm/kvasir docs/api.md
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check gen format bench e2e clean
+.PHONY: help build demo test check lint types drift gen format bench e2e clean redis
 
 help: ## list these commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-build: $(VENV)/.built ## virtual environment and native parts (3 to 6 minutes the first time)
+build: $(VENV)/.built ## virtual environment and native parts (2 to 6 minutes the first time)
+
+demo: build ## a local fleet serves a two-turn chat (KEEP=1 leaves it up)
+	@KEEP=$(KEEP) $(BIN)/kvasir demo
+
+test: build redis ## every test that needs no cluster
+	$(BIN)/python -m pytest
+
+check: lint types drift ## style, types, layers and generated files
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	find engine/native kvstore/native -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/python -m pytest -q tests/test_tidy.py
+
+types: build
+	$(BIN)/mypy
+
+drift: gen
+	@git diff --exit-code --stat -- $(GENERATED) && test -z "$$(git ls-files --others --exclude-standard -- $(GENERATED))" \
+	  || { echo 'Generated files differ from their sources: run make gen and commit the result.'; exit 1; }
+
+gen: build ## regenerate protobuf stubs, CRDs and docs/api.md from their sources
+	@$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --grpc_python_out=proto \
+	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto $(PROTOS)
+	@$(BIN)/python -m kvasir_operator.crdgen
+
+format: build ## rewrite Python and C++ files in the project's format
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+	find engine/native kvstore/native -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+bench: build ## engine and serving figures into bench/results
+	$(BIN)/kvasir model make qwen3-0.6b .cache/qwen3-0.6b
+	$(BIN)/kvasir bench engine --model .cache/qwen3-0.6b --json bench/results/engine.json
+	$(BIN)/kvasir bench serve --json bench/results/serve.json
+
+e2e: build ## the whole on a real Kubernetes cluster (KUBECONFIG's, else a new kind cluster)
+	$(BIN)/python -m pytest e2e -p no:cacheprovider --timeout 900 -s
+
+redis:
+	@command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && echo '== installing redis-server' && apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server >/dev/null; } \
+	  || { echo 'The tests need redis-server on the PATH: sudo apt-get install redis-server'; exit 1; }
+
+clean: ## remove the virtual environment and build folders
+	rm -rf $(VENV) build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Kvasir needs Python 3.11 or newer: make PYTHON=/path/to/python3 ...'; exit 1; }
 	@echo '== creating the virtual environment $(VENV)'
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Kvasir needs Python 3.11 or newer; set PYTHON=...'; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.built: $(VENV)/bin/python pyproject.toml CMakeLists.txt $(NATIVE)
-	@echo '== installing Python packages and compiling the native parts'
-	@$(BIN)/python -m pip install --progress-bar off -q 'scikit-build-core>=0.10' 'nanobind>=2.4' 'cmake>=3.18' 'ninja'
+	@echo '== installing Python packages (a minute or two)'
+	@$(BIN)/python -m pip install --progress-bar off -q 'scikit-build-core>=0.10' 'nanobind>=2.4' 'cmake>=3.18' ninja
+	@echo '== compiling the native parts (one to three minutes)'
 	@$(BIN)/python -m pip install --progress-bar off -q --no-build-isolation -e '.[dev]'
 	@touch $@
-
-gen: build ## regenerate protobuf stubs, CRDs and docs from their sources
-	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --grpc_python_out=proto \
-	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
-	  --mypy_out=proto --mypy_grpc_out=proto $(PROTOS)
