@@ -46,8 +46,8 @@ class KvLayout:
     @property
     def digest(self) -> bytes:
         """16 bytes that differ whenever any part of the layout differs."""
-        text = json.dumps({"version": 1, **asdict(self)}, sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=NAME_BYTES, person=b"kvasir-layout").digest()
+        text = json.dumps({"version": 1, **asdict(self)}, sort_keys=True).encode()
+        return hashlib.blake2b(text, digest_size=NAME_BYTES, person=b"kvasir-layout").digest()
 
 
 def fingerprint(weights_digest: bytes, layout: KvLayout) -> bytes:
