@@ -1,4 +1,4 @@
-"""The style's limits, checked: sizes of functions, files and lines, and words that must not stay."""
+"""The limits of the style, checked: sizes of functions, files and lines, unfinished marks."""
 
 import ast
 import re
