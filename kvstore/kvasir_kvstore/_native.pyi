@@ -1,0 +1,166 @@
+"""The native data plane: KV memory, the server that lends it out and the client that pulls.
+
+Names, digests and uids are 16 bytes. Calls that wait release the GIL and always have a deadline.
+Wrong arguments raise ValueError or IndexError; what the network does never raises.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+class BlockPool:
+    """KV memory of one process (mmap, huge pages advised, zeroed lazily). Thread-safe.
+
+    The arrays share its memory and keep it alive.
+    """
+
+    def __init__(
+        self, *, num_blocks: int, num_layers: int, layer_bytes: int, layout_digest: bytes
+    ) -> None: ...
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        """[num_blocks, num_layers * layer_bytes]."""
+    @property
+    def ready(self) -> NDArray[np.uint32]:
+        """[num_blocks]: layers of the block that are final; == num_layers: the block is whole."""
+    @property
+    def progress(self) -> NDArray[np.uint32]:
+        """[1]: futex word; whoever raises `ready` increments it, then FUTEX_WAKE_PRIVATE."""
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def layer_bytes(self) -> int: ...
+    @property
+    def layout_digest(self) -> bytes: ...
+    @property
+    def num_published(self) -> int: ...
+    @property
+    def num_sessions(self) -> int: ...
+    def reset(self, block: int) -> None:
+        """Set `ready` to 0: the block is being reused. ValueError if it is still published."""
+    def publish(self, name: bytes, block: int) -> bool:
+        """Let the (whole) block be pulled by name.
+
+        False: the name already stands for another block with the same contents, and stays there.
+        ValueError: the block is not whole, or is published under another name.
+        """
+    def unpublish(self, name: bytes) -> bool:
+        """False: pinned by a running transfer, so try another victim. True: not published."""
+    def lookup(self, name: bytes) -> int | None:
+        """The block published under this name."""
+    def open_session(self, session_id: int) -> None:
+        """Begin a hand-off: a puller may come before or after. ValueError if it is open."""
+    def extend_session(self, session_id: int, blocks: Sequence[int]) -> None:
+        """Add the next blocks, in order; their layers are sent as `ready` grows."""
+    def finish_session(self, session_id: int) -> None:
+        """No more blocks will be added."""
+    def abort_session(self, session_id: int) -> None:
+        """The puller gets an error; senders stop soon."""
+    def session_pulled(self, session_id: int) -> bool:
+        """All blocks were sent, verified by the puller and acknowledged."""
+    def close_session(self, session_id: int) -> bool:
+        """Forget the session; its blocks may be reused after True (also if it was not open).
+
+        False: a sender still reads its blocks. After abort_session it stops within 100 ms.
+        """
+
+class ServerStats(TypedDict):
+    """Counters since the start, except `connections`, which are open now."""
+
+    connections: int
+    connections_refused: int
+    stale_refused: int
+    layout_refused: int
+    bad_requests: int
+    blocks_sent: int
+    blocks_missed: int
+    bytes_sent: int
+    sessions_sent: int
+
+class BlockServer:
+    """Lends a pool's blocks to peers over TCP, on threads of its own."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        host: str,
+        port: int,
+        uid: bytes,
+        epoch: int,
+        connections_max: int = 256,
+    ) -> None:
+        """Listen at once; port 0 takes a free one. OSError if it cannot."""
+    @property
+    def port(self) -> int: ...
+    def stop(self) -> None:
+        """Close every connection and join the threads. Idempotent."""
+    def stats(self) -> ServerStats: ...
+
+class PullResult:
+    """What a pull achieved."""
+
+    @property
+    def blocks_ok(self) -> list[bool]:
+        """Per block asked for: whole, verified, its `ready` raised. Others have `ready` 0."""
+    @property
+    def bytes_moved(self) -> int:
+        """Verified payload bytes."""
+    @property
+    def error(self) -> str:
+        """Why the pull ended early, or "".
+
+        stale_peer, other_layout, timeout, refused, aborted, bad_frame, cancelled, unreachable.
+        A block that the peer does not have is no error.
+        """
+    @property
+    def frames_bad(self) -> int:
+        """Frames whose checksum or form was wrong; nothing of them became ready."""
+
+class BlockClient:
+    """Pulls blocks of peers straight into a pool. Thread-safe; pulls run in parallel.
+
+    A pull writes to its blocks only until it returns. They must not be published (ValueError).
+    """
+
+    def __init__(self, pool: BlockPool, *, connections_per_peer_max: int = 4) -> None: ...
+    def pull_session(
+        self,
+        *,
+        host: str,
+        port: int,
+        uid: bytes,
+        epoch: int,
+        session_id: int,
+        blocks: Sequence[int],
+        timeout_ms: int,
+        cancel_id: int = 0,
+    ) -> PullResult:
+        """Pull a hand-off session, layer by layer as the source computes; blocks until its end.
+
+        Waits for a session that is not open yet.
+        """
+    def pull_named(
+        self,
+        *,
+        host: str,
+        port: int,
+        uid: bytes,
+        epoch: int,
+        names: Sequence[bytes],
+        blocks: Sequence[int],
+        timeout_ms: int,
+        cancel_id: int = 0,
+    ) -> PullResult:
+        """Pull published blocks by name, names[i] into blocks[i]."""
+    def cancel(self, cancel_id: int) -> None:
+        """End the pull that was, or soon will be, started with this id (nonzero, used once)."""
+    def close(self) -> None:
+        """Cancel every pull, now and later, and close idle connections. Idempotent."""
+
+def crc32c(data: bytes, seed: int = 0) -> int:
+    """The checksum of frames (Castagnoli), by the fastest path of this CPU."""
