@@ -30,6 +30,11 @@ class Reason(enum.StrEnum):
     INTERNAL = "internal"
 
 
+PEER_PARAM = "prefill_peer"
+"""`param` of a worker's error when not it but its prefill peer refused or failed: the router then
+re-forwards to the other prefill candidate and may keep the decode worker."""
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
     """How a reason shows in each protocol."""

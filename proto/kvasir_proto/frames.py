@@ -9,7 +9,8 @@ without parsing; the token ids beside it are what another worker needs to contin
       u8   reserved     0
       u16  num_tokens   token ids that follow the header, 4 bytes each
       u32  payload_len  bytes that follow the token ids
-      u32  text_chars   characters of output text sent so far, this frame included
+      u32  text_chars   characters of output text sent so far, this frame included; a resumed
+                        request counts on from its resume_text_chars
       u32  reserved     0
 
 TOKENS frames come first; then exactly one DONE (payload: a GenerateChunk without text, with

@@ -1,1 +1,1 @@
-"""Router: decides which prefill and decode worker serve a request, and when."""
+"""The router: which prefill and which decode worker serve a request, and when."""

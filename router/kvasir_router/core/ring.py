@@ -1,0 +1,84 @@
+"""Two consistent-hash rings over the same workers: which two workers a key belongs to.
+
+Invariants: the same member list gives the same rings on every replica; a pair is two distinct
+workers whenever two exist; removing a worker moves only the keys that it owned. Which of the two
+serves a request is left to `choose`.
+
+Source: DualMap (arXiv 2602.06502), section on dual mapping.
+"""
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+VIRTUAL_NODES = 128
+"""Points per worker and ring: keeps the largest arc share within about 1.25x of the mean."""
+
+KEY_BYTES = 16
+
+
+def _point(person: bytes, worker: str, replica: int) -> int:
+    digest = hashlib.blake2b(f"{worker}\0{replica}".encode(), digest_size=8, person=person)
+    return int.from_bytes(digest.digest(), "little")
+
+
+@dataclass(frozen=True, slots=True)
+class HashRing:
+    """One ring: sorted points on a circle of 2**64, each owned by a worker."""
+
+    points: tuple[int, ...]
+    owners: tuple[str, ...]
+
+    @classmethod
+    def build(cls, workers: Iterable[str], *, person: bytes) -> "HashRing":
+        """The ring of `workers`; `person` makes its hash independent of another ring's."""
+        placed = sorted(
+            (_point(person, worker, replica), worker)
+            for worker in set(workers)
+            for replica in range(VIRTUAL_NODES)
+        )
+        return cls(tuple(p for p, _ in placed), tuple(w for _, w in placed))
+
+    def owner(self, position: int, avoid: frozenset[str] = frozenset()) -> str | None:
+        """The first worker clockwise of `position` that is not in `avoid`."""
+        start = bisect_right(self.points, position)
+        for step in range(len(self.owners)):
+            worker = self.owners[(start + step) % len(self.owners)]
+            if worker not in avoid:
+                return worker
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class RingPair:
+    """Both rings. `version` is equal for equal member lists, whoever computes it."""
+
+    members: tuple[str, ...]
+    first: HashRing = field(repr=False)
+    second: HashRing = field(repr=False)
+    version: int = 0
+
+    @classmethod
+    def build(cls, workers: Iterable[str]) -> "RingPair":
+        """Rings over `workers`, in whatever order they come."""
+        members = tuple(sorted(set(workers)))
+        digest = hashlib.blake2b("\0".join(members).encode(), digest_size=8).digest()
+        return cls(
+            members,
+            HashRing.build(members, person=b"kvasir-ring-1"),
+            HashRing.build(members, person=b"kvasir-ring-2"),
+            int.from_bytes(digest, "little"),
+        )
+
+    def candidates(self, key: bytes, avoid: frozenset[str] = frozenset()) -> tuple[str, ...]:
+        """The two workers of a 16-byte key, or fewer if fewer are left outside `avoid`.
+
+        The halves of a key are independent, as a key is itself a hash: one per ring.
+        """
+        assert len(key) == KEY_BYTES
+        one = self.first.owner(int.from_bytes(key[:8], "little"), avoid)
+        if one is None:
+            return ()
+        two = self.second.owner(int.from_bytes(key[8:], "little"), avoid | {one})
+        return (one,) if two is None else (one, two)

@@ -1,0 +1,90 @@
+"""Settings of one router process. Unknown or out of range: it does not start and says which."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+DNS_PREFIX = "dns:"
+
+
+class RouterSettings(BaseModel):
+    """One router replica. Replicas with the same workers decide alike, whatever else differs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Path
+    """Hugging Face folder: the router needs its tokenizer, chat template and context length."""
+
+    model_name: str = Field(min_length=1)
+    """The name that clients use; workers that serve another are left out."""
+
+    host: str = "127.0.0.1"
+    http_port: int = Field(default=8000, ge=0, le=65535)
+    """OpenAI API, /metrics, /healthz, /readyz. 0: any free port."""
+
+    grpc_port: int = Field(default=8001, ge=0, le=65535)
+    """kvasir.v1.Inference, health, reflection. 0: any free port."""
+
+    workers: tuple[str, ...] = ()
+    """gRPC addresses: HOST:PORT, or dns:HOST:PORT for every address behind a name."""
+
+    ttft_slo_ms: int = Field(default=5_000, ge=1)
+    """Target for the time to first token; a candidate above half of it loses its cache bonus."""
+
+    api_key_file: Path | None = None
+    """Lines `KEY TENANT`; without it every client is the one default tenant."""
+
+    body_bytes_max: int = Field(default=8 << 20, ge=1024)
+    """Larger request bodies are refused: 8 MiB is ten times the text of a 128k-token context."""
+
+    requests_in_flight_max: int = Field(default=4_096, ge=1)
+    """Above it requests are refused at once: each holds a connection here and one at a worker."""
+
+    request_timeout_ms: int = Field(default=600_000, ge=1)
+    """From arrival to the last token."""
+
+    first_token_timeout_ms: int = Field(default=120_000, ge=1)
+    """A worker silent for this long before the first token is given up for another."""
+
+    stall_timeout_ms: int = Field(default=30_000, ge=1)
+    """Likewise between two tokens."""
+
+    connect_timeout_ms: int = Field(default=1_000, ge=1)
+    """Workers are near: whoever takes longer to accept a connection is down."""
+
+    attempts_max: int = Field(default=4, ge=1)
+    """Workers tried for one request, continuations included."""
+
+    silence_timeout_ms: int = Field(default=1_500, ge=100)
+    """A worker without an event for this long leaves the rings; they come every 200 ms."""
+
+    resolve_interval_ms: int = Field(default=1_000, ge=50)
+    """How often dns: names are looked up."""
+
+    blocks_known_max: int = Field(default=1_000_000, ge=1)
+    """Block names remembered over all workers, about 150 bytes each."""
+
+    local_prefill_tokens_max: int = Field(default=64, ge=0)
+    """Uncached suffixes up to this length are prefilled by the decode worker itself."""
+
+    drain_timeout_ms: int = Field(default=30_000, ge=0)
+    """At shutdown, streams may finish for this long."""
+
+    @field_validator("workers")
+    @classmethod
+    def _check_workers(cls, workers: tuple[str, ...]) -> tuple[str, ...]:
+        for spec in workers:
+            parse_address(spec)
+        return workers
+
+
+def parse_address(spec: str) -> tuple[str, int, bool]:
+    """(host, port, is_dns) of a worker's address.
+
+    Raises:
+        ValueError: it is neither HOST:PORT nor dns:HOST:PORT.
+    """
+    host, _, port = spec.removeprefix(DNS_PREFIX).rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"worker address {spec!r} is neither HOST:PORT nor dns:HOST:PORT")
+    return host.strip("[]"), int(port), spec.startswith(DNS_PREFIX)
