@@ -1,0 +1,1 @@
+"""One module per group of subcommands: options in, calls out."""

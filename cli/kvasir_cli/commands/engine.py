@@ -1,0 +1,62 @@
+"""kvasir engine: the engine alone, without server or scheduler."""
+
+from pathlib import Path
+
+import click
+
+from kvasir_cli.errors import RefusedError
+
+
+@click.group()
+def engine() -> None:
+    """Run the engine alone."""
+
+
+@engine.command()
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="Model folder.")
+@click.option(
+    "--ids",
+    "ids_file",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Token ids, a .npy file: int64 [length].",
+)
+@click.option(
+    "--out",
+    "out_file",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Where the logits go, a .npy file: float32 [length, vocab].",
+)
+@click.option(
+    "--chunk",
+    "chunk_tokens",
+    type=click.IntRange(min=1),
+    help="Tokens computed at a time.  [default: all]",
+)
+@click.option(
+    "--threads",
+    "num_threads",
+    type=click.IntRange(min=0),
+    default=0,
+    help="0: one per core.",
+)
+def logits(
+    model: Path, ids_file: Path, out_file: Path, chunk_tokens: int | None, num_threads: int
+) -> None:
+    """Logits of every position of a token sequence.
+
+    KVASIR_ISA chooses the CPU path (scalar, avx2, avx512).
+    """
+    import numpy as np
+
+    from kvasir_cli.logits import all_logits
+
+    try:
+        ids = np.load(ids_file)
+    except ValueError as error:
+        raise RefusedError(f"--ids: {ids_file} is not a .npy file of numbers") from error
+    values = all_logits(model, ids, chunk_tokens=chunk_tokens, num_threads=num_threads)
+    with out_file.open("wb") as file:
+        np.save(file, values)
+    click.echo(f"{out_file}: float32 {list(values.shape)}")

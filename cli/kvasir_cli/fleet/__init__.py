@@ -1,0 +1,1 @@
+"""A fleet on one machine: planned, started, watched and stopped."""

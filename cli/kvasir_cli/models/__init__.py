@@ -1,0 +1,1 @@
+"""Model folders: fetched, imported from GGUF files, or made with random weights."""
