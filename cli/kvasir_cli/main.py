@@ -30,16 +30,8 @@ MEASURE = "Measure and check"
 PARTS = "Parts, one process each (what `up` and the operator start)"
 
 ENTRIES = (
-    Entry(RUN, "up", "fleet:up", "Start a fleet: router, prefill and decode workers, KV nodes."),
-    Entry(RUN, "down", "fleet:down", "Stop a fleet that runs in the background."),
-    Entry(RUN, "status", "status:status", "Show the parts of a running fleet, load and cache."),
-    Entry(RUN, "chat", "talk:chat", "Chat with a running fleet in the terminal."),
-    Entry(RUN, "generate", "talk:generate", "Complete one prompt."),
-    Entry(RUN, "demo", "demo:demo", "Start a fleet, chat two turns, show who served them."),
     Entry(MODELS, "model", "model:model", "Get, import and make model folders."),
-    Entry(MEASURE, "bench", "bench:bench", "Measure the engine or a serving fleet."),
     Entry(MEASURE, "engine", "engine:engine", "Run the engine alone: logits of given tokens."),
-    Entry(MEASURE, "sim", "sim:sim", "Run the fleet's decisions under a simulated clock."),
     Entry(PARTS, "worker", "process:worker", "Serve a model: prefill, decode or both."),
     Entry(PARTS, "kvnode", "process:kvnode", "Hold KV blocks for all workers."),
     Entry(PARTS, "router", "process:router", "OpenAI HTTP and gRPC in front of the workers."),
@@ -100,11 +92,11 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; one clear line for every error that is not our bug."""
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(prog_name="kvasir", standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
-        error.show()
+        _show_click_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -113,6 +105,20 @@ def main() -> None:
         if described is None:
             raise
         line, exit_status = described
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {line}", err=True)
+        _show_line(line)
         sys.exit(exit_status)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _show_click_error(error: click.ClickException) -> None:
+    hint = ""
+    if isinstance(error, click.NoArgsIsHelpError):
+        error.show()
+        return
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        hint = f" (see {error.ctx.command_path} --help)"
+    _show_line(error.format_message().rstrip(".") + hint)
+
+
+def _show_line(line: str) -> None:
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {line}", err=True)

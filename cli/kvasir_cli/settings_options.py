@@ -47,7 +47,7 @@ class SettingField:
         return "--" + name.replace("_", "-")
 
 
-class _UidType(click.ParamType):
+class _UidType(click.ParamType[bytes]):
     name = "uuid"
 
     def convert(
@@ -139,12 +139,16 @@ def _option(field: SettingField) -> click.Option:
     return make([declared, field.name])
 
 
-def _param_type(kind: Any) -> click.ParamType:
+def _param_type(kind: Any) -> click.ParamType[Any]:
     if typing.get_origin(kind) is typing.Literal:
         return click.Choice([str(value) for value in typing.get_args(kind)])
     if isinstance(kind, type) and issubclass(kind, Path):
         return click.Path(path_type=Path)
-    simple = {int: click.INT, float: click.FLOAT, bytes: _UidType()}
+    simple: dict[Any, click.ParamType[Any]] = {
+        int: click.INT,
+        float: click.FLOAT,
+        bytes: _UidType(),
+    }
     return simple.get(kind, click.STRING)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from kvasir_cli.errors import RefusedError
+from kvasir_cli.errors import CommandError, RefusedError
 from kvasir_cli.parent import die_with_parent
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -36,7 +36,7 @@ class ProcessCommand(click.Command):
 
     def _settings_class(self) -> type:
         module, name = self._settings.split(":")
-        found: Any = getattr(importlib.import_module(f"{self._package}.{module}"), name)
+        found: Any = getattr(self._import(module), name)
         assert isinstance(found, type)
         return found
 
@@ -46,7 +46,15 @@ class ProcessCommand(click.Command):
         die_with_parent()
         configure_logging()
         settings = build(self._settings_class(), values)
-        importlib.import_module(f"{self._package}.main").run(settings)
+        self._import("main").run(settings)
+
+    def _import(self, module: str) -> Any:
+        try:
+            return importlib.import_module(f"{self._package}.{module}")
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith(self._package):
+                raise
+            raise CommandError(f"{self.name} is not part of this build") from error
 
 
 def configure_logging() -> None:
