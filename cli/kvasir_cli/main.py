@@ -112,7 +112,7 @@ def main() -> None:
 
 def _show_click_error(error: click.ClickException) -> None:
     hint = ""
-    if isinstance(error, click.NoArgsIsHelpError):
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
         return
     if isinstance(error, click.UsageError) and error.ctx is not None:

