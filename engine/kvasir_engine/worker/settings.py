@@ -1,0 +1,108 @@
+"""Settings of one worker process: what it serves, where it listens and what bounds it."""
+
+import re
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+_KV_NODE = re.compile(r"^(dns:)?[^:\s]+:\d{1,5}$")
+
+
+class WorkerSettings(BaseModel):
+    """One worker. Ports of 0 are chosen by the system (and shown in the log)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: Path
+    """Hugging Face folder."""
+    model_name: str = Field(min_length=1)
+    """The name that clients use."""
+    name: str = Field(min_length=1)
+    """Stable across restarts: the pod's name."""
+    role: Literal["prefill", "decode", "both"] = "both"
+    uid: bytes | None = None
+    """16 bytes: the pod's UID; None: random."""
+
+    host: str = "127.0.0.1"
+    """Where it listens."""
+    advertise_host: str | None = None
+    """Where peers reach it; None: `host`."""
+    grpc_port: int = Field(default=0, ge=0, le=65535)
+    http_port: int = Field(default=0, ge=0, le=65535)
+    data_port: int = Field(default=0, ge=0, le=65535)
+
+    kv_cache_mb: int = Field(default=1024, ge=1)
+    threads: int = Field(default=0, ge=0)
+    """Of the engine; 0: one per core."""
+    isa: str | None = None
+    """CPU path of the kernels; None: the best that runs here."""
+    kv_nodes: tuple[str, ...] = ()
+    """HOST:PORT or dns:HOST:PORT of their gRPC; none: no KV tier."""
+    redis: str | None = None
+    """URL of the block index, if it is Redis."""
+
+    max_batch_tokens: int = Field(default=512, ge=1)
+    """Tokens of one engine step: bounds how long a step, and so a decode token, may take."""
+    max_running: int = Field(default=64, ge=1)
+    """Requests that hold KV memory."""
+    max_waiting: int = Field(default=256, ge=0)
+    """Requests in the engine's queue; more are refused with `busy`."""
+    max_requests: int = Field(default=1024, ge=1)
+    """Requests in any state, hand-offs included; more are refused with `overloaded`."""
+
+    local_prefill_tokens_max: int = Field(default=64, ge=0)
+    """A decode worker computes an uncached suffix up to this length itself."""
+    max_pulls: int = Field(default=32, ge=1)
+    """Concurrent hand-offs pulled; more wait."""
+    accept_timeout_ms: int = Field(default=3000, ge=1)
+    """A prefill worker that has not accepted by then is taken for dead."""
+    pull_grace_ms: int = Field(default=5000, ge=1)
+    """KV must be whole this long after the prefill worker has finished."""
+    handoff_hold_ms: int = Field(default=30_000, ge=1)
+    """A prefill worker keeps finished KV that nobody pulls this long."""
+    transfer_failures_max: int = Field(default=3, ge=1)
+    """Consecutive failed transfers after which the worker says so in its readiness."""
+    transfer_recheck_ms: int = Field(default=5000, ge=1)
+    """How often a broken transfer path is tried again."""
+    fetch_timeout_ms: int = Field(default=2000, ge=1)
+    """Upper bound of a fetch from the KV tier."""
+    offer_blocks_max: int = Field(default=4096, ge=1)
+    """Blocks waiting to be offered to the KV tier; more are dropped, newest first."""
+    request_timeout_ms: int = Field(default=600_000, ge=1)
+    """Deadline of a request that names none, and the longest that one may name."""
+    drain_timeout_ms: int = Field(default=60_000, ge=1)
+    """How long running requests may take to end after SIGTERM."""
+    watch_queue_max: int = Field(default=1024, ge=1)
+    """Events waiting for one watcher; it must reconnect if it falls further behind."""
+
+    @field_validator("uid")
+    @classmethod
+    def _check_uid(cls, value: bytes | None) -> bytes | None:
+        if value is not None and len(value) != 16:
+            raise ValueError("must be 16 bytes")
+        return value
+
+    @field_validator("kv_nodes")
+    @classmethod
+    def _check_kv_nodes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for node in value:
+            if not _KV_NODE.match(node):
+                raise ValueError(f"{node!r} is neither HOST:PORT nor dns:HOST:PORT")
+        return value
+
+    @model_validator(mode="after")
+    def _check_addresses(self) -> Self:
+        if self.host in ("0.0.0.0", "::") and self.advertise_host is None:
+            raise ValueError(
+                f"advertise_host is needed: peers cannot reach the worker at {self.host}"
+            )
+        ports = [port for port in (self.grpc_port, self.http_port, self.data_port) if port]
+        if len(set(ports)) != len(ports):
+            raise ValueError("grpc_port, http_port and data_port must differ")
+        return self
+
+    @property
+    def peer_host(self) -> str:
+        """Where peers reach this worker."""
+        return self.advertise_host or self.host

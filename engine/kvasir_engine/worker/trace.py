@@ -1,0 +1,93 @@
+"""What one request cost and who served it: collected along its way, reported in its last chunk."""
+
+import time
+from dataclasses import dataclass, field
+
+from kvasir_proto.v1 import common_pb2
+
+from kvasir_engine.worker.metrics import WorkerMetrics
+
+
+def _now_ms() -> float:
+    return time.monotonic() * 1000
+
+
+@dataclass(slots=True)
+class Trace:
+    """Written by the parts that serve a request; owned by its task."""
+
+    prompt_tokens: int
+    received_ms: float = field(default_factory=_now_ms)
+    first_token_ms: float | None = None
+    last_token_ms: float | None = None
+    num_output: int = 0
+    """Tokens produced here."""
+    num_resumed: int = 0
+    """Tokens produced elsewhere, before."""
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    tokens_cached_local: int = 0
+    tokens_cached_fetched: int = 0
+    tokens_cached_decode: int = 0
+    tokens_computed: int = 0
+    kv_bytes_moved: int = 0
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    transfer_ms: float = 0.0
+
+    def tokens_out(self, num_tokens: int) -> None:
+        """Tokens leave for the client now."""
+        if num_tokens == 0:
+            return
+        self.last_token_ms = _now_ms()
+        if self.first_token_ms is None:
+            self.first_token_ms = self.last_token_ms
+        self.num_output += num_tokens
+
+    @property
+    def ttft_ms(self) -> float:
+        """Request received to first token; 0 if there was none."""
+        return self.first_token_ms - self.received_ms if self.first_token_ms is not None else 0.0
+
+    @property
+    def tpot_ms(self) -> float:
+        """Mean time of a token after the first; 0 if there was none."""
+        if self.num_output < 2 or self.first_token_ms is None or self.last_token_ms is None:
+            return 0.0
+        return (self.last_token_ms - self.first_token_ms) / (self.num_output - 1)
+
+    def usage(self) -> common_pb2.Usage:
+        """Token counts as clients are billed for them."""
+        reused = max(
+            self.tokens_cached_local + self.tokens_cached_fetched, self.tokens_cached_decode
+        )
+        return common_pb2.Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.num_resumed + self.num_output,
+            cached_tokens=min(reused, self.prompt_tokens),
+        )
+
+    def stats(self) -> common_pb2.RequestStats:
+        """All of it."""
+        return common_pb2.RequestStats(
+            prefill_worker=self.prefill_worker,
+            decode_worker=self.decode_worker,
+            tokens_cached_local=self.tokens_cached_local,
+            tokens_cached_fetched=self.tokens_cached_fetched,
+            tokens_cached_decode=self.tokens_cached_decode,
+            tokens_computed=self.tokens_computed,
+            kv_bytes_moved=self.kv_bytes_moved,
+            queue_ms=self.queue_ms,
+            prefill_ms=self.prefill_ms,
+            transfer_ms=self.transfer_ms,
+            ttft_ms=self.ttft_ms,
+            tpot_ms=self.tpot_ms,
+        )
+
+    def observe(self, metrics: WorkerMetrics) -> None:
+        """Adds a finished request to the metrics."""
+        if self.first_token_ms is not None:
+            metrics.ttft_seconds.observe(self.ttft_ms / 1000)
+        if self.num_output > 1:
+            metrics.tpot_seconds.observe(self.tpot_ms / 1000)
+        metrics.output_tokens.inc(self.num_output)
