@@ -1,0 +1,353 @@
+"""Kvasir's API, group kvasir.dev/v1alpha1: the only source of the CRDs and of docs/api.md.
+
+`python -m kvasir_operator.crdgen` writes both. Every rule that can be said across fields is said
+here, so that the API server refuses what the operator could not carry out.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from kvasir_operator.api_types import (
+    REPLICAS_MAX,
+    ApiModel,
+    Condition,
+    KvNodeSettings,
+    Model,
+    PodSettings,
+    Resources,
+    Rule,
+    Slo,
+    WorkerSettings,
+    map_list,
+)
+
+GROUP = "kvasir.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+SERVICE_NAME_MAX = 40  # leaves room for "-prefill-12" and the revision hash in a label of 63
+
+REPLICA_RULES = (
+    Rule(
+        "self.minReplicas <= self.maxReplicas",
+        "minReplicas must not be greater than maxReplicas",
+    ),
+    Rule("self.replicas >= self.minReplicas", "replicas must not be less than minReplicas"),
+    Rule("self.replicas <= self.maxReplicas", "replicas must not be greater than maxReplicas"),
+)
+MODEL_RULE = Rule(
+    "self.model == oldSelf.model",
+    "model cannot be changed: create another ModelService and move clients to it",
+)
+
+
+class Replicas(ApiModel):
+    """How many workers, and within which bounds."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = REPLICA_RULES
+    replicas: int = Field(
+        default=1,
+        ge=1,
+        le=REPLICAS_MAX,
+        description="Number of pods. In a ModelService: the number that a new pool starts with; "
+        "afterwards the pool's own `replicas` counts (kubectl scale, an autoscaler).",
+    )
+    min_replicas: int = Field(
+        default=1, ge=1, le=REPLICAS_MAX, description="The pool is never scaled below this."
+    )
+    max_replicas: int = Field(
+        default=100, ge=1, le=REPLICAS_MAX, description="The pool is never scaled above this."
+    )
+
+
+class WorkerPoolTemplate(WorkerSettings, Replicas):
+    """A pool of prefill or decode workers that a ModelService owns."""
+
+
+class KvCachePoolTemplate(KvNodeSettings, Replicas):
+    """A pool of KV nodes that a ModelService owns."""
+
+
+class RouterSettings(PodSettings):
+    """The router: the edge that clients talk to."""
+
+    replicas: int = Field(default=1, ge=1, le=64, description="Number of router pods.")
+    http_port: int = Field(
+        default=8000, ge=1024, le=65535, description="Port of the OpenAI API, /metrics and health."
+    )
+    grpc_port: int = Field(
+        default=9000, ge=1024, le=65535, description="Port of kvasir.v1.Inference (gRPC)."
+    )
+
+    RULES = (Rule("self.httpPort != self.grpcPort", "httpPort and grpcPort must differ"),)
+
+
+class RedisSettings(ApiModel):
+    """The block index. Without `url`, the operator runs one in the cluster."""
+
+    url: str | None = Field(
+        default=None,
+        pattern=r"^rediss?://.+",
+        max_length=1024,
+        description="An existing Redis, redis://HOST:PORT/DB; absent: one is run for the service.",
+    )
+    max_memory_mb: int = Field(
+        default=128,
+        ge=16,
+        le=65536,
+        description="Memory of the Redis that the operator runs, in MiB; old entries go first.",
+    )
+    resources: Resources = Field(
+        default_factory=Resources,
+        description="Compute resources of the Redis that the operator runs.",
+    )
+
+
+class ImageSettings(ApiModel):
+    """Which Kvasir image a part runs."""
+
+    image: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=512,
+        description="The Kvasir image; absent: the operator's own.",
+    )
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
+        default="IfNotPresent", description="When the kubelet pulls the Kvasir image."
+    )
+    image_pull_secrets: tuple[str, ...] = Field(
+        default=(),
+        max_length=8,
+        description="Names of Secrets, in the same namespace, that open private registries.",
+    )
+
+
+class ModelServiceSpec(ImageSettings):
+    """One model, served: a router, prefill and decode workers, and perhaps KV nodes."""
+
+    RULES = (MODEL_RULE,)
+    model: Model = Field(description="The model that is served. It cannot be changed later.")
+    slo: Slo = Field(default_factory=Slo, description="What a request may take.")
+    router: RouterSettings = Field(
+        default_factory=RouterSettings, description="The router and its Service."
+    )
+    prefill: WorkerPoolTemplate = Field(
+        default_factory=WorkerPoolTemplate,
+        description="Workers that compute prompts: PrefillPool NAME-prefill.",
+    )
+    decode: WorkerPoolTemplate = Field(
+        default_factory=WorkerPoolTemplate,
+        description="Workers that produce tokens: DecodePool NAME-decode.",
+    )
+    kv_cache: KvCachePoolTemplate | None = Field(
+        default=None,
+        description="Nodes that keep KV blocks beyond the workers: KVCachePool NAME-kv. "
+        "Absent: workers keep only their own blocks.",
+    )
+    redis: RedisSettings = Field(
+        default_factory=RedisSettings,
+        description="The index of blocks, needed only where kvCache is set.",
+    )
+
+
+class WorkerPoolSpec(WorkerSettings, Replicas, ImageSettings):
+    """Workers of one role for one model."""
+
+    RULES = (*REPLICA_RULES, MODEL_RULE)
+    model: Model = Field(description="The model that the workers serve. It cannot be changed.")
+    kv_nodes: tuple[str, ...] = Field(
+        default=(),
+        max_length=64,
+        description="KV nodes to use: HOST:PORT, or dns:HOST:PORT for every address of a name.",
+    )
+    redis_url: str | None = Field(
+        default=None, max_length=1024, description="Redis with the index of blocks; absent: none."
+    )
+
+
+class PrefillPoolSpec(WorkerPoolSpec):
+    """Workers that compute prompts and hand their KV to decode workers."""
+
+
+class DecodePoolSpec(WorkerPoolSpec):
+    """Workers that take over a prompt's KV and produce tokens."""
+
+
+class KVCachePoolSpec(KvNodeSettings, Replicas, ImageSettings):
+    """Nodes that keep KV blocks for workers to fetch instead of computing them again."""
+
+    redis_url: str | None = Field(
+        default=None,
+        max_length=1024,
+        description="Redis with the index of blocks; absent: each node indexes its own.",
+    )
+
+
+class DrainingPod(ApiModel):
+    """A worker on its way out."""
+
+    name: str = Field(description="Name of the pod.")
+    requests_left: int | None = Field(
+        default=None, description="Requests that it still serves; absent: not yet known."
+    )
+    blocks_left: int | None = Field(
+        default=None, description="Hot KV blocks that it has not yet handed to a KV node."
+    )
+
+
+class Conditions(ApiModel):
+    """The part of a status that all kinds share."""
+
+    observed_generation: int | None = Field(
+        default=None, description="The generation of the spec that this status describes."
+    )
+    conditions: tuple[Condition, ...] = Field(
+        default=(),
+        json_schema_extra=map_list("type"),
+        description="Available: it can serve. Progressing: a change is under way. Degraded: "
+        "something is wrong; the message says what. Draining: workers finish before they go.",
+    )
+
+
+class PoolStatus(Conditions):
+    """What a pool is doing."""
+
+    replicas: int | None = Field(default=None, description="Pods that exist.")
+    ready_replicas: int | None = Field(default=None, description="Pods that can serve.")
+    selector: str | None = Field(
+        default=None, description="Label selector of the pods, for autoscalers."
+    )
+    draining_pods: tuple[DrainingPod, ...] = Field(
+        default=(),
+        json_schema_extra=map_list("name"),
+        description="Workers that finish their requests before they are removed.",
+    )
+
+
+class PartStatus(ApiModel):
+    """How many pods of a part there should be and how many can serve."""
+
+    replicas: int = Field(default=0, description="Pods wanted.")
+    ready_replicas: int = Field(default=0, description="Pods that can serve.")
+    summary: str = Field(default="", description="The same as text: ready/wanted.")
+
+
+class ModelServiceStatus(Conditions):
+    """What a service is doing."""
+
+    endpoint: str | None = Field(
+        default=None, description="Base URL of the OpenAI API inside the cluster."
+    )
+    router: PartStatus | None = Field(default=None, description="The router's pods.")
+    prefill: PartStatus | None = Field(default=None, description="The prefill workers.")
+    decode: PartStatus | None = Field(default=None, description="The decode workers.")
+    kv_cache: PartStatus | None = Field(default=None, description="The KV nodes.")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of `kubectl get`."""
+
+    name: str
+    path: str
+    type: str = "string"
+    description: str = ""
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One custom resource: its names, its models and what `kubectl get` shows of it."""
+
+    kind: str
+    plural: str
+    short_name: str
+    description: str
+    spec: type[ApiModel]
+    status: type[ApiModel]
+    columns: tuple[Column, ...]
+    is_scalable: bool
+    name_max: int
+
+
+def condition_column(name: str, field: str = "status", *, priority: int = 0) -> Column:
+    """A column that shows a field of one condition."""
+    title = name if field == "status" else "Reason"
+    return Column(
+        title,
+        f'.status.conditions[?(@.type=="{name}")].{field}',
+        description=f"The {field} of condition {name}.",
+        priority=priority,
+    )
+
+
+AGE = Column("Age", ".metadata.creationTimestamp", "date", "Time since creation.")
+POOL_COLUMNS = (
+    Column("Desired", ".spec.replicas", "integer", "Pods wanted."),
+    Column("Current", ".status.replicas", "integer", "Pods that exist."),
+    Column("Ready", ".status.readyReplicas", "integer", "Pods that can serve."),
+    condition_column("Available"),
+    condition_column("Draining"),
+    condition_column("Degraded", "reason", priority=1),
+    AGE,
+)
+SERVICE_COLUMNS = (
+    Column("Model", ".spec.model.name", description="The name that clients use."),
+    Column("Router", ".status.router.summary", description="Router pods, ready/wanted."),
+    Column("Prefill", ".status.prefill.summary", description="Prefill workers, ready/wanted."),
+    Column("Decode", ".status.decode.summary", description="Decode workers, ready/wanted."),
+    Column("KV", ".status.kvCache.summary", description="KV nodes, ready/wanted."),
+    condition_column("Available"),
+    condition_column("Available", "reason"),
+    Column("Endpoint", ".status.endpoint", description="Base URL of the API.", priority=1),
+    AGE,
+)
+POOL_NAME_MAX = SERVICE_NAME_MAX + len("-prefill")
+
+MODEL_SERVICE = Kind(
+    "ModelService",
+    "modelservices",
+    "msvc",
+    "A model served by a router, prefill workers, decode workers and perhaps KV nodes.",
+    ModelServiceSpec,
+    ModelServiceStatus,
+    SERVICE_COLUMNS,
+    is_scalable=False,
+    name_max=SERVICE_NAME_MAX,
+)
+PREFILL_POOL = Kind(
+    "PrefillPool",
+    "prefillpools",
+    "pfp",
+    "Workers that compute prompts and hand their KV to decode workers.",
+    PrefillPoolSpec,
+    PoolStatus,
+    POOL_COLUMNS,
+    is_scalable=True,
+    name_max=POOL_NAME_MAX,
+)
+DECODE_POOL = Kind(
+    "DecodePool",
+    "decodepools",
+    "dcp",
+    "Workers that take over a prompt's KV and produce tokens.",
+    DecodePoolSpec,
+    PoolStatus,
+    POOL_COLUMNS,
+    is_scalable=True,
+    name_max=POOL_NAME_MAX,
+)
+KV_CACHE_POOL = Kind(
+    "KVCachePool",
+    "kvcachepools",
+    "kvp",
+    "Nodes that keep KV blocks for workers to fetch instead of computing them again.",
+    KVCachePoolSpec,
+    PoolStatus,
+    POOL_COLUMNS,
+    is_scalable=True,
+    name_max=POOL_NAME_MAX,
+)
+KINDS = (MODEL_SERVICE, PREFILL_POOL, DECODE_POOL, KV_CACHE_POOL)
+POOL_KINDS = (PREFILL_POOL, DECODE_POOL, KV_CACHE_POOL)

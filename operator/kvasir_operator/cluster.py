@@ -1,0 +1,261 @@
+"""The Kubernetes API as the operator uses it: get, list, server-side apply, status, delete.
+
+A thin asynchronous client over aiohttp: no discovery, no generated models, one connection pool.
+Credentials come from kopf's readers of service accounts and kubeconfigs; they are read again when
+the server answers 401 and every CREDENTIALS_TTL_S, because service account tokens rotate.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import aiohttp
+import kopf
+
+from kvasir_operator import metrics
+from kvasir_operator.api import GROUP, KINDS, VERSION
+from kvasir_operator.core.manifests import FIELD_MANAGER, Manifest, Ref, ref_of
+from kvasir_operator.errors import ClusterError
+
+CREDENTIALS_TTL_S = 300.0
+LIST_PAGE_MAX = 500
+APPLY_PATCH = "application/apply-patch+yaml"  # JSON is YAML
+MERGE_PATCH = "application/merge-patch+json"
+
+
+class Cluster(Protocol):
+    """What a reconcile needs of a cluster. Calls raise ClusterError."""
+
+    async def get(self, ref: Ref) -> Manifest | None:
+        """The object, or None if there is none."""
+        ...
+
+    async def list(
+        self, kind: str, namespace: str, *, labels: str = "", fields: str = ""
+    ) -> list[Manifest]:
+        """The objects of a namespace that match both selectors."""
+        ...
+
+    async def apply(self, manifest: Manifest) -> Manifest:
+        """Apply by server-side apply; the object as it is afterwards."""
+        ...
+
+    async def apply_status(self, ref: Ref, status: Manifest) -> None:
+        """Apply the status subresource of a custom resource."""
+        ...
+
+    async def annotate(self, ref: Ref, uid: str, annotations: Mapping[str, str]) -> None:
+        """Set annotations of exactly the object with this UID."""
+        ...
+
+    async def delete(self, ref: Ref, *, uid: str = "") -> None:
+        """Delete the object (if it is the one with this UID); no error if it is gone."""
+        ...
+
+
+API_PATHS = {
+    "Service": ("/api/v1", "services"),
+    "ServiceAccount": ("/api/v1", "serviceaccounts"),
+    "Pod": ("/api/v1", "pods"),
+    "Event": ("/api/v1", "events"),
+    "Deployment": ("/apis/apps/v1", "deployments"),
+    "StatefulSet": ("/apis/apps/v1", "statefulsets"),
+    "PodDisruptionBudget": ("/apis/policy/v1", "poddisruptionbudgets"),
+    **{kind.kind: (f"/apis/{GROUP}/{VERSION}", kind.plural) for kind in KINDS},
+}
+
+
+class _Request(NamedTuple):
+    verb: str
+    kind: str
+    method: str
+    path: str
+    params: Mapping[str, str] = {}
+    body: Any = None
+    content_type: str = "application/json"
+
+
+def _path(kind: str, namespace: str, name: str = "", subresource: str = "") -> str:
+    prefix, plural = API_PATHS[kind]
+    parts = [prefix, "namespaces", namespace, plural, name, subresource]
+    return "/".join(part for part in parts if part)
+
+
+class KubeCluster:
+    """The API server named by the pod's service account or by KUBECONFIG."""
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._session: aiohttp.ClientSession | None = None
+        self._server = ""
+        self._login_at_s = 0.0
+        self._login_lock = asyncio.Lock()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def get(self, ref: Ref) -> Manifest | None:
+        """See Cluster."""
+        try:
+            return await self._call(
+                _Request("get", ref.kind, "GET", _path(ref.kind, ref.namespace, ref.name))
+            )
+        except ClusterError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def list(
+        self, kind: str, namespace: str, *, labels: str = "", fields: str = ""
+    ) -> list[Manifest]:
+        """See Cluster. Follows pages of LIST_PAGE_MAX objects."""
+        items: list[Manifest] = []
+        token = ""
+        while True:
+            params = {
+                "limit": str(LIST_PAGE_MAX),
+                "labelSelector": labels,
+                "fieldSelector": fields,
+                "continue": token,
+            }
+            page = await self._call(
+                _Request(
+                    "list",
+                    kind,
+                    "GET",
+                    _path(kind, namespace),
+                    {key: value for key, value in params.items() if value},
+                )
+            )
+            items += page["items"]
+            token = page["metadata"].get("continue", "")
+            if not token:
+                return items
+
+    async def apply(self, manifest: Manifest) -> Manifest:
+        """See Cluster."""
+        ref = ref_of(manifest)
+        return await self._apply(ref, _path(*ref), manifest)
+
+    async def apply_status(self, ref: Ref, status: Manifest) -> None:
+        """See Cluster."""
+        body = {
+            "apiVersion": f"{GROUP}/{VERSION}",
+            "kind": ref.kind,
+            "metadata": {"name": ref.name, "namespace": ref.namespace},
+            "status": status,
+        }
+        await self._apply(ref, _path(*ref, "status"), body)
+
+    async def _apply(self, ref: Ref, path: str, body: Manifest) -> Manifest:
+        metrics.API_WRITES.labels("apply", ref.kind).inc()
+        params = {"fieldManager": FIELD_MANAGER, "force": "true", "fieldValidation": "Strict"}
+        return await self._call(
+            _Request("apply", ref.kind, "PATCH", path, params, body, APPLY_PATCH)
+        )
+
+    async def annotate(self, ref: Ref, uid: str, annotations: Mapping[str, str]) -> None:
+        """See Cluster."""
+        metrics.API_WRITES.labels("annotate", ref.kind).inc()
+        body = {"metadata": {"uid": uid, "annotations": dict(annotations)}}
+        params = {"fieldManager": FIELD_MANAGER}
+        await self._call(
+            _Request("annotate", ref.kind, "PATCH", _path(*ref), params, body, MERGE_PATCH)
+        )
+
+    async def delete(self, ref: Ref, *, uid: str = "") -> None:
+        """See Cluster."""
+        metrics.API_WRITES.labels("delete", ref.kind).inc()
+        body: Manifest = {"propagationPolicy": "Background"}
+        if uid:
+            body["preconditions"] = {"uid": uid}
+        try:
+            await self._call(_Request("delete", ref.kind, "DELETE", _path(*ref), body=body))
+        except ClusterError as error:
+            if error.status not in (404, 409):
+                raise
+
+    async def served_kinds(self) -> set[str]:
+        """The kinds of Kvasir's group that the API server serves at present."""
+        try:
+            answer = await self._call(
+                _Request("discover", "APIGroup", "GET", f"/apis/{GROUP}/{VERSION}")
+            )
+        except ClusterError as error:
+            if error.status == 404:
+                return set()
+            raise
+        return {entry["kind"] for entry in answer.get("resources", ())}
+
+    async def _call(self, request: _Request) -> Manifest:
+        try:
+            session = await self._logged_in()
+            return await self._send(session, request)
+        except ClusterError as error:
+            if error.status != 401:
+                raise
+        self._login_at_s = 0.0
+        return await self._send(await self._logged_in(), request)
+
+    async def _send(self, session: aiohttp.ClientSession, request: _Request) -> Manifest:
+        data = None if request.body is None else json.dumps(request.body)
+        headers = {"Content-Type": request.content_type, "Accept": "application/json"}
+        status = 0
+        try:
+            async with session.request(
+                request.method,
+                self._server + request.path,
+                params=request.params,
+                data=data,
+                headers=headers,
+                timeout=self._timeout,
+            ) as response:
+                status = response.status
+                text = await response.text()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ClusterError(0, type(error).__name__, str(error)) from error
+        finally:
+            metrics.API_REQUESTS.labels(request.verb, request.kind, str(status)).inc()
+        return _read_answer(status, text)
+
+    async def _logged_in(self) -> aiohttp.ClientSession:
+        async with self._login_lock:
+            now_s = time.monotonic()
+            if self._session is None or now_s - self._login_at_s > CREDENTIALS_TTL_S:
+                info = login(settings=kopf.OperatorSettings())
+                await self.close()
+                self._server = info.server.rstrip("/")
+                self._login_at_s = now_s
+                self._session = aiohttp.ClientSession(
+                    connector=aiohttp.TCPConnector(ssl=info.as_ssl_context(), limit=32),
+                    headers=info.as_http_headers(),
+                    trust_env=info.trust_env,
+                )
+            return self._session
+
+
+def login(*, settings: kopf.OperatorSettings, **_: Any) -> kopf.ConnectionInfo:
+    """Credentials of the pod's service account, else of KUBECONFIG; also kopf's login handler."""
+    found = kopf.login_with_service_account(settings=settings)
+    found = found or kopf.login_with_kubeconfig(settings=settings)
+    if found is None:
+        raise ClusterError(
+            0, "NoCredentials", "not in a pod, and neither KUBECONFIG nor ~/.kube/config is there"
+        )
+    return found
+
+
+def _read_answer(status: int, text: str) -> Manifest:
+    try:
+        answer: Manifest = json.loads(text)
+    except ValueError:
+        answer = {}
+    if 200 <= status < 300:
+        return answer
+    reason = answer.get("reason", "Unknown")
+    raise ClusterError(status, reason, answer.get("message", text[:200]))

@@ -1,0 +1,105 @@
+"""The objects around the pods: workloads, Services, ServiceAccounts and disruption budgets."""
+
+from kvasir_operator.core.manifests import Manifest, Owner, child
+from kvasir_operator.core.pods import Part, pod_template
+
+
+def service_account(owner: Owner, name: str, labels: dict[str, str]) -> Manifest:
+    """An account without rights: the parts do not talk to the Kubernetes API."""
+    return child(
+        owner,
+        "v1",
+        "ServiceAccount",
+        name=name,
+        labels=labels,
+        automountServiceAccountToken=False,
+    )
+
+
+def disruption_budget(owner: Owner, name: str, labels: dict[str, str]) -> Manifest:
+    """Nodes are emptied one pod of a part at a time; a single pod never blocks it."""
+    return child(
+        owner,
+        "policy/v1",
+        "PodDisruptionBudget",
+        name=name,
+        labels=labels,
+        spec={"maxUnavailable": 1, "selector": {"matchLabels": labels}},
+    )
+
+
+def headless_service(
+    owner: Owner, name: str, labels: dict[str, str], ports: dict[str, int]
+) -> Manifest:
+    """The pods' addresses under one name, from the moment that they have one."""
+    return _service(owner, name, labels, ports, clusterIP="None", publishNotReadyAddresses=True)
+
+
+def cluster_service(
+    owner: Owner, name: str, labels: dict[str, str], ports: dict[str, int]
+) -> Manifest:
+    """One address in front of the pods that are ready."""
+    return _service(owner, name, labels, ports, type="ClusterIP")
+
+
+def _service(
+    owner: Owner,
+    name: str,
+    labels: dict[str, str],
+    ports: dict[str, int],
+    **extra: object,
+) -> Manifest:
+    entries = [
+        {"name": port_name, "port": port, "targetPort": port_name, "protocol": "TCP"}
+        for port_name, port in ports.items()
+    ]
+    return child(
+        owner,
+        "v1",
+        "Service",
+        name=name,
+        labels=labels,
+        spec={"selector": labels, "ports": entries, **extra},
+    )
+
+
+def stateful_set(
+    owner: Owner, name: str, labels: dict[str, str], part: Part, *, replicas: int
+) -> Manifest:
+    """Pods with names that last; all start at once, the highest ordinal leaves first."""
+    return child(
+        owner,
+        "apps/v1",
+        "StatefulSet",
+        name=name,
+        labels=labels,
+        spec={
+            "replicas": replicas,
+            "serviceName": name,
+            "podManagementPolicy": "Parallel",
+            "selector": {"matchLabels": labels},
+            "template": pod_template(part, labels),
+        },
+    )
+
+
+def deployment(
+    owner: Owner, name: str, labels: dict[str, str], part: Part, *, replicas: int
+) -> Manifest:
+    """Interchangeable pods; a new one is ready before an old one leaves."""
+    return child(
+        owner,
+        "apps/v1",
+        "Deployment",
+        name=name,
+        labels=labels,
+        spec={
+            "replicas": replicas,
+            "selector": {"matchLabels": labels},
+            "strategy": {
+                "type": "RollingUpdate",
+                "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1},
+            },
+            "template": pod_template(part, labels),
+        },
+    )

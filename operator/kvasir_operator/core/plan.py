@@ -1,0 +1,60 @@
+"""From a world to a plan, whatever the kind: the one door into the core."""
+
+from pydantic import ValidationError
+
+from kvasir_operator.api import MODEL_SERVICE, ModelServiceSpec
+from kvasir_operator.core.conditions import (
+    ConditionType,
+    Finding,
+    Problem,
+    Reason,
+    degraded,
+    to_conditions,
+)
+from kvasir_operator.core.manifests import Owner, Ref
+from kvasir_operator.core.pool import SPECS, plan_pool, pool_children, pool_labels
+from kvasir_operator.core.service import plan_service, service_children, service_pod_labels
+from kvasir_operator.core.world import Plan, World
+
+
+def make_plan(world: World) -> Plan:
+    """The plan for one custom resource; a spec that cannot be read yields only a status."""
+    kind, raw = world.obj["kind"], world.obj.get("spec", {})
+    try:
+        if kind == MODEL_SERVICE.kind:
+            return plan_service(world, ModelServiceSpec.model_validate(raw))
+        return plan_pool(world, SPECS[kind].model_validate(raw))
+    except ValidationError as error:
+        return _invalid(world, error)
+
+
+def child_refs(owner: Owner) -> tuple[Ref, ...]:
+    """Every object that a resource may own: what has to be observed."""
+    if owner.kind == MODEL_SERVICE.kind:
+        return service_children(owner)
+    return pool_children(owner)
+
+
+def pod_labels(owner: Owner) -> dict[str, str]:
+    """Labels of the pods to observe."""
+    if owner.kind == MODEL_SERVICE.kind:
+        return service_pod_labels(owner)
+    return pool_labels(owner)
+
+
+def _invalid(world: World, error: ValidationError) -> Plan:
+    """The API server lets this pass only if its CRDs are of another version than the operator."""
+    details = "; ".join(
+        f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
+    )
+    problem = Problem(Reason.INVALID_SPEC, f"spec cannot be read: {details}")
+    findings = [
+        Finding(ConditionType.PROGRESSING, False, problem.reason, problem.message),
+        degraded([problem]),
+    ]
+    conditions = to_conditions(
+        findings, world.conditions, generation=world.generation, now_ms=world.now_ms
+    )
+    kept = [c for c in world.conditions if c.get("type") == ConditionType.AVAILABLE.value]
+    status = {"observedGeneration": world.generation, "conditions": [*kept, *conditions]}
+    return Plan(status=status)

@@ -1,0 +1,193 @@
+"""The pods of every part: containers, probes, volumes and the security context.
+
+All run one image as one unprivileged user, with a read-only root file system and without
+capabilities (Pod Security "restricted").
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kvasir_operator.api import ImageSettings
+from kvasir_operator.api_types import Model, ModelSource, PodSettings
+from kvasir_operator.core.manifests import Manifest, without_empty
+from kvasir_operator.core.problems import MODEL_CONTAINER, MODEL_VOLUME
+
+USER_ID = 10001
+MODEL_FOLDER = "/model"
+GRACE_MARGIN_S = 15  # after a drain: closing connections and leaving
+START_PERIOD_S, START_FAILURES_MAX = 2, 450  # a large model may take 15 minutes to load
+
+COPY_ALL = 'cp -R "$0/." "$1/"'
+COPY_SMALL = (  # the router needs the tokenizer, not the weights
+    'cd "$0" && for f in *; do case "$f" in *.safetensors|*.gguf|*.bin|*.pt) ;; '
+    '*) cp -R "$f" "$1/" || exit 1 ;; esac; done'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What distinguishes the pods of one part from those of another."""
+
+    name: str  # of the container
+    args: Sequence[str]
+    ports: Mapping[str, int]
+    settings: PodSettings
+    image: ImageSettings
+    default_image: str
+    service_account: str
+    command: Sequence[str] = ()
+    model: Model | None = None
+    needs_weights: bool = False
+    probe_port: str = "http"  # "" for none over HTTP
+    tcp_probe_port: str = ""
+    grace_s: int = 30
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def pod_template(part: Part, labels: dict[str, str]) -> Manifest:
+    """The pod template of a part."""
+    source = part.model.source if part.model else None
+    return {
+        "metadata": {"labels": {**labels, "app.kubernetes.io/component": part.name}},
+        "spec": without_empty(
+            {
+                "serviceAccountName": part.service_account,
+                "automountServiceAccountToken": False,
+                "enableServiceLinks": False,
+                "terminationGracePeriodSeconds": part.grace_s,
+                "securityContext": {
+                    "runAsNonRoot": True,
+                    "runAsUser": USER_ID,
+                    "runAsGroup": USER_ID,
+                    "fsGroup": USER_ID,
+                    "fsGroupChangePolicy": "OnRootMismatch",
+                    "seccompProfile": {"type": "RuntimeDefault"},
+                },
+                "imagePullSecrets": [{"name": n} for n in part.image.image_pull_secrets],
+                "nodeSelector": dict(part.settings.node_selector),
+                "tolerations": [
+                    t.model_dump(by_alias=True, exclude_none=True)
+                    for t in part.settings.tolerations
+                ],
+                "initContainers": _model_copier(part, source),
+                "containers": [_container(part)],
+                "volumes": [
+                    {"name": "tmp", "emptyDir": {}},
+                    *([_model_volume(source)] if source else []),
+                ],
+            }
+        ),
+    }
+
+
+def _container(part: Part) -> Manifest:
+    mounts = [{"name": "tmp", "mountPath": "/tmp"}]
+    if part.model is not None:
+        mounts.append(_model_mount(part.model.source))
+    return without_empty(
+        {
+            "name": part.name,
+            "image": part.image.image or part.default_image,
+            "imagePullPolicy": part.image.image_pull_policy,
+            "command": list(part.command),
+            "args": [*part.args, *part.settings.args],
+            "env": _env(part),
+            "ports": [
+                {"name": name, "containerPort": port, "protocol": "TCP"}
+                for name, port in part.ports.items()
+            ],
+            "resources": part.settings.resources.model_dump(exclude_defaults=True),
+            "securityContext": _locked_down(),
+            "terminationMessagePolicy": "FallbackToLogsOnError",
+            "volumeMounts": mounts,
+            **_probes(part),
+        }
+    )
+
+
+def _env(part: Part) -> list[Manifest]:
+    downward = {
+        "KVASIR_POD_NAME": "metadata.name",
+        "KVASIR_POD_UID": "metadata.uid",
+        "KVASIR_POD_IP": "status.podIP",
+    }
+    own = {variable.name: variable.value for variable in part.settings.env}
+    plain = {**part.env, **own}
+    return [
+        *(
+            {"name": name, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
+            for name, path in downward.items()
+            if name not in plain
+        ),
+        *(without_empty({"name": name, "value": value}) for name, value in plain.items()),
+    ]
+
+
+def _probes(part: Part) -> Manifest:
+    if not part.probe_port:
+        action: Manifest = {"tcpSocket": {"port": part.tcp_probe_port}}
+        return {
+            "readinessProbe": {**action, "periodSeconds": 2, "timeoutSeconds": 3},
+            "livenessProbe": {**action, "periodSeconds": 10, "timeoutSeconds": 5},
+        }
+    alive = {"httpGet": {"path": "/healthz", "port": part.probe_port}}
+    ready = {"httpGet": {"path": "/readyz", "port": part.probe_port}}
+    return {
+        "startupProbe": {
+            **alive,
+            "periodSeconds": START_PERIOD_S,
+            "timeoutSeconds": 5,
+            "failureThreshold": START_FAILURES_MAX,
+        },
+        "readinessProbe": {**ready, "periodSeconds": 2, "timeoutSeconds": 5},
+        "livenessProbe": {
+            **alive,
+            "periodSeconds": 10,
+            "timeoutSeconds": 10,
+            "failureThreshold": 6,
+        },
+    }
+
+
+def _locked_down() -> Manifest:
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def _model_volume(source: ModelSource) -> Manifest:
+    if source.host_path is not None:
+        volume: Manifest = {"hostPath": {"path": source.host_path.path, "type": "Directory"}}
+    elif source.pvc is not None:
+        claim = {"claimName": source.pvc.claim_name, "readOnly": True}
+        volume = {"persistentVolumeClaim": claim}
+    else:
+        volume = {"emptyDir": {}}
+    return {"name": MODEL_VOLUME, **volume}
+
+
+def _model_mount(source: ModelSource) -> Manifest:
+    mount = {"name": MODEL_VOLUME, "mountPath": MODEL_FOLDER, "readOnly": True}
+    if source.pvc is not None and source.pvc.path:
+        mount["subPath"] = source.pvc.path
+    return mount
+
+
+def _model_copier(part: Part, source: ModelSource | None) -> list[Manifest]:
+    """The init container that copies the model out of its image into the pod."""
+    if source is None or source.image is None:
+        return []
+    script = COPY_ALL if part.needs_weights else COPY_SMALL
+    return [
+        {
+            "name": MODEL_CONTAINER,
+            "image": source.image.reference,
+            "imagePullPolicy": source.image.pull_policy,
+            "command": ["/bin/sh", "-c", script, source.image.path, "/copy"],
+            "securityContext": _locked_down(),
+            "terminationMessagePolicy": "FallbackToLogsOnError",
+            "volumeMounts": [{"name": MODEL_VOLUME, "mountPath": "/copy"}],
+        }
+    ]

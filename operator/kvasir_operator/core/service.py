@@ -1,0 +1,318 @@
+"""Plans a ModelService: router, Redis and the pools that it owns.
+
+Invariant: a pool that exists keeps its own `replicas` (within the template's bounds); whoever
+scales it is never fought. The ModelService's status is that of its parts, in one place.
+"""
+
+from collections.abc import Sequence
+
+from kvasir_operator.api import (
+    API_VERSION,
+    KvCachePoolTemplate,
+    ModelServiceSpec,
+    WorkerPoolTemplate,
+)
+from kvasir_operator.api_types import PodSettings
+from kvasir_operator.core import children as make
+from kvasir_operator.core.conditions import (
+    ConditionType,
+    Finding,
+    Problem,
+    Reason,
+    degraded,
+    is_condition_true,
+    to_conditions,
+)
+from kvasir_operator.core.manifests import (
+    MANAGED_BY,
+    REDIS_PORT,
+    SERVICE_LABEL,
+    WORKER_GRPC_PORT,
+    Manifest,
+    Owner,
+    Ref,
+    child,
+    is_owned_by,
+    ref_of,
+    role_labels,
+)
+from kvasir_operator.core.pods import MODEL_FOLDER, Part
+from kvasir_operator.core.views import pod_views, workload_view
+from kvasir_operator.core.world import REQUEUE_UNSETTLED_MS, Plan, World, without_conflicts
+
+PARTS = {"prefill": "PrefillPool", "decode": "DecodePool", "kv": "KVCachePool"}
+STATUS_FIELDS = {"prefill": "prefill", "decode": "decode", "kv": "kvCache"}
+
+
+def service_children(owner: Owner) -> tuple[Ref, ...]:
+    """Every object that a ModelService may own."""
+    namespace, router, redis = owner.namespace, f"{owner.name}-router", f"{owner.name}-redis"
+    return (
+        Ref("ServiceAccount", namespace, owner.name),
+        *(Ref(kind, namespace, redis) for kind in ("Deployment", "Service")),
+        *(Ref(kind, namespace, f"{owner.name}-{part}") for part, kind in PARTS.items()),
+        Ref("PodDisruptionBudget", namespace, router),
+        *(Ref(kind, namespace, router) for kind in ("Deployment", "Service")),
+    )
+
+
+def service_pod_labels(owner: Owner) -> dict[str, str]:
+    """Labels that select the pods that a ModelService owns itself: router and Redis."""
+    return {**MANAGED_BY, SERVICE_LABEL: owner.name}
+
+
+def plan_service(world: World, spec: ModelServiceSpec) -> Plan:
+    """The plan for one ModelService."""
+    owner = world.owner
+    wanted = [
+        make.service_account(owner, owner.name, service_pod_labels(owner)),
+        *_redis(world, spec),
+        *_pools(world, spec),
+        *_router(world, spec),
+    ]
+    children, conflicts = without_conflicts(world, wanted)
+    refs = {ref_of(manifest) for manifest in wanted}
+    deletions = tuple(
+        ref
+        for ref in service_children(owner)
+        if ref not in refs and ref in world.live and is_owned_by(world.live[ref], owner.uid)
+    )
+    pods = pod_views(world.pods, world.warnings)
+    problems = (
+        *world.problems,
+        *conflicts,
+        *(pod.problem for pod in pods if pod.problem),
+        *_pool_problems(world),
+    )
+    findings = _findings(world, spec, problems)
+    is_settled = not problems and not findings[1].holds
+    return Plan(
+        status=_status(world, spec, findings),
+        children=children,
+        deletions=deletions,
+        requeue_after_ms=None if is_settled else REQUEUE_UNSETTLED_MS,
+    )
+
+
+def _redis_url(owner: Owner, spec: ModelServiceSpec) -> str | None:
+    if spec.kv_cache is None:
+        return None
+    return spec.redis.url or f"redis://{owner.name}-redis.{owner.namespace}.svc:{REDIS_PORT}/0"
+
+
+def _redis(world: World, spec: ModelServiceSpec) -> list[Manifest]:
+    if spec.kv_cache is None or spec.redis.url:
+        return []
+    owner, name = world.owner, f"{world.owner.name}-redis"
+    labels = role_labels(owner, "redis")
+    part = Part(
+        name="redis",
+        command=("redis-server",),
+        args=(
+            *("--port", str(REDIS_PORT)),
+            *("--bind", "0.0.0.0"),
+            *("--protected-mode", "no"),  # reached by workers and KV nodes, from other pods
+            *("--save", ""),  # the index is rebuilt from the workers' snapshots
+            *("--appendonly", "no"),
+            *("--maxmemory", f"{spec.redis.max_memory_mb}mb"),
+            *("--maxmemory-policy", "allkeys-lru"),
+            *("--dir", "/tmp"),
+        ),
+        ports={"redis": REDIS_PORT},
+        settings=PodSettings(resources=spec.redis.resources),
+        image=spec,
+        default_image=world.default_image,
+        service_account=owner.name,
+        probe_port="",
+        tcp_probe_port="redis",
+    )
+    return [
+        make.deployment(owner, name, labels, part, replicas=1),
+        make.cluster_service(owner, name, labels, {"redis": REDIS_PORT}),
+    ]
+
+
+def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
+    owner = world.owner
+    image = spec.model_dump(
+        mode="json",
+        by_alias=True,
+        exclude_none=True,
+        include={"image", "image_pull_policy", "image_pull_secrets"},
+    )
+    redis_url = _redis_url(owner, spec)
+    common = image | ({"redisUrl": redis_url} if redis_url else {})
+    kv_node = f"dns:{owner.name}-kv.{owner.namespace}.svc:{WORKER_GRPC_PORT}"
+    worker = common | {
+        "model": spec.model.model_dump(mode="json", by_alias=True, exclude_none=True),
+        "kvNodes": [kv_node] if spec.kv_cache is not None else [],
+    }
+    pools = [
+        _pool(world, "prefill", spec.prefill, worker),
+        _pool(world, "decode", spec.decode, worker),
+    ]
+    if spec.kv_cache is not None:
+        pools.append(_pool(world, "kv", spec.kv_cache, common))
+    return pools
+
+
+def _pool(
+    world: World, part: str, template: WorkerPoolTemplate | KvCachePoolTemplate, common: Manifest
+) -> Manifest:
+    owner, kind, name = world.owner, PARTS[part], f"{world.owner.name}-{part}"
+    body = template.model_dump(mode="json", by_alias=True, exclude_none=True) | common
+    live = world.live.get(Ref(kind, owner.namespace, name))
+    if live is not None:
+        kept = live["spec"].get("replicas", template.replicas)
+        body["replicas"] = min(max(kept, template.min_replicas), template.max_replicas)
+    labels = role_labels(owner, part)
+    manifest = child(owner, API_VERSION, kind, name=name, labels=labels, spec=body)
+    if live is not None:  # refuse to overwrite `replicas` if somebody has scaled it since
+        manifest["metadata"]["resourceVersion"] = live["metadata"]["resourceVersion"]
+    return manifest
+
+
+def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
+    owner, name = world.owner, f"{world.owner.name}-router"
+    labels = role_labels(owner, "router")
+    ports = {"http": spec.router.http_port, "grpc": spec.router.grpc_port}
+    workers = (
+        f"dns:{owner.name}-{part}.{owner.namespace}.svc:{WORKER_GRPC_PORT}"
+        for part in ("prefill", "decode")
+    )
+    part = Part(
+        name="router",
+        args=(
+            "router",
+            *("--model", MODEL_FOLDER),
+            *("--model-name", spec.model.name),
+            *("--host", "0.0.0.0"),
+            *("--http-port", str(spec.router.http_port)),
+            *("--grpc-port", str(spec.router.grpc_port)),
+            *("--ttft-slo-ms", str(spec.slo.ttft_ms)),
+            *(arg for worker in workers for arg in ("--worker", worker)),
+        ),
+        ports=ports,
+        settings=spec.router,
+        image=spec,
+        default_image=world.default_image,
+        service_account=owner.name,
+        model=spec.model,
+    )
+    return [
+        make.disruption_budget(owner, name, labels),
+        make.deployment(owner, name, labels, part, replicas=spec.router.replicas),
+        make.cluster_service(owner, name, labels, ports),
+    ]
+
+
+def _live_pool(world: World, part: str) -> Manifest | None:
+    owner = world.owner
+    return world.live.get(Ref(PARTS[part], owner.namespace, f"{owner.name}-{part}"))
+
+
+def _pool_problems(world: World) -> list[Problem]:
+    """What the pools report as wrong; a report on an earlier generation counts no more."""
+    problems = []
+    for part, kind in PARTS.items():
+        pool = _live_pool(world, part) or {}
+        for condition in pool.get("status", {}).get("conditions", ()):
+            if condition.get("type") == "Degraded" and condition.get("status") == "True":
+                text = f"{kind} {world.owner.name}-{part}: {condition['message']}"
+                problems.append(Problem(Reason(condition["reason"]), text))
+    return problems
+
+
+def _is_current(pool: Manifest) -> bool:
+    seen: int = pool.get("status", {}).get("observedGeneration", 0)
+    wanted: int = pool["metadata"].get("generation", 0)
+    return seen >= wanted
+
+
+def _used_parts(spec: ModelServiceSpec) -> list[str]:
+    return [part for part in PARTS if part != "kv" or spec.kv_cache is not None]
+
+
+def _findings(
+    world: World, spec: ModelServiceSpec, problems: Sequence[Problem]
+) -> tuple[Finding, ...]:
+    return (
+        _available(world, spec, problems),
+        _progressing(world, spec),
+        degraded(problems),
+    )
+
+
+def _available(world: World, spec: ModelServiceSpec, problems: Sequence[Problem]) -> Finding:
+    router = workload_view(world.live.get(_router_ref(world.owner)))
+    missing = [
+        f"{PARTS[part]} {world.owner.name}-{part}"
+        for part in _used_parts(spec)
+        if not is_condition_true(
+            (_live_pool(world, part) or {}).get("status", {}), ConditionType.AVAILABLE
+        )
+    ]
+    reason = Reason.POOLS_NOT_READY
+    if router is None or router.replicas_ready == 0:
+        reason = Reason.ROUTER_NOT_READY if not missing else reason
+        missing.append("the router")
+    if not missing:
+        return Finding(
+            ConditionType.AVAILABLE, True, Reason.READY, "the router and every pool are ready"
+        )
+    text = f"not ready: {', '.join(missing)}"
+    if problems:
+        return Finding(
+            ConditionType.AVAILABLE, False, problems[0].reason, f"{text}; {problems[0].message}"
+        )
+    return Finding(ConditionType.AVAILABLE, False, reason, text)
+
+
+def _router_ref(owner: Owner) -> Ref:
+    return Ref("Deployment", owner.namespace, f"{owner.name}-router")
+
+
+def _progressing(world: World, spec: ModelServiceSpec) -> Finding:
+    waiting = []
+    router = workload_view(world.live.get(_router_ref(world.owner)))
+    if router is None or not router.is_settled:
+        waiting.append("the router")
+    for part in _used_parts(spec):
+        pool = _live_pool(world, part)
+        is_done = (
+            pool is not None
+            and _is_current(pool)
+            and bool(pool.get("status", {}).get("conditions"))
+            and not is_condition_true(pool["status"], ConditionType.PROGRESSING)
+        )
+        if not is_done:
+            waiting.append(f"{PARTS[part]} {world.owner.name}-{part}")
+    if not waiting:
+        return Finding(ConditionType.PROGRESSING, False, Reason.STABLE, "all parts are as wanted")
+    reason = Reason.CREATING if router is None else Reason.ROLLING_OUT
+    return Finding(ConditionType.PROGRESSING, True, reason, f"under way: {', '.join(waiting)}")
+
+
+def _status(world: World, spec: ModelServiceSpec, findings: Sequence[Finding]) -> Manifest:
+    owner = world.owner
+    router = workload_view(world.live.get(_router_ref(owner)))
+    host = f"{owner.name}-router.{owner.namespace}.svc"
+    status: Manifest = {
+        "observedGeneration": world.generation,
+        "endpoint": f"http://{host}:{spec.router.http_port}/v1",
+        "router": _part_status(spec.router.replicas, ready=router.replicas_ready if router else 0),
+    }
+    for part in _used_parts(spec):
+        pool = _live_pool(world, part) or {}
+        status[STATUS_FIELDS[part]] = _part_status(
+            pool.get("spec", {}).get("replicas", 0),
+            ready=pool.get("status", {}).get("readyReplicas", 0),
+        )
+    status["conditions"] = to_conditions(
+        findings, world.conditions, generation=world.generation, now_ms=world.now_ms
+    )
+    return status
+
+
+def _part_status(wanted: int, *, ready: int) -> Manifest:
+    return {"replicas": wanted, "readyReplicas": ready, "summary": f"{ready}/{wanted}"}

@@ -1,0 +1,107 @@
+"""What a plan sees of the cluster: live objects reduced to the facts that decide.
+
+The readers turn API objects into these views; they are total: a field that is not there reads as
+its zero.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from kvasir_operator.core.conditions import Problem
+from kvasir_operator.core.manifests import DRAIN_ANNOTATION, Manifest
+from kvasir_operator.core.problems import pod_problem
+
+
+@dataclass(frozen=True, slots=True)
+class PodView:
+    """One pod of a part."""
+
+    name: str
+    uid: str
+    ordinal: int  # place in its StatefulSet; 0 for pods of a Deployment
+    ip: str
+    is_ready: bool
+    is_running: bool  # its main container runs
+    is_leaving: bool  # deletion has begun
+    drain_started_ms: int | None
+    problem: Problem | None
+
+
+@dataclass(frozen=True, slots=True)
+class DrainView:
+    """How far a worker's drain has come, as this operator process knows it."""
+
+    requests_left: int | None = None
+    blocks_left: int | None = None
+    is_over: bool = False  # drained, gone, or out of time
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadView:
+    """A Deployment or StatefulSet."""
+
+    replicas_wanted: int
+    replicas: int
+    replicas_ready: int
+    replicas_updated: int
+    is_observed: bool  # its controller has seen the latest spec
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every wanted pod exists, is of the latest revision and is ready."""
+        counts = {self.replicas, self.replicas_ready, self.replicas_updated}
+        return self.is_observed and counts == {self.replicas_wanted}
+
+
+def workload_view(obj: Manifest | None) -> WorkloadView | None:
+    """A Deployment or StatefulSet as a view."""
+    if obj is None:
+        return None
+    status = obj.get("status", {})
+    generation = obj["metadata"].get("generation", 0)
+    return WorkloadView(
+        replicas_wanted=obj["spec"].get("replicas", 1),
+        replicas=status.get("replicas", 0),
+        replicas_ready=status.get("readyReplicas", 0),
+        replicas_updated=status.get("updatedReplicas", 0),
+        is_observed=status.get("observedGeneration", 0) >= generation,
+    )
+
+
+def pod_views(pods: Iterable[Manifest], warnings: Mapping[str, str]) -> tuple[PodView, ...]:
+    """Pods as views, by ordinal; `warnings` holds the latest warning event by pod UID."""
+    views = (pod_view(pod, warnings.get(pod["metadata"]["uid"], "")) for pod in pods)
+    return tuple(sorted(views, key=lambda view: (view.ordinal, view.name)))
+
+
+def pod_view(pod: Manifest, warning: str) -> PodView:
+    """One pod as a view."""
+    metadata, status = pod["metadata"], pod.get("status", {})
+    annotations = metadata.get("annotations", {})
+    ordinal = re.search(r"-(\d+)$", metadata["name"])
+    containers = status.get("containerStatuses", ())
+    return PodView(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        ordinal=int(ordinal[1]) if ordinal else 0,
+        ip=status.get("podIP", ""),
+        is_ready=any(
+            c.get("type") == "Ready" and c.get("status") == "True"
+            for c in status.get("conditions", ())
+        ),
+        is_running=any("running" in c.get("state", {}) for c in containers),
+        is_leaving="deletionTimestamp" in metadata,
+        drain_started_ms=_time_ms(annotations.get(DRAIN_ANNOTATION)),
+        problem=pod_problem(pod, warning),
+    )
+
+
+def _time_ms(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return int(datetime.fromisoformat(text).timestamp() * 1000)
+    except ValueError:
+        return 0  # an unreadable mark counts as a drain that began long ago

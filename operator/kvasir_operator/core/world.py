@@ -1,0 +1,78 @@
+"""The input and the output of a plan, and what the plans of all kinds have in common."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kvasir_operator.core.conditions import Problem, Reason
+from kvasir_operator.core.manifests import Manifest, Owner, Ref, is_owned_by, ref_of
+from kvasir_operator.core.views import DrainView, PodView
+
+REQUEUE_DRAINING_MS = 1_000
+REQUEUE_UNSETTLED_MS = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """One custom resource and all that it depends on, as observed."""
+
+    obj: Manifest
+    live: Mapping[Ref, Manifest]  # children that exist, and objects of others under their names
+    pods: Sequence[Manifest]
+    default_image: str
+    now_ms: int
+    warnings: Mapping[str, str] = field(default_factory=dict)  # latest warning by pod UID
+    drains: Mapping[str, DrainView] = field(default_factory=dict)  # by pod UID
+    problems: tuple[Problem, ...] = ()  # met while the plan was carried out
+
+    @property
+    def owner(self) -> Owner:
+        """The resource as an owner of children."""
+        metadata = self.obj["metadata"]
+        return Owner(
+            api_version=self.obj["apiVersion"],
+            kind=self.obj["kind"],
+            namespace=metadata["namespace"],
+            name=metadata["name"],
+            uid=metadata["uid"],
+        )
+
+    @property
+    def generation(self) -> int:
+        """The generation of the spec that is planned for."""
+        generation: int = self.obj["metadata"].get("generation", 0)
+        return generation
+
+    @property
+    def conditions(self) -> Sequence[Manifest]:
+        """The conditions of the live status."""
+        conditions: Sequence[Manifest] = self.obj.get("status", {}).get("conditions", ())
+        return conditions
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do: children to apply, objects to delete, workers to drain, the status to write."""
+
+    status: Manifest
+    children: tuple[Manifest, ...] = ()
+    deletions: tuple[Ref, ...] = ()
+    drains: tuple[PodView, ...] = ()
+    restarts: tuple[PodView, ...] = ()  # drained workers that are wanted again
+    drain_timeout_s: int = 0
+    requeue_after_ms: int | None = None  # None: at the next change or resync
+
+
+def without_conflicts(
+    world: World, children: Sequence[Manifest]
+) -> tuple[tuple[Manifest, ...], tuple[Problem, ...]]:
+    """The children that may be applied, and a problem for each name that somebody else has."""
+    free, problems = [], []
+    for manifest in children:
+        live = world.live.get(ref_of(manifest))
+        if live is None or is_owned_by(live, world.owner.uid):
+            free.append(manifest)
+            continue
+        name = manifest["metadata"]["name"]
+        text = f"{manifest['kind']} {name} exists and does not belong to {world.owner.kind}"
+        problems.append(Problem(Reason.NAME_CONFLICT, f"{text} {world.owner.name}"))
+    return tuple(free), tuple(problems)

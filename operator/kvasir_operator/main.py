@@ -1,0 +1,151 @@
+"""The operator process: watches feed a queue, a few tasks reconcile what is in it."""
+
+import asyncio
+import logging
+import signal
+import time
+
+import kopf
+
+from kvasir_operator import metrics
+from kvasir_operator.api import KINDS
+from kvasir_operator.cluster import KubeCluster
+from kvasir_operator.core.manifests import Ref
+from kvasir_operator.drain import Drainer
+from kvasir_operator.errors import ClusterError
+from kvasir_operator.health import start_http
+from kvasir_operator.reconcile import Reconciler
+from kvasir_operator.settings import OperatorSettings
+from kvasir_operator.watch import make_registry, make_settings
+from kvasir_operator.workqueue import WorkQueue
+
+logger = logging.getLogger(__name__)
+
+CRD_POLL_INTERVAL_S = 1.0
+
+
+def run(settings: OperatorSettings) -> None:
+    """Run until SIGTERM or SIGINT."""
+    asyncio.run(Operator(settings).run())
+
+
+class Operator:
+    """Owns every task of the process."""
+
+    def __init__(self, settings: OperatorSettings) -> None:
+        self._settings = settings
+        self._problems: list[str] = ["starting"]
+        self._stop = asyncio.Event()
+        self._queue = WorkQueue(on_depth=metrics.QUEUE_DEPTH.set)
+        self._cluster = KubeCluster(timeout_s=settings.api_timeout_s)
+        self._drainer = Drainer(on_progress=self._queue.add)
+        self._reconciler = Reconciler(self._cluster, self._drainer, default_image=settings.image)
+
+    async def run(self) -> None:
+        """Serve health, wait for the CRDs, then watch and reconcile until told to stop."""
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self._stop.set)
+        settings = self._settings
+        http = await start_http(
+            host=settings.host, port=settings.http_port, problems=lambda: self._problems
+        )
+        try:
+            if await self._wait_for_crds():
+                await self._serve()
+        finally:
+            await self._drainer.close()
+            await self._cluster.close()
+            await http.cleanup()
+
+    async def _wait_for_crds(self) -> bool:
+        """kopf looks at the served resources once, so they must all be there; False: stopped."""
+        wanted = {kind.kind for kind in KINDS}
+        while not self._stop.is_set():
+            try:
+                missing = wanted - await self._cluster.served_kinds()
+                text = f"CRDs are not installed: {', '.join(sorted(missing))}"
+            except ClusterError as error:
+                missing, text = wanted, f"the API server cannot be used: {error}"
+            if not missing:
+                return True
+            if self._problems != [text]:
+                logger.warning("%s", text)
+            self._problems = [text]
+            await self._sleep(CRD_POLL_INTERVAL_S)
+        return False
+
+    async def _sleep(self, delay_s: float) -> None:
+        """Wait, but no longer than until the stop."""
+        try:
+            await asyncio.wait_for(self._stop.wait(), delay_s)
+        except TimeoutError:
+            return
+
+    async def _serve(self) -> None:
+        ready = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(self._watch(ready), name="watches")
+            reconcilers = [
+                tasks.create_task(self._reconcile_forever(), name=f"reconciler {n}")
+                for n in range(self._settings.num_reconcilers)
+            ]
+            announcing = tasks.create_task(self._announce(ready), name="readiness")
+            await self._stop.wait()
+            logger.info("stopping")
+            self._problems = ["stopping"]
+            for task in (*reconcilers, announcing):
+                task.cancel()
+            await watching
+
+    async def _watch(self, ready: asyncio.Event) -> None:
+        """kopf ends when `_stop` is set; if it ends by itself, the process must not stay."""
+        namespaces = self._settings.namespaces
+        await kopf.operator(
+            registry=make_registry(self._queue.add),
+            settings=make_settings(),
+            standalone=True,
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+            stop_flag=self._stop,
+            ready_flag=ready,
+        )
+        self._stop.set()
+
+    async def _announce(self, ready: asyncio.Event) -> None:
+        await ready.wait()
+        self._problems = []
+        logger.info("watching %s", ", ".join(self._settings.namespaces) or "all namespaces")
+
+    async def _reconcile_forever(self) -> None:
+        while True:
+            ref = await self._queue.get()
+            try:
+                await self._reconcile(ref)
+            finally:
+                self._queue.done(ref)
+
+    async def _reconcile(self, ref: Ref) -> None:
+        started_s = time.perf_counter()
+        result = "error"
+        try:
+            outcome = await self._reconciler.reconcile(ref)
+            result = "gone" if outcome.is_gone else "ok"
+        except ClusterError as error:
+            result = "conflict" if error.is_conflict else "error"
+            delay_ms = self._queue.failed(ref)
+            logger.info("%s %s/%s: %s; again in %d ms", *ref, error, delay_ms)
+            return
+        except Exception:
+            delay_ms = self._queue.failed(ref)
+            logger.exception("%s %s/%s: reconcile failed; again in %d ms", *ref, delay_ms)
+            return
+        finally:
+            metrics.RECONCILES.labels(ref.kind, result).inc()
+            metrics.RECONCILE_SECONDS.labels(ref.kind).observe(time.perf_counter() - started_s)
+        self._queue.succeeded(ref)
+        if outcome.is_gone:
+            self._queue.forget(ref)
+            return
+        resync_ms = int(self._settings.resync_interval_s * 1000)
+        self._queue.add_after(ref, outcome.requeue_after_ms or resync_ms)

@@ -1,0 +1,36 @@
+"""Prometheus metrics of the operator, in a registry of their own."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+REGISTRY = CollectorRegistry()
+
+API_REQUESTS = Counter(
+    "kvasir_operator_api_requests",
+    "Calls to the Kubernetes API by verb, kind and status.",
+    ["verb", "kind", "status"],
+    registry=REGISTRY,
+)
+API_WRITES = Counter(
+    "kvasir_operator_api_writes",
+    "Calls to the Kubernetes API that write, by verb and kind.",
+    ["verb", "kind"],
+    registry=REGISTRY,
+)
+RECONCILES = Counter(
+    "kvasir_operator_reconciles",
+    "Reconciles by kind and result.",
+    ["kind", "result"],
+    registry=REGISTRY,
+)
+RECONCILE_SECONDS = Histogram(
+    "kvasir_operator_reconcile_seconds",
+    "Time of one reconcile, by kind.",
+    ["kind"],
+    registry=REGISTRY,
+)
+QUEUE_DEPTH = Gauge(
+    "kvasir_operator_queue_depth", "Objects that wait for a reconcile.", registry=REGISTRY
+)
+DRAINS = Counter(
+    "kvasir_operator_drains", "Drains of workers by outcome.", ["outcome"], registry=REGISTRY
+)

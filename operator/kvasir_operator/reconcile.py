@@ -1,0 +1,177 @@
+"""One level-triggered reconcile: observe, plan, apply, then one write of the status.
+
+Nothing is remembered between two reconciles; a second one without a change in the cluster writes
+nothing. What the API server refuses becomes a condition, not a loop.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from kvasir_operator.cluster import Cluster
+from kvasir_operator.core.conditions import Problem, Reason
+from kvasir_operator.core.drift import contains, is_as_desired
+from kvasir_operator.core.manifests import (
+    DRAIN_ANNOTATION,
+    Manifest,
+    Ref,
+    ref_of,
+    selector_text,
+)
+from kvasir_operator.core.plan import child_refs, make_plan, pod_labels
+from kvasir_operator.core.views import PodView
+from kvasir_operator.core.world import Plan, World
+from kvasir_operator.drain import Drainer
+from kvasir_operator.errors import ClusterError
+
+logger = logging.getLogger(__name__)
+
+WARNING_PODS_MAX = 16  # pods whose events are read in one reconcile
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a reconcile."""
+
+    is_gone: bool = False
+    num_writes: int = 0
+    requeue_after_ms: int | None = None
+
+
+class Reconciler:
+    """Reconciles any of Kvasir's custom resources."""
+
+    def __init__(self, cluster: Cluster, drainer: Drainer, *, default_image: str) -> None:
+        self._cluster = cluster
+        self._drainer = drainer
+        self._default_image = default_image
+
+    async def reconcile(self, ref: Ref) -> Outcome:
+        """Bring one object's children and status to what its spec asks for."""
+        # 1. Observe.
+        obj = await self._cluster.get(ref)
+        if obj is None or "deletionTimestamp" in obj["metadata"]:
+            return Outcome(is_gone=True)  # the garbage collector removes the children
+        world = await self._observe(obj)
+        # 2. Plan and apply; the plan after the writes gives the status.
+        plan = make_plan(world)
+        world, num_writes = await self._carry_out(world, plan)
+        plan = make_plan(world) if num_writes or world.problems else plan
+        # 3. One write of the status.
+        if not _is_status_current(obj, plan.status):
+            await self._cluster.apply_status(ref, plan.status)
+            num_writes += 1
+        return Outcome(num_writes=num_writes, requeue_after_ms=plan.requeue_after_ms)
+
+    async def _observe(self, obj: Manifest) -> World:
+        world = World(
+            obj=obj,
+            live={},
+            pods=(),
+            default_image=self._default_image,
+            now_ms=time.time_ns() // 1_000_000,
+        )
+        live = {}
+        for child in child_refs(world.owner):
+            found = await self._cluster.get(child)
+            if found is not None:
+                live[child] = found
+        labels = selector_text(pod_labels(world.owner))
+        pods = await self._cluster.list("Pod", world.owner.namespace, labels=labels)
+        return replace(
+            world,
+            live=live,
+            pods=pods,
+            warnings=await self._warnings(world.owner.namespace, pods),
+            drains=self._drainer.views(),
+        )
+
+    async def _warnings(self, namespace: str, pods: list[Manifest]) -> Mapping[str, str]:
+        """The latest warning event of each pod that waits for something."""
+        waiting = [pod for pod in pods if _is_waiting(pod)][:WARNING_PODS_MAX]
+        warnings = {}
+        for pod in waiting:
+            uid = pod["metadata"]["uid"]
+            fields = f"involvedObject.uid={uid},type=Warning"
+            events = await self._cluster.list("Event", namespace, fields=fields)
+            if events:
+                latest = max(events, key=_event_time)
+                warnings[uid] = f"{latest.get('reason', '')}: {latest.get('message', '')}"
+        return warnings
+
+    async def _carry_out(self, world: World, plan: Plan) -> tuple[World, int]:
+        """Apply what differs; the world as it is afterwards, and the number of writes."""
+        live, problems, num_writes = dict(world.live), list(world.problems), 0
+        for manifest in plan.children:
+            ref = ref_of(manifest)
+            if is_as_desired(manifest, live.get(ref)):
+                continue
+            try:
+                live[ref] = await self._cluster.apply(manifest)
+                num_writes += 1
+                logger.info("applied %s %s/%s", *ref)
+            except ClusterError as error:
+                if not error.is_refusal:
+                    raise
+                logger.warning("applying %s %s/%s: %s", *ref, error)
+                text = f"{ref.kind} {ref.name} was refused: {error.message}"
+                problems.append(Problem(Reason.APPLY_FAILED, text))
+        for ref in plan.deletions:
+            await self._cluster.delete(ref)
+            live.pop(ref, None)
+            num_writes += 1
+            logger.info("deleted %s %s/%s", *ref)
+        num_writes += await self._move_workers(world, plan)
+        return replace(world, live=live, problems=tuple(problems)), num_writes
+
+    async def _move_workers(self, world: World, plan: Plan) -> int:
+        """Begin the drains and restarts of the plan; the number of writes."""
+        num_writes = 0
+        for pod in plan.drains:
+            num_writes += await self._start_drain(world, pod, plan.drain_timeout_s)
+        for pod in plan.restarts:
+            await self._cluster.delete(_pod_ref(world, pod), uid=pod.uid)
+            num_writes += 1
+            logger.info("restarted %s: it was drained and is wanted again", pod.name)
+        return num_writes
+
+    async def _start_drain(self, world: World, pod: PodView, timeout_s: int) -> int:
+        num_writes = 0
+        if pod.drain_started_ms is None:
+            started = datetime.fromtimestamp(world.now_ms // 1000, UTC).isoformat()
+            ref = _pod_ref(world, pod)
+            await self._cluster.annotate(ref, pod.uid, {DRAIN_ANNOTATION: started})
+            num_writes = 1
+        self._drainer.start(world.owner.ref, pod, timeout_s=timeout_s)
+        return num_writes
+
+
+def _pod_ref(world: World, pod: PodView) -> Ref:
+    return Ref("Pod", world.owner.namespace, pod.name)
+
+
+def _is_waiting(pod: Manifest) -> bool:
+    status = pod.get("status", {})
+    containers = [*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())]
+    return any(
+        container.get("state", {}).get("waiting", {}).get("reason")
+        in ("ContainerCreating", "PodInitializing")
+        for container in containers
+    )
+
+
+def _event_time(event: Manifest) -> str:
+    time_text: str = (
+        event.get("lastTimestamp")
+        or event.get("eventTime")
+        or event["metadata"].get("creationTimestamp", "")
+    )
+    return time_text
+
+
+def _is_status_current(obj: Manifest, status: Manifest) -> bool:
+    """Whether the live status says the same; what we no longer say must be gone, too."""
+    live = obj.get("status", {})
+    return set(live) == set(status) and contains(live, status) and contains(status, live)

@@ -1,0 +1,32 @@
+"""Settings of the operator process; each has a unit in its name and a reason beside it."""
+
+from dataclasses import dataclass
+
+
+class SettingsError(ValueError):
+    """A setting is missing, unknown or out of range; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorSettings:
+    """How one operator process runs."""
+
+    image: str  # what pods run where the resource names no image: the operator's own
+    namespaces: tuple[str, ...] = ()  # namespaces to watch; empty: all of them
+    host: str = "127.0.0.1"  # address that /metrics, /healthz and /readyz listen on
+    http_port: int = 8080
+    resync_interval_s: float = 60.0  # repairs drift of children whose changes are not watched
+    num_reconcilers: int = 4  # objects reconciled at the same time
+    api_timeout_s: float = 15.0  # deadline of one call to the Kubernetes API
+
+    def __post_init__(self) -> None:
+        if not self.image:
+            raise SettingsError("image: the image that pods run must be given")
+        if not 0 <= self.http_port <= 65535:
+            raise SettingsError(f"http_port: {self.http_port} is not a port")
+        if self.resync_interval_s < 1:
+            raise SettingsError("resync_interval_s: must be at least 1 second")
+        if not 1 <= self.num_reconcilers <= 64:
+            raise SettingsError("num_reconcilers: must be between 1 and 64")
+        if self.api_timeout_s <= 0:
+            raise SettingsError("api_timeout_s: must be positive")
