@@ -6,8 +6,12 @@
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
+#include <system_error>
 
+#include "client.h"
+#include "crc32c.h"
 #include "pool.h"
+#include "server.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -98,10 +102,123 @@ void bind_pool(nb::module_& m) {
       .def("close_session", &BlockPool::close_session, "session_id"_a);
 }
 
+void construct_server(BlockServer* self, BlockPool& pool, const std::string& host, uint16_t port,
+                      const nb::bytes& uid, uint64_t epoch, uint32_t connections_max) {
+  const ServerOptions options{.host = host,
+                              .port = port,
+                              .self = {.uid = to_name(uid, "uid"), .epoch = epoch},
+                              .connections_max = connections_max};
+  if (connections_max < 1) throw std::invalid_argument("connections_max must be at least 1");
+  try {
+    new (self) BlockServer(pool, options);
+  } catch (const std::system_error& error) {
+    PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.code().value(), error.what()).ptr());
+    throw nb::python_error();
+  }
+}
+
+nb::dict server_stats(const BlockServer& server) {
+  const ServerCounters& counters = server.counters();
+  nb::dict stats;
+  stats["connections"] = server.num_connections();
+  stats["connections_refused"] = counters.connections_refused.load();
+  stats["stale_refused"] = counters.stale_refused.load();
+  stats["layout_refused"] = counters.layout_refused.load();
+  stats["bad_requests"] = counters.bad_requests.load();
+  stats["blocks_sent"] = counters.blocks_sent.load();
+  stats["blocks_missed"] = counters.blocks_missed.load();
+  stats["bytes_sent"] = counters.bytes_sent.load();
+  stats["sessions_sent"] = counters.sessions_sent.load();
+  return stats;
+}
+
+void bind_server(nb::module_& m) {
+  nb::class_<BlockServer>(m, "BlockServer")
+      .def("__init__", &construct_server, "pool"_a, nb::kw_only(), "host"_a, "port"_a, "uid"_a,
+           "epoch"_a, "connections_max"_a = 256, nb::keep_alive<1, 2>())
+      .def_prop_ro("port", &BlockServer::port)
+      .def("stop", &BlockServer::stop, nb::call_guard<nb::gil_scoped_release>())
+      .def("stats", &server_stats);
+}
+
+PullResult run_pull(BlockClient& client, Pull pull) {
+  if (pull.timeout_ms < 1 || pull.timeout_ms > 86'400'000) {
+    throw std::invalid_argument("timeout_ms must be from 1 to 86400000, not " +
+                                std::to_string(pull.timeout_ms));
+  }
+  const nb::gil_scoped_release release;
+  return client.pull(pull);
+}
+
+PullResult pull_session(BlockClient& client, const std::string& host, uint16_t port,
+                        const nb::bytes& uid, uint64_t epoch, uint64_t session_id,
+                        std::vector<uint32_t> blocks, int64_t timeout_ms, uint64_t cancel_id) {
+  return run_pull(client, {.peer = {host, port, {to_name(uid, "uid"), epoch}},
+                           .blocks = std::move(blocks),
+                           .names = {},
+                           .session_id = session_id,
+                           .timeout_ms = timeout_ms,
+                           .cancel_id = cancel_id});
+}
+
+PullResult pull_named(BlockClient& client, const std::string& host, uint16_t port,
+                      const nb::bytes& uid, uint64_t epoch, const std::vector<nb::bytes>& names,
+                      std::vector<uint32_t> blocks, int64_t timeout_ms, uint64_t cancel_id) {
+  if (names.empty()) return {};
+  if (names.size() != blocks.size() || names.size() > kNamesMax) {
+    throw std::invalid_argument("names and blocks must be of one length, at most " +
+                                std::to_string(kNamesMax));
+  }
+  Pull pull{.peer = {host, port, {to_name(uid, "uid"), epoch}},
+            .blocks = std::move(blocks),
+            .names = {},
+            .timeout_ms = timeout_ms,
+            .cancel_id = cancel_id};
+  for (const nb::bytes& name : names) pull.names.push_back(to_name(name, "name"));
+  return run_pull(client, std::move(pull));
+}
+
+void bind_client(nb::module_& m) {
+  nb::class_<PullResult>(m, "PullResult")
+      .def_ro("blocks_ok", &PullResult::blocks_ok)
+      .def_ro("bytes_moved", &PullResult::bytes_moved)
+      .def_prop_ro("error", [](const PullResult& result) { return code_name(result.error); })
+      .def_ro("frames_bad", &PullResult::frames_bad);
+  nb::class_<BlockClient>(m, "BlockClient")
+      .def(
+          "__init__",
+          [](BlockClient* self, BlockPool& pool, uint32_t connections_per_peer_max) {
+            new (self) BlockClient(pool, std::max<uint32_t>(1, connections_per_peer_max));
+          },
+          "pool"_a, nb::kw_only(), "connections_per_peer_max"_a = 4, nb::keep_alive<1, 2>())
+      .def("pull_session", &pull_session, nb::kw_only(), "host"_a, "port"_a, "uid"_a, "epoch"_a,
+           "session_id"_a, "blocks"_a, "timeout_ms"_a, "cancel_id"_a = 0)
+      .def("pull_named", &pull_named, nb::kw_only(), "host"_a, "port"_a, "uid"_a, "epoch"_a,
+           "names"_a, "blocks"_a, "timeout_ms"_a, "cancel_id"_a = 0)
+      .def("cancel", &BlockClient::cancel, "cancel_id"_a)
+      .def("close", &BlockClient::close, nb::call_guard<nb::gil_scoped_release>());
+}
+
+void bind_checksums(nb::module_& m) {
+  const auto bind = [&m](const char* name, uint32_t (*checksum)(const void*, size_t, uint32_t)) {
+    m.def(
+        name,
+        [checksum](const nb::bytes& data, uint32_t seed) {
+          return checksum(data.data(), data.size(), seed);
+        },
+        "data"_a, "seed"_a = 0);
+  };
+  bind("crc32c", crc32c);
+  bind("crc32c_reference", crc32c_reference);
+}
+
 }  // namespace
 }  // namespace kvasir
 
 NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // the pool outlives the interpreter where a thread still holds it
   kvasir::bind_pool(m);
+  kvasir::bind_server(m);
+  kvasir::bind_client(m);
+  kvasir::bind_checksums(m);
 }

@@ -1,0 +1,94 @@
+// Pulls blocks of peers into a pool, over connections that are kept for the next pull.
+//
+// Lock order: mutex_ guards connections and cancellations; nothing blocks and no other lock is
+// taken while it is held.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+#include "pool.h"
+#include "receiver.h"
+#include "stream.h"
+#include "wire.h"
+
+namespace kvasir {
+
+struct Peer {
+  std::string host;
+  uint16_t port;
+  Identity life;
+
+  auto key() const { return std::tie(host, port, life.uid, life.epoch); }
+  bool operator<(const Peer& other) const { return key() < other.key(); }
+};
+
+struct Pull {
+  Peer peer;
+  std::vector<uint32_t> blocks;
+  std::vector<Name> names;  // per block; empty: pull the session
+  uint64_t session_id = 0;
+  int64_t timeout_ms = 0;
+  uint64_t cancel_id = 0;  // 0: cannot be cancelled by id
+
+  bool is_session() const { return names.empty(); }
+};
+
+class BlockClient {
+ public:
+  BlockClient(BlockPool& pool, uint32_t connections_per_peer_max)
+      : pool_(pool), connections_per_peer_max_(connections_per_peer_max) {}
+  ~BlockClient() { close(); }
+  BlockClient(const BlockClient&) = delete;
+  BlockClient& operator=(const BlockClient&) = delete;
+
+  // Throws std::invalid_argument or std::out_of_range for blocks that cannot be written to.
+  PullResult pull(const Pull& pull);
+  void cancel(uint64_t cancel_id);
+  // Cancels all pulls and waits until they have ended.
+  void close();
+
+ private:
+  struct Idle {
+    Stream stream;
+    int64_t since_ms;
+  };
+  struct PeerState {
+    std::vector<Idle> idle;
+    uint32_t num_named = 0;  // named pulls that hold one of the peer's connections
+  };
+  class Registration;
+
+  void claim_blocks(const std::vector<uint32_t>& blocks);
+  Code attempt(const Pull& pull, Receiver& receiver, Deadline deadline, const Signal* ended);
+  Code run(const Pull& pull, const Stream& stream, Receiver& receiver, Deadline deadline,
+           const Signal* ended);
+  Code connect(const Peer& peer, Deadline deadline, const Signal* ended, Stream& stream) const;
+  Code enter(const Pull& pull, Deadline deadline, const Signal* ended);
+  void leave(const Pull& pull);
+  Stream take_idle(const Peer& peer);
+  void keep(const Peer& peer, Stream stream);
+
+  BlockPool& pool_;
+  const uint32_t connections_per_peer_max_;
+  std::atomic<uint64_t> next_request_id_ = 1;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::map<Peer, PeerState> peers_;
+  uint64_t next_pull_ = 0;
+  std::unordered_map<uint64_t, Signal*> running_;       // by pull
+  std::unordered_map<uint64_t, uint64_t> cancellable_;  // cancel id -> pull
+  std::deque<uint64_t> cancelled_early_;                // before their pull began
+  bool closed_ = false;
+};
+
+}  // namespace kvasir

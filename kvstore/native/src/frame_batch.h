@@ -1,0 +1,60 @@
+// Frames gathered for one sendmsg: headers here, payloads where they lie in the pool.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "pool.h"
+#include "stream.h"
+#include "wire.h"
+
+namespace kvasir {
+
+class FrameBatch {
+ public:
+  FrameBatch(BlockPool& pool, const Stream& stream, const Signal& stopped, uint64_t request_id)
+      : pool_(pool), stream_(stream), stopped_(stopped), request_id_(request_id) {}
+  ~FrameBatch();
+  FrameBatch(const FrameBatch&) = delete;
+  FrameBatch& operator=(const FrameBatch&) = delete;
+
+  struct Slice {
+    uint32_t ordinal;
+    uint32_t block;
+    uint32_t layer_first;
+    uint32_t layer_end;
+  };
+
+  // Each sends what is full; the code is sticky.
+  Code add_layers(const Slice& slice, const Name& name);
+  Code add_miss(uint32_t ordinal, const Name& name);
+  Code add_end(Code reason, uint32_t count);
+  Code flush();
+
+  // The batch releases the pin once the block's frames have been sent.
+  void own_pin(const Name& name) { pins_.push_back(name); }
+
+  uint64_t payload_bytes_sent() const { return payload_bytes_sent_; }
+
+ private:
+  static constexpr size_t kFrames = 64;
+  static constexpr size_t kBatchBytes = 2 * kFramePayloadBytes;
+
+  Code add(Frame frame, const uint8_t* payload, size_t size);
+
+  BlockPool& pool_;
+  const Stream& stream_;
+  const Signal& stopped_;
+  const uint64_t request_id_;
+  std::array<Frame, kFrames> frames_;
+  std::array<iovec, 2 * kFrames> parts_;
+  size_t num_frames_ = 0;
+  size_t num_parts_ = 0;
+  size_t bytes_ = 0;
+  uint64_t payload_bytes_sent_ = 0;
+  Code code_ = Code::kOk;
+  std::vector<Name> pins_;
+};
+
+}  // namespace kvasir

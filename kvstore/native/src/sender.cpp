@@ -1,0 +1,230 @@
+#include "sender.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "crc32c.h"
+#include "frame_batch.h"
+#include "futex.h"
+
+namespace kvasir {
+namespace {
+
+constexpr int64_t kHelloMs = 5'000;         // a client says at once what it wants
+constexpr int64_t kIdleMs = 60'000;         // between requests
+constexpr int64_t kRequestMsMax = 600'000;  // whatever the client asks for
+constexpr int64_t kSliceMs = 50;            // between looks at the client while a session computes
+
+using Status = BlockPool::SessionStatus;
+
+Code check_hello(const SenderContext& context, const Hello& hello) {
+  if (!is_intact(hello)) return Code::kRefused;
+  if (hello.uid != context.self.uid || hello.epoch != context.self.epoch) {
+    context.counters.stale_refused += 1;
+    return Code::kStalePeer;
+  }
+  const PoolShape& shape = context.pool.shape();
+  if (hello.layout_digest != shape.layout_digest || hello.num_layers != shape.num_layers ||
+      hello.layer_bytes != shape.layer_bytes) {
+    context.counters.layout_refused += 1;
+    return Code::kOtherLayout;
+  }
+  return Code::kOk;
+}
+
+bool greet(const SenderContext& context, const Stream& stream) {
+  const Deadline deadline = Deadline::in(kHelloMs);
+  Hello hello;
+  if (stream.recv_all(&hello, sizeof hello, deadline, &context.stopped) != Code::kOk) return false;
+  HelloReply reply{};
+  reply.code = check_hello(context, hello);
+  reply.uid = context.self.uid;
+  reply.epoch = context.self.epoch;
+  seal(reply);
+  if (reply.code == Code::kRefused) context.counters.bad_requests += 1;
+  const Code sent = stream.send_all(&reply, sizeof reply, deadline, &context.stopped);
+  return sent == Code::kOk && reply.code == Code::kOk;
+}
+
+// False: not a request, or the client has gone.
+bool receive_request(const SenderContext& context, const Stream& stream, Request& request,
+                     std::vector<Name>& names) {
+  const Deadline deadline = Deadline::in(kHelloMs);
+  if (stream.recv_all(&request, sizeof request, deadline, &context.stopped) != Code::kOk) {
+    return false;
+  }
+  bool good = is_intact(request) && request.count <= kNamesMax;
+  names.clear();
+  if (good && request.type == RequestType::kNamed) {
+    names.resize(request.count);
+    const size_t size = names.size() * sizeof(Name);
+    const Code code = stream.recv_all(names.data(), size, deadline, &context.stopped);
+    if (code != Code::kOk) return false;
+    good = crc32c(names.data(), size) == request.body_crc;
+  }
+  if (!good) context.counters.bad_requests += 1;
+  return good;
+}
+
+// False: the connection is of no more use.
+bool serve_named(const SenderContext& context, const Stream& stream, const Request& request,
+                 const std::vector<Name>& names) {
+  const Deadline deadline = Deadline::in(std::min<int64_t>(request.timeout_ms, kRequestMsMax));
+  const uint32_t num_layers = context.pool.shape().num_layers;
+  FrameBatch batch(context.pool, stream, context.stopped, request.request_id);
+  uint64_t blocks_sent = 0;
+  Code reason = Code::kOk;
+  uint32_t ordinal = 0;
+  for (; ordinal < names.size() && reason == Code::kOk; ++ordinal) {
+    const Name& name = names[ordinal];
+    if (deadline.is_past()) {
+      reason = Code::kTimeout;
+    } else if (const auto block = context.pool.pin(name)) {
+      batch.own_pin(name);
+      ++blocks_sent;
+      const FrameBatch::Slice whole{
+          .ordinal = ordinal, .block = *block, .layer_first = 0, .layer_end = num_layers};
+      if (batch.add_layers(whole, name) != Code::kOk) return false;
+    } else {
+      context.counters.blocks_missed += 1;
+      if (batch.add_miss(ordinal, name) != Code::kOk) return false;
+    }
+  }
+  if (batch.add_end(reason, ordinal) != Code::kOk) return false;
+  context.counters.bytes_sent += batch.payload_bytes_sent();
+  context.counters.blocks_sent += blocks_sent;
+  return true;
+}
+
+// One hand-off: sends each block's layers as they become final.
+class SessionSender {
+ public:
+  SessionSender(const SenderContext& context, const Stream& stream, const Request& request)
+      : context_(context),
+        stream_(stream),
+        request_(request),
+        name_(session_name(request.session_id)),
+        deadline_(Deadline::in(std::min<int64_t>(request.timeout_ms, kRequestMsMax))),
+        batch_(context.pool, stream, context.stopped, request.request_id) {}
+
+  bool run() {
+    const Code opened = wait_for_open();
+    if (opened != Code::kOk) return finish(opened, false);
+    Code reason = Code::kOk;
+    bool all_sent = false;
+    while (reason == Code::kOk && !all_sent) reason = send_new_layers(all_sent);
+    return finish(reason, reason == Code::kOk);
+  }
+
+ private:
+  // Sleeps until something of the pool changes; not kOk: stop.
+  Code pause(uint32_t seen) {
+    futex_wait(context_.pool.progress(), seen, std::min(deadline_.left_ms(), kSliceMs));
+    if (context_.stopped.is_raised()) return Code::kCancelled;
+    if (stream_.is_disturbed()) return Code::kUnreachable;
+    return deadline_.is_past() ? Code::kTimeout : Code::kOk;
+  }
+
+  uint32_t progress() const {
+    return std::atomic_ref<uint32_t>(*context_.pool.progress()).load(std::memory_order_seq_cst);
+  }
+
+  Code wait_for_open() {
+    for (;;) {
+      const uint32_t seen = progress();
+      const Status status = context_.pool.begin_read(request_.session_id);
+      if (status == Status::kAborted) return Code::kAborted;
+      if (status != Status::kUnknown) {
+        reading_ = true;
+        return Code::kOk;
+      }
+      const Code code = pause(seen);
+      if (code != Code::kOk) return code;
+    }
+  }
+
+  // One sweep over the blocks that are not yet wholly sent; sleeps if there was nothing to send.
+  Code send_new_layers(bool& all_sent) {
+    const uint32_t seen = progress();
+    const Status status = context_.pool.read_session(request_.session_id, blocks_);
+    if (status == Status::kAborted) return Code::kAborted;
+    if (blocks_.size() > request_.count) return Code::kRefused;
+    sent_.resize(blocks_.size(), 0);
+    const uint32_t num_layers = context_.pool.shape().num_layers;
+    bool any_sent = false;
+    for (size_t i = first_unsent_; i < blocks_.size(); ++i) {
+      const uint32_t ready = std::min(context_.pool.ready_layers(blocks_[i]), num_layers);
+      if (ready <= sent_[i]) continue;
+      const FrameBatch::Slice slice{.ordinal = static_cast<uint32_t>(i),
+                                    .block = blocks_[i],
+                                    .layer_first = sent_[i],
+                                    .layer_end = ready};
+      if (const Code code = batch_.add_layers(slice, name_); code != Code::kOk) return code;
+      sent_[i] = ready;
+      any_sent = true;
+    }
+    if (const Code code = batch_.flush(); code != Code::kOk) return code;
+    while (first_unsent_ < blocks_.size() && sent_[first_unsent_] == num_layers) ++first_unsent_;
+    all_sent = status == Status::kFinished && first_unsent_ == blocks_.size();
+    return all_sent || any_sent ? Code::kOk : pause(seen);
+  }
+
+  // Says how it ended, takes the acknowledgement and lets go of the session.
+  bool finish(Code reason, bool complete) {
+    bool acknowledged = false;
+    const Code ended = batch_.add_end(reason, static_cast<uint32_t>(blocks_.size()));
+    if (ended == Code::kOk && complete) {
+      Request reply;
+      std::vector<Name> none;
+      acknowledged = stream_.wait_readable(deadline_, &context_.stopped) == Code::kOk &&
+                     receive_request(context_, stream_, reply, none) &&
+                     reply.type == RequestType::kAcknowledge &&
+                     reply.request_id == request_.request_id;
+    }
+    if (reading_) context_.pool.end_read(request_.session_id, acknowledged);
+    context_.counters.bytes_sent += batch_.payload_bytes_sent();
+    if (acknowledged) {
+      context_.counters.blocks_sent += blocks_.size();
+      context_.counters.sessions_sent += 1;
+    }
+    return ended == Code::kOk && (acknowledged || !complete);
+  }
+
+  const SenderContext& context_;
+  const Stream& stream_;
+  const Request& request_;
+  const Name name_;
+  const Deadline deadline_;
+  FrameBatch batch_;
+  std::vector<uint32_t> blocks_;
+  std::vector<uint32_t> sent_;  // layers, per block
+  size_t first_unsent_ = 0;
+  bool reading_ = false;
+};
+
+}  // namespace
+
+void serve_connection(const SenderContext& context, const Stream& stream,
+                      std::atomic<int64_t>& idle_since_ms) {
+  if (!greet(context, stream)) return;
+  Request request;
+  std::vector<Name> names;
+  for (;;) {
+    idle_since_ms = monotonic_ms();
+    const Code code = stream.wait_readable(Deadline::in(kIdleMs), &context.stopped);
+    idle_since_ms = 0;
+    if (code != Code::kOk || !receive_request(context, stream, request, names)) return;
+    bool usable = false;
+    if (request.type == RequestType::kNamed) {
+      usable = serve_named(context, stream, request, names);
+    } else if (request.type == RequestType::kSession) {
+      usable = SessionSender(context, stream, request).run();
+    } else {
+      context.counters.bad_requests += 1;
+    }
+    if (!usable) return;
+  }
+}
+
+}  // namespace kvasir

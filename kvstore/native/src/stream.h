@@ -1,0 +1,95 @@
+// Non-blocking TCP with a deadline on every wait and a file descriptor that ends it early.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "wire.h"
+
+namespace kvasir {
+
+int64_t monotonic_ms();
+
+// A moment after which a wait gives up.
+class Deadline {
+ public:
+  static Deadline in(int64_t timeout_ms) { return Deadline(monotonic_ms() + timeout_ms); }
+  int64_t left_ms() const;
+  bool is_past() const { return left_ms() == 0; }
+  // This deadline, or `timeout_ms` from now if that is sooner.
+  Deadline at_most(int64_t timeout_ms) const;
+
+ private:
+  explicit Deadline(int64_t at_ms) : at_ms_(at_ms) {}
+  int64_t at_ms_;
+};
+
+// Owns a file descriptor.
+class Fd {
+ public:
+  Fd() = default;
+  explicit Fd(int fd) : fd_(fd) {}
+  Fd(Fd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  Fd& operator=(Fd&& other) noexcept;
+  ~Fd();
+  int get() const { return fd_; }
+  explicit operator bool() const { return fd_ >= 0; }
+
+ private:
+  int fd_ = -1;
+};
+
+// An event that, once raised, stays raised: every wait that watches it ends with kCancelled.
+class Signal {
+ public:
+  Signal();
+  void raise();
+  bool is_raised() const { return raised_.load(std::memory_order_acquire); }
+  int fd() const { return fd_.get(); }
+
+ private:
+  Fd fd_;
+  std::atomic<bool> raised_ = false;
+};
+
+class Stream {
+ public:
+  Stream() = default;
+  explicit Stream(Fd fd) : fd_(std::move(fd)) {}
+
+  // kUnreachable, kTimeout or kCancelled on failure; `ended` may be null.
+  static Code connect(const std::string& host, uint16_t port, Deadline deadline,
+                      const Signal* ended, Stream& stream);
+
+  Code send_all(iovec* parts, size_t num_parts, Deadline deadline, const Signal* ended) const;
+  Code send_all(const void* data, size_t size, Deadline deadline, const Signal* ended) const;
+  Code recv_all(void* data, size_t size, Deadline deadline, const Signal* ended) const;
+  // One receive into two spans; at least one byte unless it fails.
+  Code recv_some(iovec (&parts)[2], size_t& received, Deadline deadline, const Signal* ended) const;
+  Code wait_readable(Deadline deadline, const Signal* ended) const;
+
+  // The peer closed, or sent something though it is our turn.
+  bool is_disturbed() const;
+  void shut() const;  // both ways: ends the waits of other threads
+
+  int fd() const { return fd_.get(); }
+  explicit operator bool() const { return static_cast<bool>(fd_); }
+
+ private:
+  Code wait(short events, Deadline deadline, const Signal* ended) const;
+
+  Fd fd_;
+};
+
+// No delay; a peer that vanished without a word is noticed within about ten seconds.
+void tune(int fd);
+
+// A listening socket; throws std::system_error.
+Fd listen_on(const std::string& host, uint16_t port, int backlog);
+uint16_t bound_port(int fd);
+
+}  // namespace kvasir

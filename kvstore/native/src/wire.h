@@ -1,0 +1,122 @@
+// Messages of the data plane, as they lie on the wire (little-endian, no padding).
+//
+//   client                                server
+//   Hello (layout, uid, epoch)      ->
+//                                   <-    HelloReply (code; not kOk: the server closes)
+//   Request named + names           ->
+//                                   <-    Frame data* | miss* ..., Frame end
+//   Request session                 ->
+//                                   <-    Frame data* as layers become final, Frame end
+//   Request acknowledge             ->    (all blocks are verified: the source may let go)
+//
+// Every message ends in a CRC-32C of its header. A frame's header holds its payload's CRC-32C, so
+// the header is trusted before the payload lands anywhere, and a payload cannot change frames.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+#include "pool.h"
+
+namespace kvasir {
+
+static_assert(std::endian::native == std::endian::little, "the wire is little-endian");
+
+inline constexpr uint32_t kMagic = 0x5256534b;  // "KSVR"
+inline constexpr uint16_t kVersion = 1;
+inline constexpr uint32_t kNamesMax = 16384;             // per request
+inline constexpr size_t kFramePayloadBytes = 256 << 10;  // aim: stays in the L2 cache
+
+// Why a pull ended early. The values are on the wire.
+enum class Code : uint16_t {
+  kOk = 0,
+  kStalePeer = 1,
+  kOtherLayout = 2,
+  kTimeout = 3,
+  kRefused = 4,
+  kAborted = 5,
+  kBadFrame = 6,
+  kCancelled = 7,
+  kUnreachable = 8,
+};
+
+// "" for kOk.
+const char* code_name(Code code);
+
+// One life of one process.
+struct Identity {
+  Name uid;
+  uint64_t epoch;
+};
+
+struct Hello {
+  uint32_t magic;
+  uint16_t version;
+  uint16_t reserved;
+  Name layout_digest;
+  Name uid;  // (uid, epoch): the life of the process that the client means to talk to
+  uint64_t epoch;
+  uint32_t num_layers;
+  uint32_t layer_bytes;
+  uint32_t reserved2;
+  uint32_t crc;
+};
+static_assert(sizeof(Hello) == 64);
+
+struct HelloReply {
+  uint32_t magic;
+  uint16_t version;
+  Code code;
+  Name uid;
+  uint64_t epoch;
+  uint32_t reserved;
+  uint32_t crc;
+};
+static_assert(sizeof(HelloReply) == 40);
+
+enum class RequestType : uint16_t { kNamed = 1, kSession = 2, kAcknowledge = 3 };
+
+struct Request {
+  uint32_t magic;
+  uint16_t version;
+  RequestType type;
+  uint64_t request_id;  // repeated in every frame of the answer
+  uint64_t session_id;
+  uint32_t count;  // names that follow, or blocks that the client has room for
+  uint32_t timeout_ms;
+  uint32_t body_crc;  // of the names
+  uint32_t crc;
+};
+static_assert(sizeof(Request) == 40);
+
+enum class FrameKind : uint8_t { kData = 1, kMiss = 2, kEnd = 3 };
+enum class Codec : uint8_t { kRaw = 0 };
+
+struct Frame {
+  uint32_t magic;
+  uint16_t version;
+  FrameKind kind;
+  Codec codec;
+  uint32_t ordinal;  // of the block within the request; kEnd: number of blocks
+  uint32_t layer_first;
+  uint32_t layer_count;
+  uint16_t reserved;
+  Code code;  // kEnd: kOk, or why it ended early
+  uint64_t payload_bytes;
+  uint64_t request_id;
+  Name name;  // the block's name, or the session's id
+  uint32_t payload_crc;
+  uint32_t crc;
+};
+static_assert(sizeof(Frame) == 64);
+
+// Fills magic, version and, last, the checksum.
+template <typename Message>
+void seal(Message& message);
+// Whether magic, version and checksum are right.
+template <typename Message>
+bool is_intact(const Message& message);
+
+Name session_name(uint64_t session_id);
+
+}  // namespace kvasir

@@ -1,0 +1,142 @@
+"""Whatever the wire does to the bytes, nothing wrong becomes ready and nothing hangs."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kvasir_kvstore._native import crc32c, crc32c_reference
+from kvstore_builders import Pair, Wire, make_pair
+
+NUM_BLOCKS = 4
+LAYERS = 3
+LAYER_BYTES = 96
+FRAME_BYTES = 64 + LAYERS * LAYER_BYTES
+STREAM_BYTES = 40 + NUM_BLOCKS * FRAME_BYTES + 64
+
+
+def test_the_checksum_is_castagnolis() -> None:
+    assert crc32c(b"123456789") == 0xE3069283
+    assert crc32c_reference(b"123456789") == 0xE3069283
+
+
+@given(st.integers(0, 80_000), st.integers(0, 2**32 - 1), st.integers(0, 2**32))
+def test_the_fast_checksum_equals_the_reference(size: int, seed: int, content: int) -> None:
+    data = random.Random(content).randbytes(size)
+    assert crc32c(data, seed) == crc32c_reference(data, seed)
+    cut = size // 3
+    assert crc32c(data[cut:], crc32c(data[:cut], seed)) == crc32c(data, seed)
+
+
+class Fault:
+    """One random disturbance of the stream from the server."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.kind = rng.choice(["flip", "burst", "cut", "drop", "repeat", "swap"])
+        self.at = rng.randrange(STREAM_BYTES)
+        self.bit = rng.randrange(8)
+        self.size = rng.randrange(1, 200)
+        self._rng = rng
+        self._buffer = b""
+
+    def __call__(self, offset: int, data: bytes) -> bytes | None:
+        """Gathers the whole answer after the hello, then applies the fault to it at once."""
+        if offset < 40 and self.at >= 40:
+            return data
+        start = offset if self.at < 40 else 40
+        self._buffer += data
+        expected = STREAM_BYTES if self.at < 0 else STREAM_BYTES - 40
+        if self.at >= 40 and len(self._buffer) < expected:
+            return b""
+        stream, self._buffer = self._buffer, b""
+        position = self.at - start
+        return self._apply(stream, position) if 0 <= position < len(stream) else stream
+
+    def _apply(self, stream: bytes, at: int) -> bytes | None:
+        end = at + self.size
+        if self.kind == "flip":
+            return stream[:at] + bytes([stream[at] ^ 1 << self.bit]) + stream[at + 1 :]
+        if self.kind == "burst":
+            noise = self._rng.randbytes(len(stream[at:end]))
+            return stream[:at] + noise + stream[end:]
+        if self.kind == "drop":
+            return stream[:at] + stream[end:]
+        if self.kind == "repeat":
+            return stream[:end] + stream[at:end] + stream[end:]
+        if self.kind == "swap":
+            return self._swap_payloads(stream)
+        return None
+
+    def _swap_payloads(self, stream: bytes) -> bytes:
+        """The payloads of the first two frames change places, their headers do not."""
+        size = LAYERS * LAYER_BYTES
+        first, second = 64, 64 + FRAME_BYTES
+        out = bytearray(stream)
+        if len(out) >= second + size:
+            out[first : first + size] = stream[second : second + size]
+            out[second : second + size] = stream[first : first + size]
+        return bytes(out)
+
+
+def run_fault(pair: Pair, seed: int) -> str:
+    pair.target.ready[:] = 0
+    pair.target.data[:] = 0
+    with Wire(pair.server.port, Fault(random.Random(seed))) as wire:
+        pair.port = wire.port
+        result = pair.pull_named(timeout_ms=200)
+    for block, ok in enumerate(result.blocks_ok):
+        assert pair.target.ready[block] == (LAYERS if ok else 0)
+        if ok:
+            assert np.array_equal(pair.target.data[block], pair.source.data[block]), (
+                f"seed {seed}: wrong bytes in a ready block"
+            )
+    assert all(result.blocks_ok) or result.error
+    return result.error
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_corruption_never_yields_a_wrong_ready_block(part: int) -> None:
+    errors: dict[str, int] = {}
+    with make_pair(NUM_BLOCKS, num_layers=LAYERS, layer_bytes=LAYER_BYTES) as pair:
+        pair.publish(NUM_BLOCKS)
+        for seed in range(part * 100, part * 100 + 100):
+            error = run_fault(pair, seed)
+            errors[error] = errors.get(error, 0) + 1
+    assert errors.get("bad_frame", 0) > 20
+    assert errors.get("unreachable", 0) > 5
+
+
+def test_a_wrong_payload_costs_its_block_only() -> None:
+    def flip(offset: int, data: bytes) -> bytes:
+        at = 40 + FRAME_BYTES + 64 + 10 - offset  # in the payload of the second block
+        if 0 <= at < len(data):
+            return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+        return data
+
+    with make_pair(NUM_BLOCKS, num_layers=LAYERS, layer_bytes=LAYER_BYTES) as pair:
+        pair.publish(NUM_BLOCKS)
+        with Wire(pair.server.port, flip) as wire:
+            pair.port = wire.port
+            result = pair.pull_named()
+        assert result.error == "bad_frame"
+        assert result.frames_bad == 1
+        assert result.blocks_ok == [True, False, True, True]
+        assert list(pair.target.ready) == [3, 0, 3, 3]
+
+
+def test_a_session_with_a_wrong_payload_is_not_acknowledged() -> None:
+    def flip(offset: int, data: bytes) -> bytes:
+        at = 40 + 64 + 5 - offset
+        return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] if 0 <= at < len(data) else data
+
+    with make_pair(NUM_BLOCKS, num_layers=LAYERS, layer_bytes=LAYER_BYTES) as pair:
+        pair.publish(2)
+        pair.source.open_session(3)
+        pair.source.extend_session(3, [0, 1])
+        pair.source.finish_session(3)
+        with Wire(pair.server.port, flip) as wire:
+            pair.port = wire.port
+            result = pair.pull_session(3, [0, 1])
+        assert (result.error, result.blocks_ok) == ("bad_frame", [False, True])
+        assert not pair.source.session_pulled(3)
