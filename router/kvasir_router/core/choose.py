@@ -131,7 +131,7 @@ def _route(
 ) -> Route:
     if not view.workers[at_decode.worker].transfer_healthy:
         return _local(at_decode, RouteReason.TRANSFER_UNHEALTHY)
-    names = view.rings.candidates(request.key(view.keys), request.exclude)
+    names = prefill_pair(view, request)
     candidates = tuple(estimate(view, request, name, runs) for name in names)
     if not candidates:
         return _local(at_decode, RouteReason.NO_PREFILL_WORKER)
@@ -146,6 +146,14 @@ def _route(
         hit_tokens=taken.hit_tokens,
         candidates=candidates,
     )
+
+
+def prefill_pair(view: FleetView, request: Request) -> tuple[str, ...]:
+    """The workers of the request's key; after a refusal by one of them, the other alone."""
+    key = request.key(view.keys)
+    pair = view.rings.candidates(key)
+    left = tuple(name for name in pair if name not in request.exclude)
+    return left or view.rings.candidates(key, request.exclude)
 
 
 def _local(at_decode: Candidate, reason: RouteReason) -> Route:

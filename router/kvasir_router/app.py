@@ -1,0 +1,74 @@
+"""The HTTP application: the OpenAI API, /metrics, /healthz and /readyz."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from kvasir_router.membership.fleet import Fleet
+from kvasir_router.metrics import CONTENT_TYPE, RouterMetrics
+from kvasir_router.openai.handlers import OpenAiApi
+from kvasir_router.openai.middleware import api_middleware
+from kvasir_router.settings import RouterSettings
+from kvasir_router.tenants import Tenants
+
+
+@dataclass(slots=True)
+class Readiness:
+    """Whether new requests should come here."""
+
+    fleet: Fleet
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def problems(self) -> list[str]:
+        """What keeps the router from serving; empty: it can."""
+        return ["the router is stopping"] if self.stopping.is_set() else self.fleet.problems()
+
+
+class Probes:
+    """What Kubernetes and Prometheus ask."""
+
+    def __init__(self, readiness: Readiness, metrics: RouterMetrics) -> None:
+        self._readiness, self._metrics = readiness, metrics
+
+    def routes(self) -> list[web.AbstractRouteDef]:
+        """What to add to the application."""
+        return [
+            web.get("/healthz", self.healthz),
+            web.get("/readyz", self.readyz),
+            web.get("/metrics", self.metrics),
+        ]
+
+    async def healthz(self, request: web.Request) -> web.Response:
+        """Alive: the event loop answers."""
+        return web.json_response({"alive": True})
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        """Ready, or why not; `degraded` lists faults of single workers, KV transfer among them."""
+        problems = self._readiness.problems()
+        body = {
+            "ready": not problems,
+            "problems": problems,
+            "degraded": self._readiness.fleet.degraded(),
+        }
+        return web.json_response(body, status=503 if problems else 200)
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """Prometheus' text format."""
+        return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def make_app(
+    settings: RouterSettings,
+    *,
+    api: OpenAiApi,
+    probes: Probes,
+    tenants: Tenants,
+    metrics: RouterMetrics,
+) -> web.Application:
+    """All routes and the middleware."""
+    app = web.Application(
+        middlewares=[api_middleware(tenants, metrics)], client_max_size=settings.body_bytes_max
+    )
+    app.add_routes([*api.routes(), *probes.routes()])
+    return app

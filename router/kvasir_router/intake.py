@@ -1,0 +1,166 @@
+"""From what a client sent to a `Call`, whatever the protocol: tokens, limits, deadline."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvasir_proto.errors import KvasirError, Reason
+from kvasir_proto.v1 import common_pb2, worker_pb2
+
+from kvasir_router.membership.fleet import Fleet
+from kvasir_router.settings import RouterSettings
+from kvasir_router.tenants import Tenant
+from kvasir_router.upstream.call import Call
+
+INLINE_CHARS_MAX = 4_096
+"""Longer texts are tokenised in a thread: 4 KB take about 1 ms, and streams must not wait."""
+
+TOKENISER_THREADS = 2
+
+
+class TextModel(Protocol):
+    """The model's tokenizer, as far as the router needs it."""
+
+    context_length: int
+    vocab_size: int
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant speaks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and since when."""
+
+    request_id: str
+    tenant: Tenant
+    arrived_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a client asked for beside the prompt, checked field by field."""
+
+    sampling: common_pb2.SamplingParams
+    """Without max_tokens: it depends on the prompt."""
+
+    max_tokens: int | None
+    max_tokens_param: str
+    prompt_param: str
+    format: "worker_pb2.StreamFormat.ValueType"
+    stream_id: str = ""
+    ttft_slo_ms: int = 0
+    timeout_ms: int = 0
+
+
+class Intake:
+    """The one place where prompts become tokens."""
+
+    def __init__(self, settings: RouterSettings, text: TextModel, fleet: Fleet) -> None:
+        self._settings, self._text, self._fleet = settings, text, fleet
+        self._pool = ThreadPoolExecutor(TOKENISER_THREADS, thread_name_prefix="tokenise")
+
+    def close(self) -> None:
+        """Ends the tokeniser threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens, prompt and output together: what the model and every ready worker can hold."""
+        return min(self._text.context_length, self._fleet.context_length() or 2**31)
+
+    def check_model(self, name: str) -> None:
+        """Raises UNKNOWN_MODEL unless it is the one served here."""
+        if name != self._settings.model_name:
+            raise KvasirError(
+                Reason.UNKNOWN_MODEL, f"the model {name!r} does not exist", param="model"
+            )
+
+    async def encode(self, text: str, *, param: str) -> list[int]:
+        """Token ids of a prompt."""
+        _check_text(text, param=param)
+        return await self._off_loop(len(text), lambda: self._text.encode(text))
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation."""
+        for index, message in enumerate(messages):
+            _check_text(message["content"], param=f"messages[{index}].content")
+        chars = sum(len(message["content"]) for message in messages)
+        return await self._off_loop(chars, lambda: self._text.encode_chat(messages))
+
+    async def _off_loop(self, chars: int, encode: Callable[[], list[int]]) -> list[int]:
+        if chars <= INLINE_CHARS_MAX:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, encode)
+
+    def check_ids(self, token_ids: Sequence[int], *, param: str) -> None:
+        """Raises INVALID_REQUEST for ids that the model does not have."""
+        if any(not 0 <= token < self._text.vocab_size for token in token_ids):
+            message = f"token ids must be from 0 to {self._text.vocab_size - 1}"
+            raise KvasirError(Reason.INVALID_REQUEST, message, param=param)
+
+    def call(self, token_ids: Sequence[int], wanted: Wanted, caller: Caller) -> Call:
+        """The request as the dispatcher takes it.
+
+        Raises:
+            KvasirError: CONTEXT_LENGTH, or an empty prompt.
+        """
+        sampling = common_pb2.SamplingParams()
+        sampling.CopyFrom(wanted.sampling)
+        sampling.max_tokens = self._max_tokens(len(token_ids), wanted)
+        timeout_ms = wanted.timeout_ms or self._settings.request_timeout_ms
+        return Call(
+            request_id=caller.request_id,
+            token_ids=tuple(token_ids),
+            sampling=sampling,
+            tenant_salt=caller.tenant.salt,
+            format=wanted.format,
+            stream_id=wanted.stream_id,
+            created_s=int(time.time()),
+            model=self._settings.model_name,
+            ttft_slo_ms=wanted.ttft_slo_ms or self._settings.ttft_slo_ms,
+            arrived_ms=caller.arrived_ms,
+            deadline_ms=caller.arrived_ms + min(timeout_ms, self._settings.request_timeout_ms),
+        )
+
+    def _max_tokens(self, num_prompt: int, wanted: Wanted) -> int:
+        if num_prompt == 0:
+            message = "the prompt is empty"
+            raise KvasirError(Reason.INVALID_REQUEST, message, param=wanted.prompt_param)
+        left = self.context_length - num_prompt
+        if left < 1:
+            raise KvasirError(
+                Reason.CONTEXT_LENGTH,
+                f"this model's maximum context length is {self.context_length} tokens; "
+                f"the prompt has {num_prompt}",
+                param=wanted.prompt_param,
+            )
+        if wanted.max_tokens is not None and wanted.max_tokens > left:
+            raise KvasirError(
+                Reason.CONTEXT_LENGTH,
+                f"this model's maximum context length is {self.context_length} tokens; you asked "
+                f"for {num_prompt + wanted.max_tokens}: {num_prompt} in the prompt and "
+                f"{wanted.max_tokens} in the output",
+                param=wanted.max_tokens_param,
+            )
+        return left if wanted.max_tokens is None else wanted.max_tokens
+
+
+def random_seed() -> int:
+    """A seed for a request that names none: a continuation must draw from the same one."""
+    return secrets.randbits(64)
+
+
+def _check_text(text: str, *, param: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = "the text holds half a surrogate pair"
+        raise KvasirError(Reason.INVALID_REQUEST, message, param=param) from error

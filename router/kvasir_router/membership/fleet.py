@@ -1,0 +1,174 @@
+"""The fleet as this router sees it: members come and go, a view is there for every decision.
+
+Holds the state that the core reads (prefix view, key tree, ledger) and rebuilds the snapshot only
+when something changed. Which worker serves a request is left to the core.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable
+
+from kvasir_proto.v1 import common_pb2, worker_pb2
+
+from kvasir_router.core.fleet import FleetView, Policy, Request, WorkerState
+from kvasir_router.core.keys import KeyTree
+from kvasir_router.core.ledger import Ledger
+from kvasir_router.core.prefix import PrefixView
+from kvasir_router.core.ring import RingPair
+from kvasir_router.membership import eligible
+from kvasir_router.membership.discovery import dns_names, follow_dns, static_targets
+from kvasir_router.membership.member import Member
+from kvasir_router.settings import RouterSettings
+
+
+def now_ms() -> int:
+    """The clock that the core is driven with."""
+    return time.monotonic_ns() // 1_000_000
+
+
+class Fleet:
+    """Members by target, and what was learned from them."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self._settings = settings
+        self._members: dict[str, Member] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup
+        self._targets: dict[str, frozenset[str]] = {}  # origin -> its targets
+        self._prefix = PrefixView(blocks_max=settings.blocks_known_max)
+        self._keys = KeyTree()
+        self.ledger = Ledger()
+        self._policy = Policy(local_prefill_tokens_max=settings.local_prefill_tokens_max)
+        self._rings = RingPair.build(())
+        self._view: FleetView | None = None
+        self._by_name: dict[str, Member] = {}
+        self._problems: dict[str, str] = {}
+        self._changed = asyncio.Event()
+        self.fingerprint: bytes | None = None
+
+    async def run(self) -> None:
+        """Follows all members until cancelled."""
+        async with asyncio.TaskGroup() as self._group:
+            self._set_targets("static", static_targets(self._settings.workers))
+            for host, port in dns_names(self._settings.workers):
+                self._group.create_task(self._follow_dns(host, port))
+            await asyncio.Event().wait()
+
+    async def _follow_dns(self, host: str, port: int) -> None:
+        await follow_dns(
+            host,
+            port,
+            interval_ms=self._settings.resolve_interval_ms,
+            on_targets=lambda targets: self._set_targets(f"{host}:{port}", targets),
+        )
+
+    def _set_targets(self, origin: str, targets: frozenset[str]) -> None:
+        self._targets[origin] = targets
+        wanted = frozenset().union(*self._targets.values())
+        for target in self._members.keys() - wanted:
+            self._tasks.pop(target).cancel()
+            self._forget(self._members.pop(target))
+        for target in sorted(wanted - self._members.keys()):
+            silence_ms = self._settings.silence_timeout_ms
+            member = Member(target, self, silence_timeout_ms=silence_ms)
+            self._members[target] = member
+            self._tasks[target] = self._group.create_task(member.run(), name=f"watch {target}")
+        self._touch()
+
+    def on_event(self, member: Member, event: worker_pb2.WorkerEvent) -> None:
+        """Learns from a member's event."""
+        if event.snapshot:
+            self._prefix.snapshot(member.name, event.stored)
+        else:
+            self._prefix.stored(member.name, event.stored)
+            self._prefix.removed(member.name, event.removed)
+        if event.HasField("description"):
+            self.ledger.reported(member.name, now_ms=now_ms())
+            self._touch()
+
+    def on_lost(self, member: Member) -> None:
+        """Takes a member out of the rings."""
+        self._forget(member)
+        self._touch()
+
+    def _forget(self, member: Member) -> None:
+        if not any(m is not member and m.name == member.name for m in self._members.values()):
+            self._prefix.forget(member.name)
+            self.ledger.forget(member.name)
+
+    def _touch(self) -> None:
+        self._view = None
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def changed(self) -> None:
+        """Returns at the next change of any member."""
+        await self._changed.wait()
+
+    def view(self) -> FleetView:
+        """The snapshot for a decision."""
+        if self._view is None:
+            self._view = self._build()
+        return self._view
+
+    def _build(self) -> FleetView:
+        name = self._settings.model_name
+        self._by_name = eligible.newest_by_name(self._members.values())
+        members = self._by_name.values()
+        self.fingerprint = eligible.majority_fingerprint(members, model_name=name)
+        self._problems = {
+            m.name: eligible.problem_of(m, model_name=name, fingerprint=self.fingerprint)
+            for m in members
+        }
+        workers = self._states(m for m in members if not self._problems[m.name])
+        in_rings = tuple(sorted(w.name for w in workers.values() if w.can_prefill))
+        if in_rings != self._rings.members:
+            self._rings = RingPair.build(in_rings)
+        return FleetView(workers, self._rings, self._prefix, self._keys, self.ledger, self._policy)
+
+    def _states(self, members: Iterable[Member]) -> dict[str, WorkerState]:
+        abouts = (m.description for m in members)
+        return {about.address.name: eligible.state_of(about) for about in abouts if about}
+
+    def observe(self, request: Request) -> None:
+        """Counts a request into the shares by which keys are extended."""
+        num_workers = len(self.view().rings.members)
+        self._keys.observe(request.names, num_workers=num_workers, now_ms=now_ms())
+
+    def address(self, worker: str) -> common_pb2.PeerAddress:
+        """Where a worker of the current view is reached."""
+        self.view()
+        about = self._by_name[worker].description
+        assert about is not None, worker
+        return about.address
+
+    def context_length(self) -> int | None:
+        """Tokens that every worker of the view can hold; None while there is none."""
+        names = self.view().workers
+        abouts = (self._by_name[name].description for name in names)
+        return min((about.context_length for about in abouts if about), default=None)
+
+    def problems(self) -> list[str]:
+        """What keeps the router from serving; empty: it can."""
+        workers = self.view().workers.values()
+        missing = []
+        if not any(w.can_prefill for w in workers):
+            missing.append("no prefill-capable worker is ready")
+        if not any(w.can_decode for w in workers):
+            missing.append("no decode-capable worker is ready")
+        return missing
+
+    def degraded(self) -> list[str]:
+        """What is wrong with single workers."""
+        self.view()
+        faults = [f"worker {name}: {p}" for name, p in sorted(self._problems.items()) if p]
+        for name, member in sorted(self._by_name.items()):
+            about = member.description
+            if member.reachable and about and not about.kv_transfer_healthy:
+                faults.append(f"worker {name}: KV transfer fails: {about.kv_transfer_error}")
+        return faults
+
+    def members(self) -> list[tuple[Member, str]]:
+        """Every member and why it is not routed to, by name."""
+        self.view()
+        return [(m, self._problems[name]) for name, m in sorted(self._by_name.items())]

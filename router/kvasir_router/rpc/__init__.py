@@ -1,0 +1,1 @@
+"""The gRPC side: kvasir.v1.Inference, health and reflection."""

@@ -1,0 +1,65 @@
+"""An InferenceRequest to a `Call`: the checks of HTTP, with this message's field names."""
+
+import math
+
+from kvasir_proto.errors import KvasirError, Reason
+from kvasir_proto.v1 import common_pb2, inference_pb2, worker_pb2
+
+from kvasir_router.intake import Caller, Intake, Wanted, random_seed
+from kvasir_router.openai.schema import STOP_CHARS_MAX, STOP_MAX
+from kvasir_router.upstream.call import Call
+
+TEMPERATURE_MAX = 2.0
+
+
+async def call_of(request: inference_pb2.InferenceRequest, intake: Intake, caller: Caller) -> Call:
+    """Raises KvasirError naming the field."""
+    intake.check_model(request.model)
+    kind = request.WhichOneof("input")
+    wanted = Wanted(
+        sampling=_sampling(request.sampling),
+        max_tokens=request.sampling.max_tokens or None,
+        max_tokens_param="sampling.max_tokens",
+        prompt_param=kind or "input",
+        format=worker_pb2.STREAM_FORMAT_GRPC,
+        ttft_slo_ms=request.ttft_slo_ms,
+        timeout_ms=request.timeout_ms,
+    )
+    return intake.call(await _token_ids(request, intake), wanted, caller)
+
+
+async def _token_ids(request: inference_pb2.InferenceRequest, intake: Intake) -> list[int]:
+    match request.WhichOneof("input"):
+        case "prompt":
+            return await intake.encode(request.prompt, param="prompt")
+        case "tokens":
+            intake.check_ids(request.tokens.ids, param="tokens.ids")
+            return list(request.tokens.ids)
+        case "chat":
+            messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
+            if not messages:
+                raise KvasirError(Reason.INVALID_REQUEST, "no messages", param="chat.messages")
+            return await intake.encode_chat(messages)
+        case _:
+            message = "one of prompt, tokens and chat is needed"
+            raise KvasirError(Reason.INVALID_REQUEST, message, param="input")
+
+
+def _sampling(asked: common_pb2.SamplingParams) -> common_pb2.SamplingParams:
+    """Checked, with defaults for what protobuf cannot tell from 0: greedy, all of top_p."""
+    if not math.isfinite(asked.temperature) or not 0 <= asked.temperature <= TEMPERATURE_MAX:
+        raise _out_of_range("temperature", "from 0 to 2")
+    if not 0 <= asked.top_p <= 1:
+        raise _out_of_range("top_p", "above 0 and at most 1")
+    if len(asked.stop) > STOP_MAX or any(not 0 < len(s) <= STOP_CHARS_MAX for s in asked.stop):
+        raise _out_of_range("stop", f"at most {STOP_MAX} strings of 1 to {STOP_CHARS_MAX}")
+    sampling = common_pb2.SamplingParams()
+    sampling.CopyFrom(asked)
+    sampling.top_p = asked.top_p or 1.0
+    sampling.seed = asked.seed or random_seed()
+    return sampling
+
+
+def _out_of_range(field: str, wanted: str) -> KvasirError:
+    param = f"sampling.{field}"
+    return KvasirError(Reason.INVALID_REQUEST, f"{param} must be {wanted}", param=param)

@@ -1,0 +1,127 @@
+"""One router process put together: fleet, dispatcher, HTTP and gRPC servers, and their order.
+
+Started from the bottom up, stopped from the top down: no new requests first, then the streams
+finish within a bound, then the connections to the workers close.
+"""
+
+import asyncio
+import contextlib
+import logging
+
+from aiohttp import web
+
+from kvasir_router.app import Probes, Readiness, make_app
+from kvasir_router.intake import Intake, TextModel
+from kvasir_router.membership.fleet import Fleet
+from kvasir_router.metrics import RouterMetrics
+from kvasir_router.openai.handlers import OpenAiApi
+from kvasir_router.rpc.server import RpcServer
+from kvasir_router.rpc.service import InferenceService
+from kvasir_router.settings import RouterSettings
+from kvasir_router.tenants import Tenants
+from kvasir_router.upstream.client import WorkerClient
+from kvasir_router.upstream.dispatch import Dispatcher
+
+log = logging.getLogger(__name__)
+
+CANCEL_GRACE_S = 2.0
+"""After the drain timeout, for cancelled handlers to close their connections to workers."""
+
+BACKLOG = 1_024
+READY_CHECK_MS = 500
+"""How often grpc.health.v1 is brought up to date even when no member changes."""
+
+
+class RouterServer:
+    """A running router."""
+
+    def __init__(self, settings: RouterSettings, text: TextModel) -> None:
+        self._settings = settings
+        self.fleet = Fleet(settings)
+        self.metrics = RouterMetrics()
+        self.readiness = Readiness(self.fleet)
+        tenants = Tenants.load(settings.api_key_file)
+        self._client = WorkerClient(
+            connections_max=2 * settings.requests_in_flight_max,
+            connect_timeout_ms=settings.connect_timeout_ms,
+        )
+        self.dispatcher = Dispatcher(settings, self.fleet, self._client, self.metrics)
+        self._intake = Intake(settings, text, self.fleet)
+        self._app = make_app(
+            settings,
+            api=OpenAiApi(settings, self._intake, self.dispatcher),
+            probes=Probes(self.readiness, self.metrics),
+            tenants=tenants,
+            metrics=self.metrics,
+        )
+        service = InferenceService(
+            intake=self._intake,
+            dispatcher=self.dispatcher,
+            fleet=self.fleet,
+            tenants=tenants,
+            metrics=self.metrics,
+        )
+        self._rpc = RpcServer(settings, service)
+        self._runner = web.AppRunner(
+            self._app,
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=CANCEL_GRACE_S,
+        )
+        self._site: web.TCPSite | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.http_port = self.grpc_port = 0
+
+    async def start(self) -> None:
+        """Listens on both ports and follows the fleet.
+
+        Raises:
+            OSError: a port is taken.
+        """
+        self._tasks = [
+            asyncio.create_task(self.fleet.run(), name="fleet"),
+            asyncio.create_task(self._keep_health(), name="health"),
+        ]
+        await self._runner.setup()
+        self._site = web.TCPSite(
+            self._runner, self._settings.host, self._settings.http_port, backlog=BACKLOG
+        )
+        await self._site.start()
+        self.http_port = self._runner.addresses[0][1]
+        self.grpc_port = await self._rpc.start()
+        log.info("listening: HTTP %d, gRPC %d", self.http_port, self.grpc_port)
+
+    async def serve(self, stopped: asyncio.Event) -> None:
+        """Returns once `stopped` is set; what the router cannot live without fails it."""
+        stop = asyncio.create_task(stopped.wait())
+        await asyncio.wait({stop, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    async def _keep_health(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(READY_CHECK_MS / 1_000):
+                    await self.fleet.changed()
+            await self._rpc.set_ready(not self.readiness.problems())
+
+    async def stop(self) -> None:
+        """Finishes what runs, within drain_timeout_ms, and closes everything."""
+        self.readiness.stopping.set()
+        drain_ms = self._settings.drain_timeout_ms
+        if self._site is not None:
+            await self._site.stop()
+            self._site = None
+            rpc_stop = asyncio.create_task(self._rpc.stop(drain_ms))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(drain_ms / 1_000):
+                    await self.dispatcher.idle()
+            await rpc_stop
+        await self._runner.cleanup()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._client.close()
+        self._intake.close()

@@ -1,0 +1,1 @@
+"""A request's way to its workers: the token stream, refusals, failures and continuations."""

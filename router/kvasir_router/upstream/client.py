@@ -1,0 +1,121 @@
+"""The token stream from one worker: one HTTP request, frames back.
+
+Two things can go wrong: the worker answers with an error (KvasirError), or it vanishes, stalls or
+talks nonsense (WorkerLostError, which is one too). What follows from either is left to `retry`.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import aiohttp
+from google.protobuf.message import DecodeError
+from kvasir_proto.errors import KvasirError, Reason
+from kvasir_proto.frames import Frame, FrameDecoder, FrameError, FrameKind
+from kvasir_proto.rpc_errors import error_from_message
+from kvasir_proto.v1 import common_pb2
+
+READ_BUFFER_BYTES = 1 << 16
+ERROR_BYTES_MAX = 1 << 16
+KEEPALIVE_S = 30.0
+"""Shorter than the workers' own, so that no request meets a connection that is being closed."""
+
+END_OF_BODY_S = 1.0
+
+
+class WorkerLostError(KvasirError):
+    """The worker did not bring its stream to an end."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Reason.NO_WORKER, f"the worker was lost: {message}")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a worker may be silent."""
+
+    first_frame_ms: int
+    next_frame_ms: int
+
+
+class WorkerClient:
+    """Pooled keep-alive connections to all workers."""
+
+    def __init__(self, *, connections_max: int, connect_timeout_ms: int) -> None:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=connections_max, keepalive_timeout=KEEPALIVE_S),
+            timeout=aiohttp.ClientTimeout(total=None, connect=connect_timeout_ms / 1_000),
+            read_bufsize=READ_BUFFER_BYTES,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self._session.close()
+
+    async def frames(
+        self, address: common_pb2.PeerAddress, body: bytes, patience: Patience
+    ) -> AsyncGenerator[Frame, None]:
+        """TOKENS frames, then DONE. Leaving early closes the connection: the worker sees it.
+
+        Raises:
+            KvasirError: the worker refused the request or failed it.
+            WorkerLostError: it is unreachable, silent, or its stream was cut off.
+        """
+        url = f"http://{_netloc(address)}/internal/generate"
+        try:
+            async with asyncio.timeout(patience.first_frame_ms / 1_000) as limit:
+                async with self._session.post(url, data=body) as response:
+                    if response.status != 200:
+                        raise await _refusal(response)
+                    async for frame in self._read(response, limit, patience):
+                        yield frame
+        except (aiohttp.ClientError, OSError, FrameError) as error:
+            raise WorkerLostError(f"{type(error).__name__}: {error}") from error
+        except TimeoutError:
+            raise WorkerLostError("silent for too long") from None
+
+    async def _read(
+        self, response: aiohttp.ClientResponse, limit: asyncio.Timeout, patience: Patience
+    ) -> AsyncGenerator[Frame, None]:
+        decoder, clock = FrameDecoder(), asyncio.get_running_loop().time
+        async for data in response.content.iter_any():
+            limit.reschedule(None)  # the reader's own time is not the worker's
+            for frame in decoder.feed(data):
+                if frame.kind is FrameKind.ERROR:
+                    raise _error_of(frame.payload) or WorkerLostError("an unreadable error")
+                if frame.kind is FrameKind.DONE:
+                    await _read_to_end(response)
+                    yield frame
+                    return
+                yield frame
+            limit.reschedule(clock() + patience.next_frame_ms / 1_000)
+        raise WorkerLostError("the stream was cut off")
+
+
+async def _read_to_end(response: aiohttp.ClientResponse) -> None:
+    """Takes the end of the body too, so that the connection can serve again."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(END_OF_BODY_S):
+            await response.content.read()
+
+
+def _netloc(address: common_pb2.PeerAddress) -> str:
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"{host}:{address.http_port}"
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> KvasirError | WorkerLostError:
+    """Why the worker refused: its own words, if that is what the body holds."""
+    error = _error_of(await response.content.read(ERROR_BYTES_MAX))
+    return error or WorkerLostError(f"status {response.status} without a reason")
+
+
+def _error_of(payload: bytes) -> KvasirError | None:
+    try:
+        message = common_pb2.Error.FromString(payload)
+    except DecodeError:
+        return None
+    return error_from_message(message) if message.reason else None

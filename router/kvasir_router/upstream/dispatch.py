@@ -1,0 +1,225 @@
+"""Brings one request to its end, over as many workers as it takes.
+
+    1. route         the core picks workers, or refuses
+    2. stream        frames go to the sink as they come
+    3. after failure another pair of workers; once output has begun, from the tokens already sent
+
+Invariants: the sink sees every byte once and in order; a request ends by DONE, by one KvasirError
+or by cancellation; whoever leaves early closes the worker's connection.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
+
+from kvasir_kvstore.core import block
+from kvasir_proto.errors import KvasirError, Reason
+from kvasir_proto.frames import Frame, FrameKind
+from kvasir_proto.v1 import common_pb2, worker_pb2
+
+from kvasir_router.core.choose import Rejected, RejectReason, Route, excluding, pick
+from kvasir_router.core.fleet import Request
+from kvasir_router.membership.fleet import Fleet, now_ms
+from kvasir_router.metrics import RouterMetrics
+from kvasir_router.settings import RouterSettings
+from kvasir_router.upstream.call import Call, Progress, Sink, generate_request
+from kvasir_router.upstream.client import Patience, WorkerClient
+from kvasir_router.upstream.retry import Attempts, after_failure
+
+log = logging.getLogger(__name__)
+
+RETRY_PAUSE_MS = 100
+"""Before going back to a worker that failed, for want of another; doubles each time."""
+
+REASON_OF = {
+    RejectReason.NO_DECODE_WORKER: Reason.NO_WORKER,
+    RejectReason.NO_MEMORY: Reason.CONTEXT_LENGTH,
+    RejectReason.NO_TIME: Reason.OVERLOADED,
+}
+
+
+class Dispatcher:
+    """Requests in flight, and the way to the workers."""
+
+    def __init__(
+        self, settings: RouterSettings, fleet: Fleet, client: WorkerClient, metrics: RouterMetrics
+    ) -> None:
+        self._settings = settings
+        self._fleet, self._client, self._metrics = fleet, client, metrics
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def run(self, call: Call, sink: Sink, progress: Progress) -> worker_pb2.GenerateChunk:
+        """Serves a call. The result holds finish reason, usage and stats.
+
+        Raises:
+            KvasirError: nobody could; the sink may have part of the output.
+        """
+        request = self.describe(call)
+        self._fleet.observe(request)
+        with self._admitted():
+            try:
+                async with asyncio.timeout((call.deadline_ms - now_ms()) / 1_000):
+                    done = await self._attempt_all(call, request, sink, progress)
+            except TimeoutError:
+                raise KvasirError(Reason.TIMEOUT, "the request's deadline has passed") from None
+        self._metrics.served(call, progress)
+        return done
+
+    async def idle(self) -> None:
+        """Returns when no request is in flight."""
+        await self._idle.wait()
+
+    def describe(self, call: Call) -> Request:
+        """What the core wants to know of a call."""
+        view = self._fleet.view()
+        root = block.root(self._fleet.fingerprint or b"", call.tenant_salt)
+        names = tuple(block.chain(root, call.token_ids, view.block_tokens))
+        short = b"" if names else b"".join(t.to_bytes(4, "little") for t in call.token_ids)
+        return Request(
+            request_id=call.request_id,
+            num_tokens=len(call.token_ids),
+            names=names,
+            short_key=block.child(root, short),
+            max_tokens=call.sampling.max_tokens,
+            ttft_slo_ms=call.ttft_slo_ms,
+            timeout_ms=max(call.deadline_ms - now_ms(), 0),
+        )
+
+    @contextlib.contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self._in_flight >= self._settings.requests_in_flight_max:
+            message = "the router has too many requests in flight"
+            raise KvasirError(Reason.OVERLOADED, message, retry_after_ms=1_000)
+        self._in_flight += 1
+        self._metrics.in_flight.set(self._in_flight)
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            self._metrics.in_flight.set(self._in_flight)
+            if not self._in_flight:
+                self._idle.set()
+
+    async def _attempt_all(
+        self, call: Call, request: Request, sink: Sink, progress: Progress
+    ) -> worker_pb2.GenerateChunk:
+        tried, last = Attempts(self._settings.attempts_max), None
+        while True:
+            route, tried = await self._route(request, tried, last, progress)
+            try:
+                return await self._attempt(call, request, route, sink, progress)
+            except KvasirError as failure:
+                self._note(call, failure, progress)
+                last = failure
+            outcome = after_failure(tried, last, route, has_output=progress.has_output)
+            if isinstance(outcome, KvasirError):
+                raise outcome
+            tried = outcome
+
+    async def _route(
+        self, request: Request, tried: Attempts, last: KvasirError | None, progress: Progress
+    ) -> tuple[Route, Attempts]:
+        """The next route. When only workers that have failed are left, they get another chance."""
+        decision = self._pick(request, tried)
+        if isinstance(decision, Rejected) and tried.exclude:
+            await asyncio.sleep(RETRY_PAUSE_MS * 2**tried.num_failed / 1_000)
+            tried = replace(tried, exclude=frozenset())
+            decision = self._pick(request, tried)
+        if isinstance(decision, Rejected) and progress.has_output:
+            await self._wait_for_worker()
+            decision = self._pick(request, tried)
+        if isinstance(decision, Rejected):
+            self._metrics.rejected(decision)
+            raise last or error_of(decision)
+        self._metrics.routed(decision)
+        return decision, tried
+
+    def _pick(self, request: Request, tried: Attempts) -> Route | Rejected:
+        return pick(self._fleet.view(), excluding(request, *tried.exclude), now_ms=now_ms())
+
+    async def _wait_for_worker(self) -> None:
+        """Until a worker can decode, or a stall would be over: the client has half an answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.stall_timeout_ms / 1_000):
+                while not any(w.can_decode for w in self._fleet.view().workers.values()):
+                    await self._fleet.changed()
+
+    async def _attempt(
+        self, call: Call, request: Request, route: Route, sink: Sink, progress: Progress
+    ) -> worker_pb2.GenerateChunk:
+        progress.num_attempts += 1
+        if not progress.has_output:
+            progress.sent_ms = now_ms()
+        with self._accounted(request, route):
+            async with contextlib.aclosing(self._frames(call, route, progress)) as frames:
+                async for frame in frames:
+                    if frame.kind is FrameKind.DONE:
+                        return _finished(frame)
+                    await self._forward(frame, request, route, sink, progress)
+        raise AssertionError("a stream ends by DONE or by an error")
+
+    async def _forward(
+        self, frame: Frame, request: Request, route: Route, sink: Sink, progress: Progress
+    ) -> None:
+        is_first = not progress.has_output
+        progress.add(frame, now_ms=now_ms())
+        if is_first:
+            progress.route = route
+            self._fleet.ledger.prefilled(route.computes, request_id=request.request_id)
+            await sink.begin(route)
+        if frame.payload:
+            await sink.send(frame.payload)
+
+    def _frames(self, call: Call, route: Route, progress: Progress) -> AsyncGenerator[Frame, None]:
+        peer = self._fleet.address(route.prefill) if route.prefill else None
+        body = generate_request(call, progress, peer, now_ms=now_ms())
+        patience = Patience(
+            first_frame_ms=self._settings.first_token_timeout_ms,
+            next_frame_ms=self._settings.stall_timeout_ms,
+        )
+        return self._client.frames(self._fleet.address(route.decode), body, patience)
+
+    @contextlib.contextmanager
+    def _accounted(self, request: Request, route: Route) -> Iterator[None]:
+        """While it lasts, the request counts as load of its workers."""
+        ledger, tokens = self._fleet.ledger, request.num_tokens - route.hit_tokens
+        ledger.sent(route.computes, request_id=request.request_id, tokens=tokens, now_ms=now_ms())
+        ledger.opened(route.decode)
+        try:
+            yield
+        finally:
+            ledger.closed(route.decode)
+            ledger.prefilled(route.computes, request_id=request.request_id)
+
+    def _note(self, call: Call, failure: KvasirError, progress: Progress) -> None:
+        self._metrics.failed_attempt(failure, continued=progress.has_output)
+        progress.num_continued += progress.has_output
+        log.warning(
+            "request %s: attempt %d failed (%s): %s",
+            call.request_id,
+            progress.num_attempts,
+            failure.reason,
+            failure.message,
+        )
+
+
+def error_of(rejected: Rejected) -> KvasirError:
+    """A refusal of the core, as the client is told."""
+    return KvasirError(
+        REASON_OF[rejected.reason], rejected.message, retry_after_ms=rejected.retry_after_ms
+    )
+
+
+def _finished(frame: Frame) -> worker_pb2.GenerateChunk:
+    done = worker_pb2.GenerateChunk.FromString(frame.payload)
+    if done.finish_reason in (
+        common_pb2.FINISH_REASON_CANCELLED,
+        common_pb2.FINISH_REASON_ERROR,
+    ):
+        raise KvasirError(Reason.INTERNAL, "the worker ended the request early")
+    return done
