@@ -1,0 +1,138 @@
+"""kvasir status: the parts of a running fleet, as they describe themselves."""
+
+import asyncio
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+from kvasir_proto.v1 import common_pb2, inference_pb2
+
+from kvasir_cli.fleet.state import FleetState, PartState
+
+ROLES = {
+    common_pb2.ROLE_PREFILL: "prefill",
+    common_pb2.ROLE_DECODE: "decode",
+    common_pb2.ROLE_BOTH: "both",
+}
+COLUMNS = ("part", "role", "state", "requests", "KV blocks", "transfers", "pid", "restarts")
+GOOD, BAD = "green", "red"
+
+
+@click.command()
+@click.option("--port", type=int, help="Of the fleet's router, if several fleets run here.")
+@click.option("--router", metavar="HOST:PORT", help="gRPC of a router elsewhere.")
+@click.option(
+    "--kv-node", "kv_nodes", metavar="HOST:PORT", multiple=True, help="gRPC of a KV node elsewhere."
+)
+@click.option("--json", "as_json", is_flag=True, help="All that is known, as JSON.")
+def status(
+    port: int | None, router: str | None, kv_nodes: tuple[str, ...], *, as_json: bool
+) -> None:
+    """Show the parts of a running fleet: role, readiness, load, cache.
+
+    Finds a fleet that kvasir up started here; --router asks any other.
+    """
+    from kvasir_cli.fleet.launch import find_fleet
+    from kvasir_cli.fleet.view import KvNodeView, ask_kv_nodes, ask_router
+
+    fleet = None if router else find_fleet(port)
+    if fleet is not None:
+        part = fleet.part("router")[0]
+        router = f"{part.host}:{part.grpc_port}"
+        kv_nodes = tuple(f"{kv.host}:{kv.grpc_port}" for kv in fleet.part("kvnode"))
+
+    async def ask() -> tuple[inference_pb2.FleetView, list[KvNodeView]]:
+        return await ask_router(router or ""), await ask_kv_nodes(kv_nodes)
+
+    view, nodes = asyncio.run(ask())
+    if as_json:
+        click.echo(json.dumps(_as_json(fleet, view, nodes), indent=2))
+        return
+    if fleet is not None:
+        click.echo(f"{fleet.url}/v1  model {fleet.model_name}  {fleet.phase}")
+    _print_table(fleet, view, nodes)
+
+
+def _as_json(fleet: FleetState | None, view: inference_pb2.FleetView, nodes: list[Any]) -> Any:
+    from google.protobuf.json_format import MessageToDict
+
+    def plain(message: Any) -> Any:
+        return MessageToDict(
+            message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
+
+    return {
+        "fleet": asdict(fleet) if fleet else None,
+        "router": plain(view),
+        "kv_nodes": [
+            {"address": node.address, "description": node.description and plain(node.description)}
+            for node in nodes
+        ],
+    }
+
+
+def _print_table(fleet: FleetState | None, view: inference_pb2.FleetView, nodes: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    parts = {part.name: part for part in fleet.parts} if fleet else {}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column in COLUMNS[3:5] else "left")
+    if router := parts.get("router"):
+        table.add_row("router", "router", _readiness(router), "", "", "", *_process(router))
+    for member in view.members:
+        name = member.description.address.name
+        table.add_row(*_worker_cells(member), *_process(parts.get(name)))
+    for node in nodes:
+        table.add_row(*_kv_node_cells(node), *_process(_by_address(parts, node.address)))
+    Console().print(table)
+
+
+def _worker_cells(member: inference_pb2.FleetMember) -> list[str]:
+    worker = member.description
+    load = worker.load
+    state = f"[{GOOD}]ready[/]"
+    if not member.reachable:
+        state = f"[{BAD}]{member.problem or 'unreachable'}[/]"
+    elif worker.draining or member.problem:
+        state = f"[yellow]{member.problem or 'draining'}[/]"
+    transfers = f"[{GOOD}]ok[/]" if worker.kv_transfer_healthy else f"[{BAD}]failing[/]"
+    if worker.kv_transfer_error:
+        transfers += f" {worker.kv_transfer_error}"
+    used = load.blocks_total - load.blocks_free
+    return [
+        worker.address.name,
+        ROLES.get(worker.role, "?"),
+        state,
+        f"{load.num_running} running, {load.num_waiting} waiting",
+        f"{used} of {load.blocks_total} in use, {member.blocks_known} named",
+        transfers,
+    ]
+
+
+def _kv_node_cells(node: Any) -> list[str]:
+    found = node.description
+    if found is None:
+        return [node.address, "kvnode", f"[{BAD}]does not answer[/]", "", "", ""]
+    index = f"[{GOOD}]{found.index}[/]" if found.index_healthy else f"[{BAD}]{found.index} index[/]"
+    counts = f"{found.blocks_pulled} in, {found.blocks_served} out"
+    if found.frames_quarantined:
+        counts += f", [{BAD}]{found.frames_quarantined} bad[/]"
+    held = f"{found.blocks_used} of {found.blocks_total} held"
+    return [found.address.name, "kvnode", f"[{GOOD}]ready[/]", f"index {index}", held, counts]
+
+
+def _readiness(part: PartState) -> str:
+    return f"[{GOOD}]ready[/]" if part.is_ready else f"[{BAD}]not ready[/]"
+
+
+def _process(part: PartState | None) -> tuple[str, str]:
+    if part is None:
+        return "", ""
+    return str(part.pid or "-"), str(part.num_restarts)
+
+
+def _by_address(parts: dict[str, PartState], address: str) -> PartState | None:
+    return next((p for p in parts.values() if f"{p.host}:{p.grpc_port}" == address), None)
