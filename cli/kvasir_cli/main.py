@@ -30,8 +30,16 @@ MEASURE = "Measure and check"
 PARTS = "Parts, one process each (what `up` and the operator start)"
 
 ENTRIES = (
+    Entry(RUN, "up", "fleet:up", "Start a fleet: router, prefill and decode workers, KV nodes."),
+    Entry(RUN, "down", "fleet:down", "Stop a fleet that runs in the background."),
+    Entry(RUN, "status", "status:status", "Show the parts of a running fleet, load and cache."),
+    Entry(RUN, "chat", "talk:chat", "Chat with a running fleet in the terminal."),
+    Entry(RUN, "generate", "talk:generate", "Complete one prompt."),
+    Entry(RUN, "demo", "demo:demo", "Start a fleet, chat two turns, show who served them."),
     Entry(MODELS, "model", "model:model", "Get, import and make model folders."),
+    Entry(MEASURE, "bench", "bench:bench", "Measure the engine or a serving fleet."),
     Entry(MEASURE, "engine", "engine:engine", "Run the engine alone: logits of given tokens."),
+    Entry(MEASURE, "sim", "sim:sim", "Run the fleet's decisions under a simulated clock."),
     Entry(PARTS, "worker", "process:worker", "Serve a model: prefill, decode or both."),
     Entry(PARTS, "kvnode", "process:kvnode", "Hold KV blocks for all workers."),
     Entry(PARTS, "router", "process:router", "OpenAI HTTP and gRPC in front of the workers."),

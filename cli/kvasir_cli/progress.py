@@ -3,9 +3,10 @@
 Decides how progress looks; callers only say how much there is and how far they are.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import click
 
@@ -15,54 +16,60 @@ LINE_INTERVAL_S = 5.0
 Advance = Callable[[int], None]
 
 
-@contextmanager
-def byte_progress(title: str, num_bytes_total: int) -> Iterator[Advance]:
-    """Yields a function to call with the number of bytes done since the last call."""
-    from rich.console import Console
+def byte_progress(title: str, num_bytes_total: int) -> AbstractContextManager[Advance]:
+    """Gives a function to call with the number of bytes done since the last call."""
+    return _progress(title, num_bytes_total, size_text(num_bytes_total), counts_bytes=True)
 
-    if Console().is_terminal:
-        with _bar(title, num_bytes_total) as advance:
+
+def count_progress(title: str, num_total: int) -> AbstractContextManager[Advance]:
+    """Gives a function to call with the number of things done since the last call."""
+    return _progress(title, num_total, str(num_total), counts_bytes=False)
+
+
+@contextmanager
+def _progress(title: str, total: int, total_text: str, *, counts_bytes: bool) -> Iterator[Advance]:
+    if sys.stdout.isatty():
+        with _bar(title, total, counts_bytes=counts_bytes) as advance:
             yield advance
     else:
-        with _lines(title, num_bytes_total) as advance:
+        with _lines(title, total, total_text) as advance:
             yield advance
 
 
 @contextmanager
-def _bar(title: str, num_bytes_total: int) -> Iterator[Advance]:
+def _bar(title: str, total: int, *, counts_bytes: bool) -> Iterator[Advance]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        MofNCompleteColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    counted: list[ProgressColumn] = [MofNCompleteColumn()]
+    if counts_bytes:
+        counted = [DownloadColumn(), TransferSpeedColumn()]
+    columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn())
     with Progress(*columns) as progress:
-        task = progress.add_task(title, total=num_bytes_total)
-        yield lambda num_bytes: progress.advance(task, num_bytes)
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 @contextmanager
-def _lines(title: str, num_bytes_total: int) -> Iterator[Advance]:
+def _lines(title: str, total: int, total_text: str) -> Iterator[Advance]:
     started = last = time.monotonic()
     done = 0
-    click.echo(f"{title}: {size_text(num_bytes_total)}")
+    click.echo(f"{title}: {total_text}")
 
-    def advance(num_bytes: int) -> None:
+    def advance(count: int) -> None:
         nonlocal done, last
-        done += num_bytes
+        done += count
         if time.monotonic() - last >= LINE_INTERVAL_S:
             last = time.monotonic()
-            click.echo(f"{title}: {100 * done // max(1, num_bytes_total)} %")
+            click.echo(f"{title}: {100 * done // max(1, total)} %")
 
     yield advance
     click.echo(f"{title}: done in {time.monotonic() - started:.1f} s")

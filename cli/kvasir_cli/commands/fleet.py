@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -50,7 +51,7 @@ PORT = click.IntRange(min=1, max=65535)
     "--kv-node-mb", type=COUNT, default=512, show_default=True, help="Memory of each KV node."
 )
 @click.option("--detach", is_flag=True, help="Return when the fleet serves; it runs on.")
-def up(*, detach: bool, **values: object) -> None:
+def up(*, detach: bool, **values: Any) -> None:
     """Start a fleet: one router, prefill and decode workers, KV nodes.
 
     Each part is a process of its own; one that dies is started again. Ctrl-C stops all.
@@ -71,16 +72,13 @@ def up(*, detach: bool, **values: object) -> None:
         run_fleet(options)
 
 
-def fleet_options(**values: object) -> FleetOptions:
-    """The options with what was left open filled in."""
-    model = values.pop("model")
-    assert isinstance(model, Path)
-    name = values.pop("model_name") or model.absolute().name
-    workers = [values["num_prefill"], values["num_decode"]]
-    num_workers = sum(count for count in workers if isinstance(count, int))
+def fleet_options(**values: Any) -> FleetOptions:
+    """The options with what was left open filled in: the model's name, threads by worker."""
+    num_workers = values["num_prefill"] + values["num_decode"]
     num_cores = len(os.sched_getaffinity(0))
-    threads = values.pop("num_threads") or max(1, num_cores // num_workers)
-    return FleetOptions(model=model, model_name=name, num_threads=threads, **values)  # type: ignore[arg-type]
+    values["model_name"] = values["model_name"] or values["model"].absolute().name
+    values["num_threads"] = values["num_threads"] or max(1, num_cores // num_workers)
+    return FleetOptions(**values)
 
 
 def run_fleet(options: FleetOptions) -> None:

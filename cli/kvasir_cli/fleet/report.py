@@ -1,5 +1,6 @@
 """What a fleet says while it starts, runs and stops: lines that stay, and what it waits for."""
 
+import sys
 import time
 from typing import Protocol
 
@@ -56,9 +57,12 @@ class TerminalReport:
             self._status.update(f"waiting for {escape(text)}")
         if bool(text) != self._is_spinning:
             self._is_spinning = bool(text)
-            (self._status.start if text else self._status.stop)()
+            if text:
+                self._status.start()
+            else:
+                self._status.stop()
 
 
 def make_report() -> Report:
     """The report that suits stdout."""
-    return TerminalReport() if click.get_text_stream("stdout").isatty() else LineReport()
+    return TerminalReport() if sys.stdout.isatty() else LineReport()

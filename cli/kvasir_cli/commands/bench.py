@@ -1,0 +1,136 @@
+"""kvasir bench: figures of the engine alone and of a serving fleet."""
+
+import asyncio
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+COUNT = click.IntRange(min=1)
+JSON_FILE = click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Write the result there."
+)
+
+
+@click.group()
+def bench() -> None:
+    """Measure the engine or a serving fleet."""
+
+
+@bench.command()
+@click.option("--url", envvar="KVASIR_URL", help="A running fleet.  [default: start one]")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Model folder: for the fleet that is started, and to count tokens exactly.",
+)
+@click.option("--prefill", "num_prefill", type=COUNT, default=1, show_default=True)
+@click.option("--decode", "num_decode", type=COUNT, default=1, show_default=True)
+@click.option(
+    "--kv-nodes", "num_kv_nodes", type=click.IntRange(min=0), default=1, show_default=True
+)
+@click.option("--kv-cache-mb", type=COUNT, default=1024, show_default=True)
+@click.option("--concurrency", type=COUNT, default=4, show_default=True)
+@click.option("--requests", "num_requests", type=COUNT, default=16, show_default=True)
+@click.option("--warmup", "num_warmup", type=click.IntRange(min=0), default=1, show_default=True)
+@click.option("--input-tokens", type=COUNT, default=256, show_default=True)
+@click.option("--output-tokens", type=COUNT, default=32, show_default=True)
+@click.option(
+    "--shared-prefix",
+    "shared_ratio",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Part of the prompt that all requests share.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@JSON_FILE
+def serve(url: str | None, model: Path | None, json_file: Path | None, **values: Any) -> None:
+    """Load a fleet with completions; TTFT, TPOT and rates.
+
+    Without --url a fleet is started for --model and stopped afterwards.
+    """
+    from kvasir_cli.load.serve import LoadSettings
+
+    fleet = {name: values.pop(name) for name in ("num_prefill", "num_decode", "num_kv_nodes")}
+    fleet["kv_cache_mb"] = values.pop("kv_cache_mb")
+    settings = LoadSettings(**values)
+    if url is None and model is None:
+        raise click.UsageError("give --url of a running fleet, or --model to start one")
+    with contextlib.ExitStack() as stack:
+        if url is None and model is not None:
+            url = stack.enter_context(_fleet(model, fleet))
+        result = _measure(url or "", model, settings)
+    if json_file is not None:
+        _write(json_file, {"bench": "serve", "fleet": fleet if model else url, **result})
+
+
+@contextlib.contextmanager
+def _fleet(model: Path, counts: dict[str, int]) -> Any:
+    import random
+
+    from kvasir_cli.commands.fleet import fleet_options
+    from kvasir_cli.fleet.launch import temporary_fleet
+    from kvasir_cli.fleet.plan import LOOPBACK
+    from kvasir_cli.fleet.ports import free_ports
+
+    port = free_ports(LOOPBACK, 1, avoid=frozenset(), source=random.Random())[0]
+    options = fleet_options(
+        model=model,
+        model_name=None,
+        host=LOOPBACK,
+        port=port,
+        grpc_port=0,
+        redis=None,
+        num_threads=0,
+        kv_node_mb=1024,
+        **counts,
+    )
+    with temporary_fleet(options, echo=click.echo):
+        yield options.url
+
+
+def _measure(url: str, model: Path | None, settings: Any) -> dict[str, Any]:
+    from kvasir_cli.load.machine import machine
+    from kvasir_cli.load.prompts import PromptShape, TokenCounter, make_prompts
+    from kvasir_cli.load.serve import run_load
+    from kvasir_cli.progress import count_progress
+
+    count = settings.num_warmup + settings.num_requests
+    shape = PromptShape(count, settings.input_tokens, settings.shared_ratio, settings.seed)
+    prompts = make_prompts(shape, TokenCounter(model) if model else None)
+    with count_progress("requests", count) as advance:
+        result = asyncio.run(run_load(url, None, prompts, settings, advance))
+    _show(result)
+    return {"machine": machine(), **result.as_json()}
+
+
+def _show(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("ms", "p50", "p90", "p99", "mean"):
+        table.add_column(column, justify="left" if column == "ms" else "right")
+    for name in ("ttft_ms", "tpot_ms", "latency_ms"):
+        values = getattr(result, name)
+        cells = [f"{values[key]:.1f}" if values else "-" for key in ("p50", "p90", "p99", "mean")]
+        table.add_row(name.removesuffix("_ms").upper(), *cells)
+    Console().print(table)
+    click.echo(
+        f"{result.num_ok} of {result.settings.num_requests} requests in {result.duration_s:.1f} s: "
+        f"{result.output_tokens_per_s:.1f} output tokens/s, "
+        f"{result.input_tokens_per_s:.1f} prompt tokens/s "
+        f"(prompts of {result.input_tokens_mean:.0f}, {result.cached_tokens_mean:.0f} of them "
+        "reused)"
+    )
+    for message, count in result.errors.items():
+        click.secho(f"{count} failed: {message}", fg="red")
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+    click.echo(f"wrote {path}")

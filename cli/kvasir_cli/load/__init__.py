@@ -1,0 +1,1 @@
+"""Load on a serving fleet: prompts made, requests sent, times summed up."""
