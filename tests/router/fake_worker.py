@@ -33,6 +33,7 @@ class Script:
     peer_refuses: Reason | None = None  # the error names the prefill peer, as a frame
     die_after: int | None = None  # tokens, then the connection is cut
     stall_after: int | None = None  # tokens, then silence
+    pause_after: int | None = None  # tokens, then it waits for `resume`
     fail_after: int | None = None  # tokens, then an ERROR frame
     times: int = 1_000_000  # how many requests are treated so
 
@@ -55,6 +56,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     transfer_healthy: bool = True
     requests: list[worker_pb2.GenerateRequest] = field(default_factory=list)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    resume: asyncio.Event = field(default_factory=asyncio.Event)
     watchers: list[asyncio.Queue[worker_pb2.WorkerEvent]] = field(default_factory=list)
     held: set[bytes] = field(default_factory=set)
     mute: bool = False
@@ -166,6 +168,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 return
             if index - start == script.stall_after:
                 await asyncio.Event().wait()
+            if index - start == script.pause_after:
+                await self.resume.wait()
             if index - start == script.fail_after:
                 await response.write(_error_frame(Reason.KV_TRANSFER, ""))
                 return
