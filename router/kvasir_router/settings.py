@@ -52,6 +52,9 @@ class RouterSettings(BaseModel):
     connect_timeout_ms: int = Field(default=1_000, ge=1)
     """Workers are near: whoever takes longer to accept a connection is down."""
 
+    worker_wait_ms: int = Field(default=2_000, ge=0)
+    """When all workers are away, new requests wait this long for one: restarts and hiccups pass."""
+
     attempts_max: int = Field(default=4, ge=1)
     """Workers tried for one request, continuations included."""
 

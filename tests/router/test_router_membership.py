@@ -4,6 +4,7 @@ import asyncio
 import socket
 from pathlib import Path
 
+import openai
 import pytest
 from fake_worker import FakeWorker, random_name
 from kvasir_router.membership import discovery
@@ -24,6 +25,26 @@ async def test_a_worker_that_dies_leaves_and_returns(tmp_path: Path) -> None:
             assert "worker a: unreachable" in (await response.json())["degraded"][0]
         await a.start()
         await router.has_members("a", "b")
+
+
+async def test_a_request_waits_while_the_only_worker_restarts(tmp_path: Path) -> None:
+    worker = FakeWorker("a")
+    async with running_router(tmp_path, worker, worker_wait_ms=10_000) as router:
+        await worker.stop()
+        await router.has_members()
+        answer = asyncio.create_task(router.chat_text(max_tokens=3))
+        await worker.start()
+        assert await answer == "abc"
+
+
+async def test_a_request_does_not_wait_for_ever_for_a_worker(tmp_path: Path) -> None:
+    worker = FakeWorker("a")
+    async with running_router(tmp_path, worker, worker_wait_ms=100) as router:
+        await worker.stop()
+        await router.has_members()
+        with pytest.raises(openai.InternalServerError) as caught:
+            await router.chat_text()
+        assert caught.value.code == "no_worker"
 
 
 async def test_a_silent_worker_leaves(tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ class SequenceGapError(Exception):
     """An event is missing: what is known of the worker's blocks may be wrong."""
 
 
+class StreamEndedError(Exception):
+    """The worker ended its event stream: it is going away."""
+
+
 class Member:
     """A worker at one address."""
 
@@ -58,16 +62,17 @@ class Member:
         """Follows the worker until cancelled."""
         backoff_ms = BACKOFF_MS_MIN
         while True:
-            was_reachable = False
+            was_reachable = True
             try:
                 await self._follow()
             except SequenceGapError:
                 log.warning("worker %s: an event is missing, reconnecting", self.name)
-                continue
             except grpc.aio.AioRpcError as error:
                 was_reachable = self._lose(error.details() or error.code().name.lower())
             except TimeoutError:
                 was_reachable = self._lose("no event in time")
+            except StreamEndedError:
+                was_reachable = self._lose("it ended its event stream")
             backoff_ms = BACKOFF_MS_MIN if was_reachable else min(2 * backoff_ms, BACKOFF_MS_MAX)
             await asyncio.sleep(backoff_ms * random.uniform(0.5, 1.0) / 1_000)
 
@@ -90,7 +95,7 @@ class Member:
                 async with asyncio.timeout(self._silence_s):
                     event = await call.read()
                 if not isinstance(event, worker_pb2.WorkerEvent):
-                    raise TimeoutError  # the worker ended the stream: it is going away
+                    raise StreamEndedError
                 self._apply(event, first=first)
                 first = False
 

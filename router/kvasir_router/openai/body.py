@@ -1,5 +1,6 @@
 """Reads a request's body: size, JSON, then the types of its fields."""
 
+import asyncio
 import json
 from typing import Any, NoReturn, TypeVar
 
@@ -10,6 +11,9 @@ from pydantic import ValidationError
 from kvasir_router.openai.errors import from_validation
 from kvasir_router.openai.schema import Body
 from kvasir_router.openai.unsupported import strip_neutral
+
+BODY_TIMEOUT_S = 60.0
+"""For the whole body: a client that sends 8 MiB more slowly than 1 Mbit/s is given up."""
 
 B = TypeVar("B", bound=Body)
 
@@ -32,9 +36,12 @@ async def _read(request: web.Request, bytes_max: int) -> bytes:
     if (request.content_length or 0) > bytes_max:
         raise too_large
     try:
-        return await request.read()
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise too_large from None
+    except TimeoutError:
+        raise KvasirError(Reason.TIMEOUT, "the body did not arrive in time") from None
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

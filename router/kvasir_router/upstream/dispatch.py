@@ -130,8 +130,8 @@ class Dispatcher:
             await asyncio.sleep(RETRY_PAUSE_MS * 2**tried.num_failed / 1_000)
             tried = replace(tried, exclude=frozenset())
             decision = self._pick(request, tried)
-        if isinstance(decision, Rejected) and progress.has_output:
-            await self._wait_for_worker()
+        if isinstance(decision, Rejected) and decision.reason is RejectReason.NO_DECODE_WORKER:
+            await self._wait_for_worker(has_output=progress.has_output)
             decision = self._pick(request, tried)
         if isinstance(decision, Rejected):
             self._metrics.rejected(decision)
@@ -142,10 +142,14 @@ class Dispatcher:
     def _pick(self, request: Request, tried: Attempts) -> Route | Rejected:
         return pick(self._fleet.view(), excluding(request, *tried.exclude), now_ms=now_ms())
 
-    async def _wait_for_worker(self) -> None:
-        """Until a worker can decode, or a stall would be over: the client has half an answer."""
+    async def _wait_for_worker(self, *, has_output: bool) -> None:
+        """Until a worker can decode; longer for a client that has half an answer."""
+        settings = self._settings
+        wait_ms = settings.stall_timeout_ms if has_output else settings.worker_wait_ms
+        if not self._fleet.members():
+            return
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.stall_timeout_ms / 1_000):
+            async with asyncio.timeout(wait_ms / 1_000):
                 while not any(w.can_decode for w in self._fleet.view().workers.values()):
                     await self._fleet.changed()
 
