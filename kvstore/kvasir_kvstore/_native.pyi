@@ -27,7 +27,10 @@ class BlockPool:
         """[num_blocks]: layers of the block that are final; == num_layers: the block is whole."""
     @property
     def progress(self) -> NDArray[np.uint32]:
-        """[1]: futex word; whoever raises `ready` increments it, then FUTEX_WAKE_PRIVATE."""
+        """[1]: futex word; whoever raises `ready` increments it, then FUTEX_WAKE (not _PRIVATE)."""
+    @property
+    def uses(self) -> NDArray[np.uint32]:
+        """[num_blocks]: how often a peer pulled the block by name; wraps around."""
     @property
     def num_blocks(self) -> int: ...
     @property

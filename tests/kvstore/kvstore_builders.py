@@ -1,16 +1,19 @@
 """Pools, peers and a disturbing wire for the tests of the KV tier."""
 
+import asyncio
 import contextlib
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from kvasir_kvstore._native import BlockClient, BlockPool, BlockServer, PullResult
 
+T = TypeVar("T")
 DIGEST = bytes(range(16))
 UID = b"u" * 16
 EPOCH = 1_700_000_000_000
@@ -142,6 +145,19 @@ def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 10
     while not condition():
         assert time.monotonic() < end, f"waited in vain for: {what}"
         time.sleep(0.001)
+
+
+async def eventually(
+    ask: Callable[[], Awaitable[T]], is_right: Callable[[T], bool], timeout_s: float = 10
+) -> T:
+    """Asks until the answer is right."""
+    end = time.monotonic() + timeout_s
+    answer = await ask()
+    while not is_right(answer):
+        assert time.monotonic() < end, f"waited in vain; last answer: {answer!r}"
+        await asyncio.sleep(0.005)
+        answer = await ask()
+    return answer
 
 
 class Wire:

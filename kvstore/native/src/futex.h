@@ -5,8 +5,8 @@
 
 namespace kvasir {
 
-// Sleeps while `*word == seen`, at most `timeout_ms`. Process-private: wakers must use
-// FUTEX_WAKE_PRIVATE too.
+// Sleeps while `*word == seen`, at most `timeout_ms`. Wakers must use FUTEX_WAKE (not _PRIVATE: the
+// kernel keeps the two apart).
 void futex_wait(uint32_t* word, uint32_t seen, int64_t timeout_ms);
 
 // Increments `*word` (release) and wakes every waiter.

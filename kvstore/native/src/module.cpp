@@ -58,6 +58,11 @@ Words pool_ready(nb::handle self) {
   return Words(pool.ready(), {pool.shape().num_blocks}, self);
 }
 
+Words pool_uses(nb::handle self) {
+  const auto& pool = nb::cast<const BlockPool&>(self);
+  return Words(pool.uses(), {pool.shape().num_blocks}, self);
+}
+
 Words pool_progress(nb::handle self) {
   return Words(nb::cast<const BlockPool&>(self).progress(), {1}, self);
 }
@@ -73,6 +78,7 @@ void bind_pool(nb::module_& m) {
       .def_prop_ro("data", &pool_data)
       .def_prop_ro("ready", &pool_ready)
       .def_prop_ro("progress", &pool_progress)
+      .def_prop_ro("uses", &pool_uses)
       .def_prop_ro("num_blocks", [](const BlockPool& p) { return p.shape().num_blocks; })
       .def_prop_ro("num_layers", [](const BlockPool& p) { return p.shape().num_layers; })
       .def_prop_ro("layer_bytes", [](const BlockPool& p) { return p.shape().layer_bytes; })

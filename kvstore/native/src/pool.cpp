@@ -18,7 +18,7 @@ constexpr size_t kClosedMax = 1024;
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 
-size_t ready_bytes(const PoolShape& shape) {
+size_t words_bytes(const PoolShape& shape) {
   return round_up(size_t{shape.num_blocks} * sizeof(uint32_t), kLine);
 }
 
@@ -40,10 +40,14 @@ Mapping::~Mapping() { munmap(data_, bytes_); }
 BlockPool::BlockPool(const PoolShape& shape)
     : shape_(shape),
       data_(shape.num_blocks * shape.block_bytes(), true),
-      counters_(ready_bytes(shape) + kLine, false) {}
+      counters_(2 * words_bytes(shape) + kLine, false) {}
 
 uint32_t* BlockPool::progress() const {
-  return reinterpret_cast<uint32_t*>(counters_.data() + ready_bytes(shape_));
+  return reinterpret_cast<uint32_t*>(counters_.data() + 2 * words_bytes(shape_));
+}
+
+uint32_t* BlockPool::uses() const {
+  return reinterpret_cast<uint32_t*>(counters_.data() + words_bytes(shape_));
 }
 
 uint8_t* BlockPool::layer(uint32_t block, uint32_t layer) const {
@@ -118,6 +122,7 @@ std::optional<uint32_t> BlockPool::pin(const Name& name) {
   const auto it = names_.find(name);
   if (it == names_.end()) return std::nullopt;
   ++it->second.pins;
+  std::atomic_ref<uint32_t>(uses()[it->second.block]).fetch_add(1, std::memory_order_relaxed);
   return it->second.block;
 }
 

@@ -63,6 +63,7 @@ class BlockPool {
   uint8_t* data() const { return data_.data(); }
   uint32_t* ready() const { return reinterpret_cast<uint32_t*>(counters_.data()); }
   uint32_t* progress() const;
+  uint32_t* uses() const;
   uint8_t* layer(uint32_t block, uint32_t layer) const;
 
   // Layers of `block` that are final (acquire).
@@ -116,7 +117,7 @@ class BlockPool {
 
   const PoolShape shape_;
   Mapping data_;
-  Mapping counters_;  // ready[num_blocks], then progress on a cache line of its own
+  Mapping counters_;  // ready[num_blocks], uses[num_blocks], progress, on cache lines of their own
 
   mutable std::mutex mutex_;
   std::unordered_map<Name, Entry, NameHash> names_;

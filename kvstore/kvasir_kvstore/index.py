@@ -1,0 +1,266 @@
+"""The block index: which holder has a block. A hint that may be lost, stale or wiped at any time.
+
+    BlockIndex
+      MemoryIndex   in this process
+      RedisIndex    in Redis, shared by a cluster; one round trip a call
+
+Every entry is a lease that its holder renews. No call raises because the index is away: it
+answers with a miss, and `healthy` and `problem` say so. That a holder still has a block is decided
+by the holder when it is asked, and its (uid, epoch) in the entry refuses an earlier life.
+"""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
+
+import redis.asyncio
+from google.protobuf.message import DecodeError
+from kvasir_proto.v1 import common_pb2
+
+from kvasir_kvstore.core.placement import Run
+
+log = logging.getLogger(__name__)
+
+LEASE_TTL_MS = 60_000
+ENTRIES_MAX = 1 << 20
+_KEY_PREFIX = b"kvasir:block:"
+
+PeerAddress = common_pb2.PeerAddress
+Location = Run[PeerAddress]
+Result = TypeVar("Result")
+
+
+class BlockIndex(Protocol):
+    """Names of blocks to their holders. An entry names one holder: the last that announced it."""
+
+    kind: str
+
+    @property
+    def healthy(self) -> bool:
+        """False: answers are misses, and announcements are lost."""
+
+    @property
+    def problem(self) -> str:
+        """Why it is not healthy, or ""."""
+
+    async def announce(self, names: Sequence[bytes], holder: PeerAddress) -> bool:
+        """The holder has these blocks, for one lease from now. False: it is not recorded."""
+
+    async def withdraw(self, names: Sequence[bytes], holder: PeerAddress) -> bool:
+        """The holder no longer has them; entries of other holders stay."""
+
+    async def locate(self, names: Sequence[bytes]) -> list[Location]:
+        """Runs that together cover the longest leading part of the names that is known."""
+
+    async def close(self) -> None:
+        """Lets go of connections."""
+
+
+def runs_of(packed: Sequence[bytes | None]) -> list[tuple[bytes, int, int]]:
+    """(value, first, count) of the runs of equal values before the first None."""
+    runs: list[tuple[bytes, int, int]] = []
+    for i, value in enumerate(packed):
+        if value is None:
+            break
+        if runs and runs[-1][0] == value:
+            runs[-1] = (value, runs[-1][1], runs[-1][2] + 1)
+        else:
+            runs.append((value, i, 1))
+    return runs
+
+
+def _locations(packed: Sequence[bytes | None]) -> list[Location]:
+    locations = []
+    for value, first, count in runs_of(packed):
+        try:
+            locations.append(Run(PeerAddress.FromString(value), first, count))
+        except DecodeError:
+            log.warning("block index: an entry is not an address; it is ignored")
+            break
+    return locations
+
+
+def _pack(holder: PeerAddress) -> bytes:
+    return holder.SerializeToString(deterministic=True)
+
+
+@dataclass(slots=True)
+class _Lease:
+    holder: bytes
+    until_ms: float
+
+
+class MemoryIndex:
+    """An index inside one process. Forgets the entry renewed longest ago when it is full."""
+
+    kind = "memory"
+    healthy = True
+    problem = ""
+
+    def __init__(
+        self,
+        *,
+        ttl_ms: int = LEASE_TTL_MS,
+        entries_max: int = ENTRIES_MAX,
+        clock_ms: Callable[[], float] = lambda: time.monotonic() * 1000,
+    ) -> None:
+        self._ttl_ms = ttl_ms
+        self._entries_max = entries_max
+        self._clock_ms = clock_ms
+        self._leases: OrderedDict[bytes, _Lease] = OrderedDict()
+
+    async def announce(self, names: Sequence[bytes], holder: PeerAddress) -> bool:
+        """The holder has these blocks, for one lease from now."""
+        packed, until_ms = _pack(holder), self._clock_ms() + self._ttl_ms
+        for name in names:
+            self._leases[name] = _Lease(packed, until_ms)
+            self._leases.move_to_end(name)
+        while len(self._leases) > self._entries_max:
+            self._leases.popitem(last=False)
+        return True
+
+    async def withdraw(self, names: Sequence[bytes], holder: PeerAddress) -> bool:
+        """The holder no longer has them; entries of other holders stay."""
+        packed = _pack(holder)
+        for name in names:
+            lease = self._leases.get(name)
+            if lease is not None and lease.holder == packed:
+                del self._leases[name]
+        return True
+
+    async def locate(self, names: Sequence[bytes]) -> list[Location]:
+        """Runs that together cover the longest leading part of the names that is known."""
+        now_ms = self._clock_ms()
+        found: list[bytes | None] = []
+        for name in names:
+            lease = self._leases.get(name)
+            if lease is None or lease.until_ms <= now_ms:
+                break
+            found.append(lease.holder)
+        return _locations(found)
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+
+_WITHDRAW = """
+for i, key in ipairs(KEYS) do
+  if redis.call('GET', key) == ARGV[1] then redis.call('DEL', key) end
+end
+return redis.status_reply('OK')
+"""
+
+
+class RedisIndex:
+    """An index in Redis. After a failure it is left alone for `retry_ms`, so calls stay fast."""
+
+    kind = "redis"
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        ttl_ms: int = LEASE_TTL_MS,
+        timeout_ms: int = 250,
+        retry_ms: int = 1000,
+        clock_ms: Callable[[], float] = lambda: time.monotonic() * 1000,
+    ) -> None:
+        self._ttl_ms = ttl_ms
+        self._timeout_s = timeout_ms / 1000
+        self._retry_ms = retry_ms
+        self._clock_ms = clock_ms
+        self._retry_at_ms = 0.0
+        self._problem = ""
+        self._redis = redis.asyncio.Redis.from_url(
+            url,
+            decode_responses=False,
+            socket_timeout=self._timeout_s,
+            socket_connect_timeout=self._timeout_s,
+            max_connections=64,
+        )
+
+    @property
+    def healthy(self) -> bool:
+        """False: the last call failed."""
+        return not self._problem
+
+    @property
+    def problem(self) -> str:
+        """Why the last call failed, or ""."""
+        return self._problem
+
+    async def announce(self, names: Sequence[bytes], holder: PeerAddress) -> bool:
+        """The holder has these blocks, for one lease from now. False: Redis is away."""
+        packed = _pack(holder)
+        pipeline = self._redis.pipeline(transaction=False)
+        for name in names:
+            pipeline.set(_KEY_PREFIX + name, packed, px=self._ttl_ms)
+        return await self._call(pipeline.execute) is not None
+
+    async def withdraw(self, names: Sequence[bytes], holder: PeerAddress) -> bool:
+        """The holder no longer has them; entries of other holders stay. False: Redis is away."""
+        if not names:
+            return True
+        keys = [_KEY_PREFIX + name for name in names]
+
+        async def run() -> Any:
+            return await self._redis.eval(_WITHDRAW, len(keys), *keys, _pack(holder))
+
+        return await self._call(run) is not None
+
+    async def locate(self, names: Sequence[bytes]) -> list[Location]:
+        """Runs that together cover the longest known leading part; none if Redis is away."""
+        if not names:
+            return []
+
+        async def run() -> list[bytes | None]:
+            keys = [_KEY_PREFIX + name for name in names]
+            return cast(list[bytes | None], await self._redis.mget(keys))
+
+        return _locations(await self._call(run) or [])
+
+    async def ping(self) -> bool:
+        """Whether Redis answers now; asks even if it has just failed."""
+        self._retry_at_ms = 0.0
+
+        async def run() -> bool:
+            return bool(await self._redis.ping())
+
+        return bool(await self._call(run))
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._redis.aclose()
+
+    async def _call(self, call: Callable[[], Awaitable[Result]]) -> Result | None:
+        """The call's result; None if Redis is, or has just been, away."""
+        if self._clock_ms() < self._retry_at_ms:
+            return None
+        try:
+            async with asyncio.timeout(2 * self._timeout_s):
+                result = await call()
+        except (redis.RedisError, OSError, TimeoutError) as error:
+            if not self._problem:
+                log.warning("block index: Redis is away: %s", error or type(error).__name__)
+            self._problem = f"Redis: {error or type(error).__name__}"
+            self._retry_at_ms = self._clock_ms() + self._retry_ms
+            return None
+        if self._problem:
+            log.info("block index: Redis is back")
+        self._problem = ""
+        return result
+
+
+def make_index(redis_url: str | None, *, ttl_ms: int = LEASE_TTL_MS) -> BlockIndex:
+    """The index in Redis if a URL is given, else one in this process.
+
+    Raises:
+        ValueError: the URL is not one of Redis.
+    """
+    if redis_url:
+        return RedisIndex(redis_url, ttl_ms=ttl_ms)
+    return MemoryIndex(ttl_ms=ttl_ms)

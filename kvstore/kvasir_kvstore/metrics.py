@@ -1,0 +1,112 @@
+"""Metrics of the KV tier: of a KV node's process, and of a worker's use of the tier.
+
+Reasons are those of kvasir_proto.errors and of the data plane (`PullResult.error`); "ok": none.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+NODE_GAUGES = {
+    "blocks_total": "Slots for blocks",
+    "blocks_used": "Slots that hold a block",
+    "blocks_reserved": "Slots being filled",
+    "offers_running": "Offers being pulled or waiting",
+    "index_healthy": "1: the block index answers",
+    "connections": "Open data-plane connections",
+}
+NODE_COUNTERS = {
+    "blocks_served": "Blocks sent to peers",
+    "bytes_served": "KV bytes sent to peers",
+    "blocks_missed": "Blocks asked for and not held",
+    "stale_refused": "Connections meant for an earlier life of this node",
+    "layout_refused": "Connections of another KV layout",
+    "bad_requests": "Data-plane messages that were not intact",
+    "connections_refused": "Data-plane connections over the limit",
+}
+
+
+class _Scraped(Collector):
+    """Values that are read at every scrape."""
+
+    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        values = self._read()
+        for name, text in NODE_GAUGES.items():
+            yield GaugeMetricFamily(f"kvasir_kvnode_{name}", text, values.get(name, 0))
+        for name, text in NODE_COUNTERS.items():
+            yield CounterMetricFamily(f"kvasir_kvnode_{name}", text, values.get(name, 0))
+
+
+class NodeMetrics:
+    """All metrics of one KV node, in a registry of its own."""
+
+    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_Scraped(read))
+        self.offers = Counter(
+            "kvasir_kvnode_offers", "Offers, by reason", ["reason"], registry=self.registry
+        )
+        self.blocks = Counter(
+            "kvasir_kvnode_blocks_offered",
+            "Blocks offered, by what became of them: pulled, held, missed",
+            ["result"],
+            registry=self.registry,
+        )
+        self.bytes_pulled = Counter(
+            "kvasir_kvnode_bytes_pulled", "KV bytes pulled from workers", registry=self.registry
+        )
+        self.evicted = Counter(
+            "kvasir_kvnode_blocks_evicted", "Blocks given up for others", registry=self.registry
+        )
+        self.quarantined = Counter(
+            "kvasir_kvnode_frames_quarantined",
+            "Frames whose checksum or form was wrong",
+            registry=self.registry,
+        )
+        self.pull_seconds = Histogram(
+            "kvasir_kvnode_pull_seconds",
+            "Time to pull one offer",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+
+    def render(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class TierMetrics:
+    """A worker's use of the KV tier, in the worker's registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.offers = Counter(
+            "kvasir_kvtier_offers",
+            "Offers to KV nodes, by reason (dropped: too many waited)",
+            ["reason"],
+            registry=registry,
+        )
+        self.blocks = Counter(
+            "kvasir_kvtier_blocks",
+            "Blocks wanted from the tier, by result: fetched, unknown or lost",
+            ["result"],
+            registry=registry,
+        )
+        self.frames_bad = Counter(
+            "kvasir_kvtier_frames_bad",
+            "Frames whose checksum or form was wrong; their blocks were not used",
+            registry=registry,
+        )
+        self.locate_seconds = Histogram(
+            "kvasir_kvtier_locate_seconds",
+            "Time to ask the index",
+            buckets=_SECONDS,
+            registry=registry,
+        )

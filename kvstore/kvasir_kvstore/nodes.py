@@ -1,0 +1,203 @@
+"""The KV nodes that a worker knows: their addresses, channels and whether they answer.
+
+Decides which nodes are live: one that failed is left alone until a probe in the background has
+reached it, so a dead node costs a request at most one failed call. What is kept where is decided by
+core/placement.py.
+"""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+from kvasir_proto.errors import KvasirError, Reason
+from kvasir_proto.rpc_errors import error_from_rpc
+from kvasir_proto.v1 import common_pb2, kvnode_pb2, kvnode_pb2_grpc
+
+from kvasir_kvstore.core.placement import Run
+from kvasir_kvstore.index import Location
+
+log = logging.getLogger(__name__)
+
+DNS_PREFIX = "dns:"
+NODES_MAX = 256
+PROBE_TIMEOUT_MS = 1000
+_CHANNEL_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+_NODE_IS_AWAY = frozenset({Reason.NO_WORKER, Reason.TIMEOUT, Reason.CANCELLED, Reason.DRAINING})
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """Where KV nodes are found: one address, or all addresses behind a name."""
+
+    host: str
+    port: int
+    is_dns: bool
+
+
+def parse_spec(text: str) -> NodeSpec:
+    """The spec of HOST:PORT or dns:HOST:PORT.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    host, _, port = text.removeprefix(DNS_PREFIX).rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"KV node {text!r} is neither HOST:PORT nor dns:HOST:PORT")
+    return NodeSpec(host.strip("[]"), int(port), text.startswith(DNS_PREFIX))
+
+
+def _target(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@dataclass(slots=True)
+class _Node:
+    channel: grpc.aio.Channel
+    stub: "kvnode_pb2_grpc.KvNodeAsyncStub"
+    problem: str = "not asked yet"
+
+
+class NodeSet:
+    """The nodes behind the specs; the event loop owns it."""
+
+    def __init__(self, specs: Sequence[str], *, interval_ms: int = 1000) -> None:
+        self._specs = [parse_spec(spec) for spec in specs]
+        self._interval_s = interval_ms / 1000
+        self._nodes: dict[str, _Node] = {}
+        self._resolve_problem = ""
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Finds and probes the nodes once, then keeps doing so."""
+        await self._refresh()
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def close(self) -> None:
+        """Stops watching and closes the channels."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        for node in self._nodes.values():
+            await node.channel.close()
+        self._nodes.clear()
+
+    def live(self) -> list[str]:
+        """Targets of the nodes that answered last time."""
+        return [target for target, node in self._nodes.items() if not node.problem]
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the nodes, or ""."""
+        problems = [f"{target}: {n.problem}" for target, n in self._nodes.items() if n.problem]
+        if self._resolve_problem:
+            problems.append(self._resolve_problem)
+        if not self._nodes and not problems:
+            problems.append("no KV node found")
+        return "; ".join(problems)
+
+    async def locate(
+        self, target: str, names: Sequence[bytes], *, timeout_ms: int
+    ) -> list[Location]:
+        """Where the node says that the names' leading part is held.
+
+        Raises:
+            KvasirError: the node does not answer.
+        """
+        request = kvnode_pb2.LocateRequest(names=names)
+        node = self._node(target)
+        try:
+            answer = await node.stub.Locate(request, timeout=timeout_ms / 1000)
+        except grpc.aio.AioRpcError as error:
+            raise self._failed(node, target, error) from error
+        return [Run(found.holder, found.first, found.count) for found in answer.locations]
+
+    async def offer(
+        self,
+        target: str,
+        names: Sequence[bytes],
+        *,
+        source: common_pb2.PeerAddress,
+        layout: common_pb2.KvLayout,
+        timeout_ms: int,
+    ) -> kvnode_pb2.OfferResponse:
+        """Lets the node pull what it lacks of these blocks.
+
+        Raises:
+            KvasirError: the node does not answer or refuses.
+        """
+        request = kvnode_pb2.OfferRequest(
+            source=source, layout=layout, names=names, timeout_ms=timeout_ms
+        )
+        node = self._node(target)
+        try:
+            return await node.stub.Offer(request, timeout=timeout_ms / 1000 + 1)
+        except grpc.aio.AioRpcError as error:
+            raise self._failed(node, target, error) from error
+
+    def _node(self, target: str) -> _Node:
+        node = self._nodes.get(target)
+        if node is None:
+            raise KvasirError(Reason.NO_WORKER, f"KV node {target} is gone")
+        return node
+
+    def _failed(self, node: _Node, target: str, error: grpc.aio.AioRpcError) -> KvasirError:
+        failure = error_from_rpc(error)
+        if failure.reason in _NODE_IS_AWAY:
+            if not node.problem:
+                log.warning("KV node %s: %s", target, failure.message)
+            node.problem = failure.message
+        return failure
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            await self._refresh()
+
+    async def _refresh(self) -> None:
+        targets = await self._resolve()
+        for target in set(self._nodes) - targets:
+            log.info("KV node %s is gone", target)
+            await self._nodes.pop(target).channel.close(grace=1)
+        for target in sorted(targets - set(self._nodes))[: NODES_MAX - len(self._nodes)]:
+            channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+            self._nodes[target] = _Node(channel, kvnode_pb2_grpc.KvNodeStub(channel))
+        probes = [self._probe(t, node) for t, node in self._nodes.items() if node.problem]
+        await asyncio.gather(*probes)
+
+    async def _resolve(self) -> set[str]:
+        """Targets behind the specs; those of a name that does not resolve now stay as they are."""
+        targets: set[str] = set()
+        self._resolve_problem = ""
+        for spec in self._specs:
+            if not spec.is_dns:
+                targets.add(_target(spec.host, spec.port))
+                continue
+            try:
+                async with asyncio.timeout(PROBE_TIMEOUT_MS / 1000):
+                    found = await asyncio.get_running_loop().getaddrinfo(
+                        spec.host, spec.port, type=socket.SOCK_STREAM
+                    )
+            except (OSError, TimeoutError) as error:
+                self._resolve_problem = f"{spec.host} does not resolve: {error}"
+                return targets | set(self._nodes)
+            targets |= {_target(str(address[0]), spec.port) for *_, address in found}
+        return targets
+
+    async def _probe(self, target: str, node: _Node) -> None:
+        try:
+            await node.stub.Describe(
+                kvnode_pb2.DescribeKvNodeRequest(), timeout=PROBE_TIMEOUT_MS / 1000
+            )
+        except grpc.aio.AioRpcError as error:
+            node.problem = error_from_rpc(error).message or "does not answer"
+        else:
+            log.info("KV node %s answers", target)
+            node.problem = ""
