@@ -51,7 +51,7 @@ format: build ## rewrite Python and C++ files in the project's format
 bench: build ## engine and serving figures into bench/results
 	$(BIN)/kvasir model make qwen3-0.6b .cache/qwen3-0.6b
 	$(BIN)/kvasir bench engine --model .cache/qwen3-0.6b --json bench/results/engine.json
-	$(BIN)/kvasir bench serve --json bench/results/serve.json
+	$(BIN)/kvasir bench serve --model .cache/qwen3-0.6b --json bench/results/serve.json
 
 e2e: build ## the whole on a real Kubernetes cluster (KUBECONFIG's, else a new kind cluster)
 	$(BIN)/python -m pytest e2e -p no:cacheprovider --timeout 900 -s

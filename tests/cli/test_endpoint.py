@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -35,7 +37,7 @@ GOOD = [
 
 
 @asynccontextmanager
-async def serving(answer: Callable) -> AsyncIterator[Endpoint]:
+async def serving(answer: Callable, path: str = "/v1/completions") -> AsyncIterator[Endpoint]:
     """An endpoint whose completions are made by `answer(request) -> events or response`."""
 
     async def complete(request: web.Request) -> web.StreamResponse:
@@ -53,7 +55,7 @@ async def serving(answer: Callable) -> AsyncIterator[Endpoint]:
         return web.json_response({"data": [{"id": "m"}]})
 
     app = web.Application()
-    app.add_routes([web.post("/v1/completions", complete), web.get("/v1/models", models)])
+    app.add_routes([web.post(path, complete), web.get("/v1/models", models)])
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -116,6 +118,42 @@ async def test_server_that_is_not_there_is_named() -> None:
     async with aiohttp.ClientSession() as session:
         with pytest.raises(CommandError, match="nothing answers at http"):
             await Endpoint(session, "http://127.0.0.1:9").model()
+
+
+async def test_ctrl_c_stops_an_answer_and_the_chat_goes_on() -> None:
+    bodies: list[dict] = []
+    stopped = asyncio.Event()
+
+    async def slow(request: web.Request) -> web.StreamResponse:
+        bodies.append(await request.json())
+        response = web.StreamResponse()
+        await response.prepare(request)
+        events = [GOOD[1]] if len(bodies) == 1 else GOOD
+        for event in events:
+            await response.write(f"data: {json.dumps(event)}\n\n".encode())
+        if len(bodies) == 1:
+            await stopped.wait()
+        return response
+
+    async with serving(slow, path="/v1/chat/completions") as endpoint:
+        args = ("chat", "--url", endpoint.url, "--system", "Be brief.")
+        chat = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "kvasir_cli", *args),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        chat.stdin.write(b"Capital of France?\n")
+        assert await chat.stdout.readexactly(2) == b"Pa"
+        chat.send_signal(signal.SIGINT)
+        assert await chat.stdout.readline() == b" [stopped]\n"
+        stopped.set()
+        rest, _ = await chat.communicate(b"Once more?\n/exit\n")
+    assert (rest, chat.returncode) == (b"Paris\n", 0)
+    assert [message["content"] for message in bodies[1]["messages"]] == [
+        *("Be brief.", "Capital of France?", "Pa", "Once more?"),
+    ]
 
 
 def make_settings(**changes: object) -> LoadSettings:

