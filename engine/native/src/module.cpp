@@ -1,3 +1,207 @@
+// Bindings: takes Python's arguments apart, checks shapes, releases the GIL.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
-NB_MODULE(_native, m) { m.doc() = "Native part of Kvasir."; }
+#include <memory>
+#include <stdexcept>
+
+#include "model.h"
+#include "probe.h"
+#include "sampler.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvasir {
+
+namespace {
+
+template <class T, size_t kDims>
+using Input = nb::ndarray<const T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+template <class T, size_t kDims>
+using Output = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+
+void require(bool condition, const char* text) {
+  if (!condition) throw std::invalid_argument(text);
+}
+
+template <class T>
+T field(const nb::dict& config, const char* name) {
+  if (!config.contains(name)) {
+    throw std::invalid_argument(std::string("model shape lacks the field ") + name);
+  }
+  return nb::cast<T>(config[name]);
+}
+
+ModelShape shape_from(const nb::dict& config) {
+  ModelShape shape;
+  shape.num_layers = field<int>(config, "num_layers");
+  shape.hidden_size = field<int>(config, "hidden_size");
+  shape.num_heads = field<int>(config, "num_heads");
+  shape.num_kv_heads = field<int>(config, "num_kv_heads");
+  shape.head_dim = field<int>(config, "head_dim");
+  shape.intermediate_size = field<int>(config, "intermediate_size");
+  shape.vocab_size = field<int>(config, "vocab_size");
+  shape.num_experts = field<int>(config, "num_experts");
+  shape.num_experts_per_token = field<int>(config, "num_experts_per_token");
+  shape.rms_norm_eps = field<float>(config, "rms_norm_eps");
+  shape.has_tied_embeddings = field<bool>(config, "has_tied_embeddings");
+  shape.has_qkv_bias = field<bool>(config, "has_qkv_bias");
+  shape.has_output_bias = field<bool>(config, "has_output_bias");
+  shape.has_qk_norm = field<bool>(config, "has_qk_norm");
+  shape.inverse_frequencies = field<std::vector<float>>(config, "inverse_frequencies");
+  shape.rope_scale = field<float>(config, "rope_scale");
+  return shape;
+}
+
+using Weight = nb::ndarray<const uint16_t, nb::c_contig, nb::device::cpu>;
+
+// The model with the Python objects whose memory it reads.
+class PyModel {
+ public:
+  PyModel(const nb::dict& config, const nb::dict& weights, const std::string& isa, int num_threads,
+          const nb::object& progress) {
+    TensorMap tensors;
+    for (const auto& [name, value] : weights) {
+      const Weight weight = nb::cast<Weight>(value, false);
+      Tensor tensor{weight.data(), {}};
+      for (size_t i = 0; i < weight.ndim(); ++i) tensor.dims.push_back(weight.shape(i));
+      tensors.emplace(nb::cast<std::string>(name), std::move(tensor));
+    }
+    const Model::Progress report = [&](size_t done, size_t total) {
+      const nb::gil_scoped_acquire gil;
+      progress(done, total);
+    };
+    const ModelShape shape = shape_from(config);
+    {
+      const nb::gil_scoped_release no_gil;
+      model_ = std::make_unique<Model>(shape, tensors, isa, num_threads,
+                                       progress.is_none() ? Model::Progress() : report);
+    }
+    const char* embeddings = "model.embed_tokens.weight";
+    if (!shape.has_tied_embeddings) embeddings_ = weights[embeddings];
+  }
+
+  void attach_pool(Output<uint8_t, 2> data, Output<uint32_t, 1> ready,
+                   Output<uint32_t, 1> progress) {
+    require(ready.shape(0) == data.shape(0), "ready must have one entry per block");
+    require(progress.shape(0) == 1, "progress must have one entry");
+    require(data.shape(0) > 0 && data.shape(0) <= INT32_MAX, "the pool needs at least one block");
+    KvPool pool;
+    pool.data = data.data();
+    pool.ready = ready.data();
+    pool.progress = progress.data();
+    pool.num_blocks = static_cast<int>(data.shape(0));
+    pool.block_bytes = data.shape(1);
+    model_->attach_pool(pool);
+    pool_arrays_ = nb::make_tuple(data, ready, progress);
+  }
+
+  void forward(Input<int32_t, 1> token_ids, Input<int32_t, 1> positions,
+               Input<int32_t, 1> seq_token_counts, Input<int32_t, 2> block_tables,
+               Input<int32_t, 1> output_rows, Output<float, 2> logits,
+               Input<int32_t, 1> completes) {
+    require(positions.shape(0) == token_ids.shape(0), "positions must be as long as token_ids");
+    require(block_tables.shape(0) == seq_token_counts.shape(0),
+            "block_tables must have one row per sequence");
+    require(logits.shape(0) == output_rows.shape(0), "logits must have one row per output row");
+    require(logits.shape(1) == static_cast<size_t>(model_->shape().vocab_size),
+            "logits must have one column per token of the vocabulary");
+    require(token_ids.shape(0) <= kStepTokensMax && output_rows.shape(0) <= kStepTokensMax,
+            "a step has too many tokens");
+    Step step{};
+    step.token_ids = token_ids.data();
+    step.positions = positions.data();
+    step.num_tokens = static_cast<int>(token_ids.shape(0));
+    step.seq_token_counts = seq_token_counts.data();
+    step.num_seqs = static_cast<int>(seq_token_counts.shape(0));
+    step.block_tables = block_tables.data();
+    step.table_width = static_cast<int>(block_tables.shape(1));
+    step.output_rows = output_rows.data();
+    step.num_outputs = static_cast<int>(output_rows.shape(0));
+    step.logits = logits.data();
+    step.completes = completes.data();
+    step.num_completes = static_cast<int>(completes.shape(0));
+    const nb::gil_scoped_release no_gil;
+    model_->forward(step);
+  }
+
+  std::string isa() const { return model_->kernels().name; }
+  int num_threads() const { return model_->num_threads(); }
+  size_t weight_bytes() const { return model_->weight_bytes(); }
+  size_t layer_bytes() const { return model_->layer_bytes(); }
+
+ private:
+  static constexpr size_t kStepTokensMax = size_t{1} << 16;
+
+  std::unique_ptr<Model> model_;
+  nb::object embeddings_;
+  nb::object pool_arrays_;
+};
+
+nb::ndarray<nb::numpy, int32_t, nb::ndim<1>> sample(Input<float, 2> logits,
+                                                    Input<float, 1> temperature,
+                                                    Input<int32_t, 1> top_k, Input<float, 1> top_p,
+                                                    Input<uint64_t, 1> seed,
+                                                    Input<int64_t, 1> position) {
+  const size_t rows = logits.shape(0);
+  require(temperature.shape(0) == rows && top_k.shape(0) == rows && top_p.shape(0) == rows &&
+              seed.shape(0) == rows && position.shape(0) == rows,
+          "sampling options must have one entry per row of logits");
+  require(logits.shape(1) > 0 && logits.shape(1) <= INT32_MAX, "logits need columns");
+  auto ids = std::make_unique<int32_t[]>(rows);
+  {
+    const nb::gil_scoped_release no_gil;
+    for (size_t i = 0; i < rows; ++i) {
+      const SampleOptions options = {temperature.data()[i], top_k.data()[i], top_p.data()[i],
+                                     seed.data()[i], position.data()[i]};
+      try {
+        ids[i] = sample_row(logits.data() + i * logits.shape(1), static_cast<int>(logits.shape(1)),
+                            options);
+      } catch (const std::invalid_argument& error) {
+        throw std::invalid_argument("row " + std::to_string(i) + ": " + error.what());
+      }
+    }
+  }
+  int32_t* data = ids.release();
+  const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
+  return nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>(data, {rows}, owner);
+}
+
+}  // namespace
+
+}  // namespace kvasir
+
+NB_MODULE(_native, m) {
+  using namespace kvasir;
+  m.doc() = "Forward pass and sampler, native.";
+  m.def("cpu_paths", runnable_paths, "Kernel paths that run on this processor, best last.");
+  m.def(
+      "kv_element_bytes", [](const std::string& isa) { return kernels_of(isa).kv_element_bytes; },
+      "isa"_a, "Bytes of one KV element on a path; ValueError if the path does not run here.");
+  m.def("sample", sample, nb::kw_only(), "logits"_a.noconvert(), "temperature"_a.noconvert(),
+        "top_k"_a.noconvert(), "top_p"_a.noconvert(), "seed"_a.noconvert(),
+        "position"_a.noconvert());
+  m.def("philox_uniform", philox_uniform, "seed"_a, "position"_a);
+
+  nb::class_<PyModel>(m, "Model")
+      .def(nb::init<const nb::dict&, const nb::dict&, const std::string&, int, const nb::object&>(),
+           "config"_a, "weights"_a, nb::kw_only(), "isa"_a, "num_threads"_a,
+           "progress"_a = nb::none())
+      .def("attach_pool", &PyModel::attach_pool, "data"_a.noconvert(), "ready"_a.noconvert(),
+           "progress"_a.noconvert())
+      .def("forward", &PyModel::forward, nb::kw_only(), "token_ids"_a.noconvert(),
+           "positions"_a.noconvert(), "seq_token_counts"_a.noconvert(),
+           "block_tables"_a.noconvert(), "output_rows"_a.noconvert(), "logits"_a.noconvert(),
+           "completes"_a.noconvert())
+      .def_prop_ro("isa", &PyModel::isa)
+      .def_prop_ro("num_threads", &PyModel::num_threads)
+      .def_prop_ro("weight_bytes", &PyModel::weight_bytes)
+      .def_prop_ro("layer_bytes", &PyModel::layer_bytes);
+
+  nb::class_<MemoryProbe>(m, "MemoryProbe")
+      .def(nb::init<size_t, int>(), nb::kw_only(), "num_bytes"_a, "num_threads"_a)
+      .def("read", &MemoryProbe::read, nb::call_guard<nb::gil_scoped_release>());
+}

@@ -15,6 +15,7 @@ import numpy as np
 
 BLOCK_TOKENS = 32
 NAME_BYTES = 16
+ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,8 @@ class KvLayout:
     @property
     def layer_bytes(self) -> int:
         """Bytes of one layer's slice of a block, K and V."""
-        return 2 * self.num_kv_heads * self.head_dim * self.block_tokens * 2
+        elements = 2 * self.num_kv_heads * self.head_dim * self.block_tokens
+        return elements * ELEMENT_BYTES[self.dtype]
 
     @property
     def block_bytes(self) -> int:

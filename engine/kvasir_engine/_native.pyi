@@ -1,0 +1,53 @@
+"""The engine's native part (engine/native): forward pass, sampler, memory probe."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+def cpu_paths() -> list[str]: ...
+def kv_element_bytes(isa: str) -> int: ...
+def sample(
+    *,
+    logits: NDArray[np.float32],
+    temperature: NDArray[np.float32],
+    top_k: NDArray[np.int32],
+    top_p: NDArray[np.float32],
+    seed: NDArray[np.uint64],
+    position: NDArray[np.int64],
+) -> NDArray[np.int32]: ...
+def philox_uniform(seed: int, position: int) -> float: ...
+
+class Model:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        weights: dict[str, NDArray[np.uint16]],
+        *,
+        isa: str,
+        num_threads: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None: ...
+    isa: str
+    num_threads: int
+    weight_bytes: int
+    layer_bytes: int
+    def attach_pool(
+        self, data: NDArray[np.uint8], ready: NDArray[np.uint32], progress: NDArray[np.uint32]
+    ) -> None: ...
+    def forward(
+        self,
+        *,
+        token_ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        seq_token_counts: NDArray[np.int32],
+        block_tables: NDArray[np.int32],
+        output_rows: NDArray[np.int32],
+        logits: NDArray[np.float32],
+        completes: NDArray[np.int32],
+    ) -> None: ...
+
+class MemoryProbe:
+    def __init__(self, *, num_bytes: int, num_threads: int) -> None: ...
+    def read(self) -> float: ...

@@ -1,0 +1,115 @@
+"""A model folder becomes a model that computes: config, weights, kernel path, fingerprint.
+
+Decides the kernel path (the best this processor runs, or KVASIR_ISA) and the KV element type that
+goes with it. Invariant: equal fingerprints mean KV blocks that mean the same.
+"""
+
+import hashlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kvasir_engine import _native
+from kvasir_engine.config import ModelConfig, malformed, read_config
+from kvasir_engine.weights import DIGEST_BYTES, Progress, all_tensors, open_weights, weights_digest
+from kvasir_kvstore.core.block import KvLayout, fingerprint
+from kvasir_proto.errors import KvasirError, Reason
+
+log = logging.getLogger(__name__)
+
+ISA_VARIABLE = "KVASIR_ISA"
+KV_DTYPES = {2: "bfloat16", 4: "float32"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory, ready for `native.attach_pool` and `native.forward`."""
+
+    native: _native.Model
+    config: ModelConfig
+    layout: KvLayout
+    fingerprint: bytes
+    weights_bytes: int
+    """Bytes of packed weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvArrays:
+    """Plain KV memory with the arrays of a BlockPool: for tools that serve no peers."""
+
+    data: np.ndarray
+    ready: np.ndarray
+    progress: np.ndarray
+
+
+def choose_path(isa: str | None = None) -> str:
+    """The kernel path: `isa`, else KVASIR_ISA, else the best that runs here."""
+    name = isa or os.environ.get(ISA_VARIABLE) or _native.cpu_paths()[-1]
+    try:
+        _native.kv_element_bytes(name)
+    except ValueError as error:
+        raise KvasirError(Reason.UNSUPPORTED, str(error), param=ISA_VARIABLE) from error
+    return name
+
+
+def load_model(
+    path: Path | str,
+    *,
+    num_threads: int,
+    isa: str | None = None,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Load the folder at `path`. Raises KvasirError that says what is wrong with it.
+
+    `progress` is called with ("digest" | "pack", done bytes, total bytes).
+    """
+    # 1. What it is, and whether this engine computes it.
+    config = read_config(path)
+    name = choose_path(isa)
+    # 2. Its digest; this also brings the files into the page cache.
+    files = open_weights(path)
+    digest = hashlib.blake2b(
+        config.numerics().encode()
+        + weights_digest(files, num_threads=num_threads, progress=progress),
+        digest_size=DIGEST_BYTES,
+    ).digest()
+    # 3. Its weights, packed for the path.
+    native = _pack(config, all_tensors(files), isa=name, num_threads=num_threads, progress=progress)
+    layout = config.layout(KV_DTYPES[_native.kv_element_bytes(name)])
+    assert native.layer_bytes == layout.layer_bytes, "native and Python disagree on the KV layout"
+    log.info("loaded %s (%s, %d bytes of weights)", path, name, native.weight_bytes)
+    return LoadedModel(native, config, layout, fingerprint(digest, layout), native.weight_bytes)
+
+
+def new_kv_arrays(model: LoadedModel, num_blocks: int) -> KvArrays:
+    """KV memory of `num_blocks` blocks, attached to the model."""
+    arrays = KvArrays(
+        data=np.zeros((num_blocks, model.layout.block_bytes), np.uint8),
+        ready=np.zeros(num_blocks, np.uint32),
+        progress=np.zeros(1, np.uint32),
+    )
+    model.native.attach_pool(arrays.data, arrays.ready, arrays.progress)
+    return arrays
+
+
+def _pack(
+    config: ModelConfig,
+    tensors: dict[str, np.ndarray],
+    *,
+    isa: str,
+    num_threads: int,
+    progress: Progress | None,
+) -> _native.Model:
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("pack", done, total)
+
+    try:
+        return _native.Model(
+            config.native_shape(), tensors, isa=isa, num_threads=num_threads, progress=report
+        )
+    except ValueError as error:
+        raise malformed(str(error)) from error

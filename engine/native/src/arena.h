@@ -1,0 +1,52 @@
+// Memory that lives as long as its owner: weights and scratch, on huge pages where the kernel
+// agrees.
+#pragma once
+
+#include <cstddef>
+
+namespace kvasir {
+
+inline constexpr size_t kCacheLineBytes = 64;
+
+inline size_t round_up(size_t value, size_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// A zeroed anonymous mapping; physical pages appear when first written.
+class Mapping {
+ public:
+  Mapping() = default;
+  explicit Mapping(size_t bytes);
+  ~Mapping();
+  Mapping(Mapping&& other) noexcept;
+  Mapping& operator=(Mapping&& other) noexcept;
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Hands out cache-line aligned pieces of one mapping whose size is known beforehand.
+class Arena {
+ public:
+  explicit Arena(size_t bytes) : mapping_(bytes) {}
+
+  template <class T>
+  T* take(size_t count) {
+    return static_cast<T*>(take_bytes(count * sizeof(T)));
+  }
+  size_t bytes() const { return mapping_.bytes(); }
+
+ private:
+  void* take_bytes(size_t bytes);
+
+  Mapping mapping_;
+  size_t used_ = 0;
+};
+
+}  // namespace kvasir

@@ -1,0 +1,100 @@
+// The attention half of a layer: project, rotate, store KV, announce it, attend, project back.
+#include <algorithm>
+#include <cmath>
+
+#include "model.h"
+
+namespace kvasir {
+
+namespace {
+
+constexpr int kTokenGrain = 4;
+
+}  // namespace
+
+// Normalises and rotates one token's heads in place and writes its K and V to their block.
+void Model::finish_kv(const Step& step, int index, int token) {
+  const Layer& layer = layers_[index];
+  const int head_dim = shape_.head_dim;
+  float* q = act_.qkv[token];
+  float* k = q + shape_.q_size();
+  const float* v = k + shape_.kv_size();
+  for (int head = 0; head < shape_.num_heads + shape_.num_kv_heads; ++head) {
+    float* values = q + head * head_dim;  // K heads follow the Q heads
+    const float* norm = head < shape_.num_heads ? layer.q_norm : layer.k_norm;
+    if (norm != nullptr) {
+      kernels_.rms_norm(values, norm, shape_.rms_norm_eps, head_dim, values);
+    }
+    kernels_.rotate(values, act_.cos[token], act_.sin[token], head_dim);
+  }
+  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  for (int i = 0; i < shape_.q_size(); ++i) q[i] *= scale;
+
+  const int position = step.positions[token];
+  const int32_t* table =
+      step.block_tables + static_cast<size_t>(token_seqs_[token]) * step.table_width;
+  const size_t half = layer_bytes() / 2;
+  const size_t head_bytes = half / shape_.num_kv_heads;
+  uint8_t* keys = kv_.data + table[position / kBlockTokens] * kv_.block_bytes + index * 2 * half;
+  for (int head = 0; head < shape_.num_kv_heads; ++head) {
+    kernels_.store_kv(k + head * head_dim, v + head * head_dim, head_dim, position % kBlockTokens,
+                      keys + head * head_bytes, keys + half + head * head_bytes);
+  }
+}
+
+void Model::attend(const Step& step, int index) {
+  const size_t half = layer_bytes() / 2;
+  const size_t head_bytes = half / shape_.num_kv_heads;
+  const uint8_t* layer_data = kv_.data + index * 2 * half;
+  const int num_items = static_cast<int>(spans_.size()) * shape_.num_kv_heads;
+  pool_.run(num_items, [&](int item, int thread) {
+    const AttentionSpan& span = spans_[item / shape_.num_kv_heads];
+    const int head = item % shape_.num_kv_heads;
+    const size_t column = static_cast<size_t>(head) * shape_.group() * shape_.head_dim;
+    AttentionArgs args{};
+    args.q = act_.qkv[span.first_token] + column;
+    args.q_stride = act_.qkv.stride;
+    args.out = act_.attended[span.first_token] + column;
+    args.out_stride = act_.attended.stride;
+    args.num_tokens = span.num_tokens;
+    args.group = shape_.group();
+    args.head_dim = shape_.head_dim;
+    args.first_position = step.positions[span.first_token];
+    args.keys = layer_data + head * head_bytes;
+    args.values = layer_data + half + head * head_bytes;
+    args.block_bytes = kv_.block_bytes;
+    args.block_table = step.block_tables + static_cast<size_t>(span.seq) * step.table_width;
+    args.scratch = compute_.scratch_of(thread);
+    kernels_.attend(args);
+  });
+}
+
+void Model::plan_attention(const Step& step) {
+  const int span_tokens = std::max(1, kAttentionRows / shape_.group());
+  spans_.clear();
+  token_seqs_.resize(step.num_tokens);
+  for (int seq = 0, token = 0; seq < step.num_seqs; ++seq) {
+    const int end = token + step.seq_token_counts[seq];
+    std::fill(token_seqs_.begin() + token, token_seqs_.begin() + end, seq);
+    for (; token < end; token += span_tokens) {
+      spans_.push_back({seq, token, std::min(span_tokens, end - token)});
+    }
+    token = end;
+  }
+}
+
+void Model::attention(const Step& step, int index) {
+  const Layer& layer = layers_[index];
+  const int num_tokens = step.num_tokens;
+  for_rows(&pool_, num_tokens, kTokenGrain, [&](int row) {
+    kernels_.rms_norm(act_.x[row], layer.input_norm, shape_.rms_norm_eps, shape_.hidden_size,
+                      act_.normed[row]);
+  });
+  linear(compute_, layer.qkv, act_.normed, num_tokens, act_.qkv, Store::kPlain);
+  for_rows(&pool_, num_tokens, kTokenGrain, [&](int token) { finish_kv(step, index, token); });
+  mark_ready(step, index);
+  attend(step, index);
+  linear(compute_, layer.output, act_.attended, num_tokens, act_.x, Store::kAdd);
+}
+
+}  // namespace kvasir

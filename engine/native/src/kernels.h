@@ -1,0 +1,93 @@
+// The table of kernels of one path (instruction set), chosen once at load.
+//
+// Invariant, on every path: an output element depends only on its own row of inputs, and its sum
+// runs over K (or over the context, in blocks of 32 absolute positions) in one fixed order. So a
+// token's numbers are bitwise the same whatever shares the step with it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace kvasir {
+
+inline constexpr int kPanelColumns = 32;  // columns of a weight panel
+inline constexpr int kBlockTokens = 32;   // tokens of a KV block
+inline constexpr int kGemmRowsMax = 192;  // rows of one gemm call
+inline constexpr int kGemmDepth = 512;    // rows of a panel that are expanded to float32 at once
+inline constexpr int kRowAlign = 16;      // hidden, head and feed-forward sizes are multiples of it
+
+// Floats of scratch that one gemm call needs: a tile of sums and an expanded piece of a panel.
+inline constexpr size_t kGemmScratch =
+    size_t{kPanelColumns} * (size_t{kGemmRowsMax} + size_t{kGemmDepth});
+
+enum class Store { kPlain, kAdd };
+
+// c[m][n] (=|+=) a[m][k] * panels + bias. Panels: [ceil(n / 32)][k][32] bf16, zero-padded.
+struct GemmArgs {
+  const float* a;
+  size_t a_stride;
+  int m;  // <= kGemmRowsMax
+  int k;
+  const uint16_t* panels;
+  int n;
+  const float* bias;  // [n] or null
+  Store store;
+  float* c;
+  size_t c_stride;
+  float* scratch;  // kGemmScratch floats
+};
+
+// Attention of consecutive tokens of one sequence, for the query heads that share one KV head.
+struct AttentionArgs {
+  const float* q;  // head g of token t: q + t * q_stride + g * head_dim; already scaled
+  size_t q_stride;
+  float* out;  // laid out as q
+  size_t out_stride;
+  int num_tokens;
+  int group;  // query heads per KV head
+  int head_dim;
+  int first_position;          // of token 0; token t sees positions 0 .. first_position + t
+  const uint8_t* keys;         // this layer's and head's K in block 0 of the pool: [head_dim][32]
+  const uint8_t* values;       // the same of V: [32][head_dim]
+  size_t block_bytes;          // from one block of the pool to the next
+  const int32_t* block_table;  // pool block of each 32 positions
+  float* scratch;              // attention_scratch() floats
+};
+
+inline size_t attention_scratch(int rows, int head_dim) {
+  const size_t per_row = 2 * static_cast<size_t>(head_dim) + kBlockTokens + 2;
+  return static_cast<size_t>(rows) * per_row + 2 * static_cast<size_t>(kBlockTokens) * head_dim;
+}
+
+struct Kernels {
+  const char* name;
+  int kv_element_bytes;  // 2: bf16, 4: float32
+
+  void (*gemm)(const GemmArgs& args);
+  void (*attend)(const AttentionArgs& args);
+  // out = x / rms(x) * weight, n elements
+  void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
+  // rotates one head in place: halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)
+  void (*rotate)(float* head, const float* cos, const float* sin, int head_dim);
+  // out = silu(gate) * up
+  void (*silu_multiply)(const float* gate, const float* up, int n, float* out);
+  // writes one head of one token into its block: K at [i][slot], V at [slot][i]
+  void (*store_kv)(const float* k, const float* v, int head_dim, int slot, uint8_t* keys,
+                   uint8_t* values);
+};
+
+// Paths compiled in and runnable on this processor, best last.
+std::vector<std::string> runnable_paths();
+
+// Throws std::invalid_argument that says which paths there are.
+const Kernels& kernels_of(const std::string& path);
+
+const Kernels& scalar_kernels();
+#ifdef KVASIR_X86
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+}  // namespace kvasir

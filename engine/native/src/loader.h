@@ -1,0 +1,38 @@
+// Packs named weights into the forward pass's form.
+#pragma once
+
+#include "model.h"
+
+namespace kvasir {
+
+// Bytes of packed weights, panels and float32 vectors.
+size_t packed_bytes(const ModelShape& shape);
+
+class Loader {
+ public:
+  Loader(const ModelShape& shape, const TensorMap& tensors, Arena* arena, ThreadPool* pool,
+         const Model::Progress& progress)
+      : shape_(shape), tensors_(tensors), arena_(arena), pool_(pool), progress_(progress) {}
+
+  Layer layer(int index);
+  PackedMatrix head();
+  const float* final_norm() { return vector("model.norm.weight", shape_.hidden_size); }
+  const uint16_t* embeddings();  // row-major; null if tied
+
+ private:
+  const uint16_t* find(const std::string& name, size_t rows, size_t columns) const;
+  RowBlock rows(const std::string& name, int count, int columns) const;
+  PackedMatrix matrix(const std::vector<RowBlock>& sources, int columns);
+  const float* vector(const std::string& name, int size) { return stacked({name}, {size}); }
+  const float* stacked(const std::vector<std::string>& names, const std::vector<int>& sizes);
+  Expert expert(const std::string& gate, const std::string& up, const std::string& down);
+
+  const ModelShape& shape_;
+  const TensorMap& tensors_;
+  Arena* arena_;
+  ThreadPool* pool_;
+  const Model::Progress& progress_;
+  size_t done_bytes_ = 0;
+};
+
+}  // namespace kvasir

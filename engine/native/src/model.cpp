@@ -1,0 +1,172 @@
+#include "model.h"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+
+#include "bf16.h"
+#include "futex.h"
+#include "loader.h"
+
+namespace kvasir {
+
+namespace {
+
+constexpr int kRowGrain = 8;  // rows per item of cheap row-wise work
+constexpr size_t kStridePad = 16;
+
+void require(bool condition, const char* text) {
+  if (!condition) throw std::invalid_argument(text);
+}
+
+size_t thread_scratch(const ModelShape& shape) {
+  const int rows = std::max(kAttentionRows, shape.group());
+  const size_t most = std::max(kLinearScratch, attention_scratch(rows, shape.head_dim));
+  return round_up(most, kCacheLineBytes / sizeof(float)) + kStridePad;
+}
+
+}  // namespace
+
+void Activations::reserve(const ModelShape& shape, int num_tokens) {
+  if (num_tokens <= capacity_) return;
+  const size_t tokens = num_tokens;
+  const size_t choices = tokens * shape.num_experts_per_token;
+  size_t total = 0;
+  const auto place = [&](Rows* rows, size_t count, int width) {
+    rows->stride = round_up(width, kStridePad) + kStridePad;
+    rows->data = reinterpret_cast<float*>(total * sizeof(float));  // an offset until mapped
+    total += count * rows->stride;
+  };
+  place(&x, tokens, shape.hidden_size);
+  place(&normed, tokens, shape.hidden_size);
+  place(&qkv, tokens, shape.qkv_size());
+  place(&attended, tokens, shape.q_size());
+  place(&hidden, std::max(tokens, choices), shape.intermediate_size);
+  place(&cos, tokens, shape.head_dim / 2);
+  place(&sin, tokens, shape.head_dim / 2);
+  place(&router, shape.num_experts == 0 ? 0 : tokens, shape.num_experts);
+  place(&expert_in, choices, shape.hidden_size);
+  place(&expert_out, choices, shape.hidden_size);
+  mapping_ = Mapping(total * sizeof(float));
+  for (Rows* rows :
+       {&x, &normed, &qkv, &attended, &hidden, &cos, &sin, &router, &expert_in, &expert_out}) {
+    rows->data = reinterpret_cast<float*>(static_cast<char*>(mapping_.data()) +
+                                          reinterpret_cast<size_t>(rows->data));
+  }
+  capacity_ = num_tokens;
+}
+
+Model::Model(ModelShape shape, const TensorMap& tensors, const std::string& path, int num_threads,
+             const Progress& progress)
+    : shape_((shape.check(), std::move(shape))),
+      kernels_(kernels_of(path)),
+      pool_(num_threads),
+      weights_(packed_bytes(shape_)) {
+  Loader loader(shape_, tensors, &weights_, &pool_, progress);
+  for (int i = 0; i < shape_.num_layers; ++i) layers_.push_back(loader.layer(i));
+  final_norm_ = loader.final_norm();
+  head_ = loader.head();
+  embeddings_ = loader.embeddings();
+  const size_t stride = thread_scratch(shape_);
+  scratch_ = Mapping(stride * num_threads * sizeof(float));
+  compute_ = {&kernels_, &pool_, static_cast<float*>(scratch_.data()), stride};
+}
+
+size_t Model::layer_bytes() const {
+  return size_t{2} * shape_.kv_size() * kBlockTokens * kernels_.kv_element_bytes;
+}
+
+void Model::attach_pool(const KvPool& pool) {
+  require(pool.block_bytes == shape_.num_layers * layer_bytes(),
+          "the pool's block size does not fit this model and kernel path");
+  const std::lock_guard guard(in_use_);
+  kv_ = pool;
+}
+
+void Model::check(const Step& step) const {
+  require(kv_.data != nullptr, "no KV pool is attached");
+  require(step.num_tokens > 0, "a step needs at least one token");
+  int64_t total = 0;
+  for (int s = 0; s < step.num_seqs; ++s) {
+    require(step.seq_token_counts[s] > 0, "seq_token_counts must be positive");
+    total += step.seq_token_counts[s];
+  }
+  require(total == step.num_tokens, "seq_token_counts must add up to the number of tokens");
+  for (int i = 0; i < step.num_tokens; ++i) {
+    require(step.token_ids[i] >= 0 && step.token_ids[i] < shape_.vocab_size,
+            "a token id is outside the vocabulary");
+  }
+  for (int s = 0, token = 0; s < step.num_seqs; token += step.seq_token_counts[s++]) {
+    const int first = step.positions[token];
+    const int64_t last = int64_t{first} + step.seq_token_counts[s] - 1;
+    require(first >= 0 && last / kBlockTokens < step.table_width,
+            "a position lies outside its sequence's block table");
+    for (int i = 1; i < step.seq_token_counts[s]; ++i) {
+      require(step.positions[token + i] == first + i,
+              "positions of a sequence must be consecutive");
+    }
+    const int32_t* table = step.block_tables + static_cast<size_t>(s) * step.table_width;
+    for (int b = 0; b <= last / kBlockTokens; ++b) {
+      require(table[b] >= 0 && table[b] < kv_.num_blocks, "a block id is outside the pool");
+    }
+  }
+  for (int i = 0; i < step.num_outputs; ++i) {
+    require(step.output_rows[i] >= 0 && step.output_rows[i] < step.num_tokens,
+            "an output row is outside the step");
+  }
+  for (int i = 0; i < step.num_completes; ++i) {
+    require(step.completes[i] >= 0 && step.completes[i] < kv_.num_blocks,
+            "a completed block is outside the pool");
+  }
+}
+
+void Model::embed(const Step& step) {
+  for_rows(&pool_, step.num_tokens, kRowGrain, [&](int row) {
+    const int id = step.token_ids[row];
+    if (embeddings_ == nullptr) {
+      head_.read_row(id, act_.x[row]);
+    } else {
+      const uint16_t* source = embeddings_ + static_cast<size_t>(id) * shape_.hidden_size;
+      for (int i = 0; i < shape_.hidden_size; ++i) act_.x[row][i] = bf16_to_float(source[i]);
+    }
+    fill_rope_row(shape_, step.positions[row], act_.cos[row], act_.sin[row]);
+  });
+}
+
+void Model::mark_ready(const Step& step, int layer) const {
+  if (step.num_completes == 0) return;
+  for (int i = 0; i < step.num_completes; ++i) {
+    std::atomic_ref(kv_.ready[step.completes[i]])
+        .store(static_cast<uint32_t>(layer) + 1, std::memory_order_release);
+  }
+  std::atomic_ref(*kv_.progress).fetch_add(1, std::memory_order_release);
+  futex_wake_all(kv_.progress);
+}
+
+void Model::write_logits(const Step& step) {
+  for_rows(&pool_, step.num_outputs, kRowGrain, [&](int i) {
+    kernels_.rms_norm(act_.x[step.output_rows[i]], final_norm_, shape_.rms_norm_eps,
+                      shape_.hidden_size, act_.normed[i]);
+  });
+  const Rows logits = {step.logits, static_cast<size_t>(shape_.vocab_size)};
+  linear(compute_, head_, act_.normed, step.num_outputs, logits, Store::kPlain);
+}
+
+void Model::forward(const Step& step) {
+  const std::unique_lock guard(in_use_, std::try_to_lock);
+  require(guard.owns_lock(), "the model is already computing a step");
+  check(step);
+  act_.reserve(shape_, std::max(step.num_tokens, step.num_outputs));
+  // 1. Embeddings, rotary angles and the cut of attention into items.
+  embed(step);
+  plan_attention(step);
+  // 2. Layers; KV of a layer is announced as soon as all tokens of the step have written it.
+  for (int i = 0; i < shape_.num_layers; ++i) {
+    attention(step, i);
+    feed_forward(layers_[i], step.num_tokens);
+  }
+  // 3. Logits of the requested rows.
+  if (step.num_outputs > 0) write_logits(step);
+}
+
+}  // namespace kvasir

@@ -1,0 +1,78 @@
+// Weight matrices as panels, packed once at load, and their products.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "arena.h"
+#include "kernels.h"
+#include "thread_pool.h"
+
+namespace kvasir {
+
+// y = x W^T + bias for W [n][k]: panels [ceil(n / 32)][k][32] bf16, zero-padded to whole panels.
+struct PackedMatrix {
+  uint16_t* panels = nullptr;
+  const float* bias = nullptr;
+  int n = 0;
+  int k = 0;
+
+  int num_panels() const { return (n + kPanelColumns - 1) / kPanelColumns; }
+  const uint16_t* panel(int index) const {
+    return panels + static_cast<size_t>(index) * k * kPanelColumns;
+  }
+  // Row `row` of W as float32 (an embedding).
+  void read_row(int row, float* out) const;
+};
+
+inline size_t packed_elements(int n, int k) {
+  return round_up(static_cast<size_t>(n), kPanelColumns) * static_cast<size_t>(k);
+}
+
+// Rows [rows][k] of one source matrix, bf16 bits.
+struct RowBlock {
+  const uint16_t* data;
+  int rows;
+};
+
+// Stacks the sources' rows into one matrix.
+PackedMatrix pack(const std::vector<RowBlock>& sources, int k, Arena* arena, ThreadPool* pool);
+
+struct Rows {
+  float* data = nullptr;
+  size_t stride = 0;  // floats
+
+  float* operator[](int row) const { return data + static_cast<size_t>(row) * stride; }
+};
+
+// What every phase of a step computes with. Scratch of thread t starts at scratch + t * stride.
+struct Compute {
+  const Kernels* kernels;
+  ThreadPool* pool;
+  float* scratch;
+  size_t scratch_stride;
+
+  float* scratch_of(int thread) const { return scratch + thread * scratch_stride; }
+};
+
+// Floats of scratch that linear and gated products need per thread.
+inline constexpr size_t kLinearScratch = kGemmScratch + 2 * size_t{kGemmRowsMax} * kPanelColumns;
+
+// c (=|+=) a W^T + bias for m rows
+void linear(const Compute& compute, const PackedMatrix& weights, Rows a, int m, Rows c,
+            Store store);
+
+// c = silu(a Gate^T) * (a Up^T)
+void gated_linear(const Compute& compute, const PackedMatrix& gate, const PackedMatrix& up, Rows a,
+                  int m, Rows c);
+
+// body(row) for every row, `grain` rows to an item
+template <class Body>
+void for_rows(ThreadPool* pool, int rows, int grain, const Body& body) {
+  pool->run((rows + grain - 1) / grain, [&](int item, int) {
+    const int end = (item + 1) * grain < rows ? (item + 1) * grain : rows;
+    for (int row = item * grain; row < end; ++row) body(row);
+  });
+}
+
+}  // namespace kvasir

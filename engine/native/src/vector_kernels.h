@@ -1,0 +1,223 @@
+// The fast kernels, written once over a vector type V and compiled for each instruction set.
+//
+// V gives: F (a register of kWidth floats), kRows and kColumns (the register tile, columns in
+// registers), and load, load_bf16, store, broadcast, zero, fma, add, multiply, divide, max, min,
+// round, power_of_two, less. Lanes never mix except in sum_lanes, whose order is fixed at 16 lanes:
+// so paths of different width agree bit for bit. No std:: function templates here: what one of
+// these translation units emits must not be linked into code for lesser processors.
+#pragma once
+
+#include "bf16.h"
+#include "kernels.h"
+
+namespace kvasir::vec {
+
+// ---- products -----------------------------------------------------------------------------------
+
+template <class V>
+inline typename V::F load_as_float(const float* p) {
+  return V::load(p);
+}
+template <class V>
+inline typename V::F load_as_float(const uint16_t* p) {
+  return V::load_bf16(p);
+}
+
+// c[kR][kC * width] = (is_first ? 0 : c) + a[kR][k] * b[k][kC * width], summed in the order of k.
+template <class V, int kR, int kC, class B>
+void product_tile(const float* a, size_t a_stride, int k, const B* b, size_t b_stride, float* c,
+                  size_t c_stride, bool is_first) {
+  typename V::F sums[kR][kC];
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kC; ++j) {
+      sums[r][j] = is_first ? V::zero() : V::load(c + r * c_stride + j * V::kWidth);
+    }
+  }
+  for (int i = 0; i < k; ++i) {
+    typename V::F columns[kC];
+#pragma GCC unroll 4
+    for (int j = 0; j < kC; ++j) {
+      columns[j] = load_as_float<V>(b + i * b_stride + j * V::kWidth);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+      const typename V::F x = V::broadcast(a[r * a_stride + i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kC; ++j) sums[r][j] = V::fma(x, columns[j], sums[r][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kC; ++j) V::store(c + r * c_stride + j * V::kWidth, sums[r][j]);
+  }
+}
+
+template <class V, int kC, class B>
+void product_rows(int rows, const float* a, size_t a_stride, int k, const B* b, size_t b_stride,
+                  float* c, size_t c_stride, bool is_first) {
+#define KVASIR_ROWS(R)                                                                   \
+  case R:                                                                                \
+    if constexpr (R <= V::kRows) {                                                       \
+      return product_tile<V, R, kC>(a, a_stride, k, b, b_stride, c, c_stride, is_first); \
+    }                                                                                    \
+    break;
+  switch (rows) {
+    KVASIR_ROWS(1)
+    KVASIR_ROWS(2)
+    KVASIR_ROWS(3)
+    KVASIR_ROWS(4)
+    KVASIR_ROWS(5)
+    KVASIR_ROWS(6)
+    KVASIR_ROWS(7)
+    KVASIR_ROWS(8)
+    KVASIR_ROWS(9)
+    KVASIR_ROWS(10)
+    KVASIR_ROWS(11)
+    KVASIR_ROWS(12)
+  }
+#undef KVASIR_ROWS
+}
+
+// Any m; n a multiple of 16. Rows are spread evenly over tiles: 16 rows are 8 + 8, not 12 + 4.
+template <class V, class B>
+void product(const float* a, size_t a_stride, int m, int k, const B* b, size_t b_stride, int n,
+             float* c, size_t c_stride, bool is_first) {
+  constexpr int kWide = V::kColumns * V::kWidth;
+  int num_tiles = (m + V::kRows - 1) / V::kRows;
+  for (int row = 0; row < m; --num_tiles) {
+    const int rows = (m - row + num_tiles - 1) / num_tiles;
+    const float* a_row = a + row * a_stride;
+    float* c_row = c + row * c_stride;
+    int column = 0;
+    for (; column + kWide <= n; column += kWide) {
+      product_rows<V, V::kColumns>(rows, a_row, a_stride, k, b + column, b_stride, c_row + column,
+                                   c_stride, is_first);
+    }
+    for (; column < n; column += V::kWidth) {
+      product_rows<V, 1>(rows, a_row, a_stride, k, b + column, b_stride, c_row + column, c_stride,
+                         is_first);
+    }
+    row += rows;
+  }
+}
+
+template <class V>
+void expand(const uint16_t* source, size_t count, float* target) {
+  for (size_t i = 0; i < count; i += V::kWidth) V::store(target + i, V::load_bf16(source + i));
+}
+
+// Sums of one panel [m][32] to their place in c.
+template <class V>
+void store_panel(const GemmArgs& g, int first, const float* sums) {
+  const int columns = g.n - first < kPanelColumns ? g.n - first : kPanelColumns;
+  for (int row = 0; row < g.m; ++row) {
+    float* c = g.c + row * g.c_stride + first;
+    const float* sum = sums + row * kPanelColumns;
+    for (int j = 0; j < columns; ++j) {
+      const float value = g.bias == nullptr ? sum[j] : sum[j] + g.bias[first + j];
+      c[j] = g.store == Store::kAdd ? c[j] + value : value;
+    }
+  }
+}
+
+template <class V>
+void gemm(const GemmArgs& g) {
+  float* sums = g.scratch;
+  float* expanded = g.scratch + size_t{kGemmRowsMax} * kPanelColumns;
+  for (int first = 0; first < g.n; first += kPanelColumns) {
+    const uint16_t* panel = g.panels + static_cast<size_t>(first) * g.k;
+    if (g.m <= V::kRows) {  // one tile: convert in registers
+      product<V>(g.a, g.a_stride, g.m, g.k, panel, kPanelColumns, kPanelColumns, sums,
+                 kPanelColumns, true);
+    } else {
+      for (int start = 0; start < g.k; start += kGemmDepth) {
+        const int depth = g.k - start < kGemmDepth ? g.k - start : kGemmDepth;
+        expand<V>(panel + static_cast<size_t>(start) * kPanelColumns,
+                  static_cast<size_t>(depth) * kPanelColumns, expanded);
+        product<V>(g.a + start, g.a_stride, g.m, depth, expanded, kPanelColumns, kPanelColumns,
+                   sums, kPanelColumns, start == 0);
+      }
+    }
+    store_panel<V>(g, first, sums);
+  }
+}
+
+// ---- elementwise --------------------------------------------------------------------------------
+
+// 16 partial sums to one, always by the same tree.
+inline __attribute__((always_inline)) float sum_lanes(const float* lanes) {
+  float s[8];
+  for (int i = 0; i < 8; ++i) s[i] = lanes[i] + lanes[i + 8];
+  for (int i = 0; i < 4; ++i) s[i] += s[i + 4];
+  return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+// exp(x), within 2 ulp; exactly 0 below -87.3; NaN stays NaN. Cephes' polynomial.
+template <class V>
+inline typename V::F exp(typename V::F x) {
+  using F = typename V::F;
+  const F low = V::broadcast(-87.3f);
+  const F clamped = V::max(low, V::min(V::broadcast(88.3f), x));
+  const F n = V::round(V::multiply(clamped, V::broadcast(1.44269504088896341f)));
+  F r = V::fma(n, V::broadcast(-0.693359375f), clamped);
+  r = V::fma(n, V::broadcast(2.12194440e-4f), r);
+  F p = V::broadcast(1.9875691500e-4f);
+  p = V::fma(p, r, V::broadcast(1.3981999507e-3f));
+  p = V::fma(p, r, V::broadcast(8.3334519073e-3f));
+  p = V::fma(p, r, V::broadcast(4.1665795894e-2f));
+  p = V::fma(p, r, V::broadcast(1.6666665459e-1f));
+  p = V::fma(p, r, V::broadcast(5.0000001201e-1f));
+  p = V::fma(V::multiply(r, r), p, V::add(r, V::broadcast(1.0f)));
+  return V::zero_where_less(V::multiply(p, V::power_of_two(n)), x, low);
+}
+
+template <class V>
+void rms_norm(const float* x, const float* weight, float eps, int n, float* out) {
+  float lanes[kRowAlign] = {};
+  for (int i = 0; i < n; i += kRowAlign) {
+    for (int j = 0; j < kRowAlign; j += V::kWidth) {
+      const typename V::F value = V::load(x + i + j);
+      V::store(lanes + j, V::fma(value, value, V::load(lanes + j)));
+    }
+  }
+  const float mean = sum_lanes(lanes) / static_cast<float>(n);
+  const typename V::F scale = V::broadcast(1.0f / __builtin_sqrtf(mean + eps));
+  for (int i = 0; i < n; i += V::kWidth) {
+    V::store(out + i, V::multiply(V::multiply(V::load(x + i), scale), V::load(weight + i)));
+  }
+}
+
+template <class V>
+void rotate(float* head, const float* cos, const float* sin, int head_dim) {
+  const int half = head_dim / 2;
+  for (int i = 0; i < half; ++i) {
+    const float x1 = head[i], x2 = head[i + half];
+    head[i] = x1 * cos[i] - x2 * sin[i];
+    head[i + half] = x2 * cos[i] + x1 * sin[i];
+  }
+}
+
+template <class V>
+void silu_multiply(const float* gate, const float* up, int n, float* out) {
+  using F = typename V::F;
+  const F one = V::broadcast(1.0f);
+  for (int i = 0; i < n; i += V::kWidth) {
+    const F g = V::load(gate + i);
+    const F grown = V::add(one, exp<V>(V::subtract(V::zero(), g)));
+    V::store(out + i, V::multiply(V::divide(g, grown), V::load(up + i)));
+  }
+}
+
+template <class V>
+void store_kv(const float* k, const float* v, int head_dim, int slot, uint8_t* keys,
+              uint8_t* values) {
+  uint16_t* key_column = reinterpret_cast<uint16_t*>(keys) + slot;
+  uint16_t* value_row = reinterpret_cast<uint16_t*>(values) + static_cast<size_t>(slot) * head_dim;
+  for (int i = 0; i < head_dim; ++i) key_column[i * kBlockTokens] = bf16_from_float(k[i]);
+  for (int i = 0; i < head_dim; ++i) value_row[i] = bf16_from_float(v[i]);
+}
+
+}  // namespace kvasir::vec
