@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from kvasir_kvstore.core.block import KvLayout
 from kvasir_proto.errors import KvasirError, Reason
 
@@ -196,7 +195,9 @@ def _parse_rope(raw: Mapping[str, Any]) -> Rope:
         raise malformed("rope_parameters is no object in config.json")
     kind = values.get("rope_type", values.get("type", "default"))
     if kind not in ROPE_TYPES:
-        raise unsupported(f"rope_type {kind!r} is not supported; there are: {', '.join(ROPE_TYPES)}")
+        raise unsupported(
+            f"rope_type {kind!r} is not supported; there are: {', '.join(ROPE_TYPES)}"
+        )
     theta = _number(values, "rope_theta", default=_number(raw, "rope_theta", default=10000.0))
     if kind == "default":
         return Rope(type=kind, theta=theta)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import numpy as np
-
-from kvasir_engine.model import LoadedModel, load_model, new_kv_arrays
 from kvasir_kvstore.core.block import BLOCK_TOKENS
 from kvasir_proto.errors import KvasirError, Reason
+
+from kvasir_engine.model import LoadedModel, load_model, new_kv_arrays
 
 
 def sequence_logits(model: LoadedModel, ids: np.ndarray, *, chunk: int) -> np.ndarray:

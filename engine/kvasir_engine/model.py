@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from kvasir_kvstore.core.block import KvLayout, fingerprint
+from kvasir_proto.errors import KvasirError, Reason
 
 from kvasir_engine import _native
 from kvasir_engine.config import ModelConfig, malformed, read_config
 from kvasir_engine.weights import DIGEST_BYTES, Progress, all_tensors, open_weights, weights_digest
-from kvasir_kvstore.core.block import KvLayout, fingerprint
-from kvasir_proto.errors import KvasirError, Reason
 
 log = logging.getLogger(__name__)
 

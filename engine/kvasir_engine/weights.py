@@ -26,7 +26,11 @@ SINGLE_NAME = "model.safetensors"
 HEADER_BYTES_MAX = 100 << 20
 DIGEST_CHUNK_BYTES = 16 << 20
 DIGEST_BYTES = 32
-DTYPES = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ def float32_from_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def open_weights(model_dir: Path | str) -> list[WeightFile]:
-    """The folder's weight files, headers checked. Raises KvasirError if any is missing or broken."""
+    """The folder's weight files, headers checked. KvasirError if one is missing or broken."""
     folder = Path(model_dir)
     if (folder / INDEX_NAME).is_file():
         return [_open_file(path) for path in _shards(folder)]
@@ -120,7 +124,7 @@ def _chunks(file: WeightFile) -> Iterator[np.ndarray]:
 
 
 def _chunk_digest(chunk: np.ndarray) -> bytes:
-    return hashlib.blake2b(chunk, digest_size=DIGEST_BYTES, person=b"kvasir-chunk").digest()
+    return hashlib.blake2b(chunk.data, digest_size=DIGEST_BYTES, person=b"kvasir-chunk").digest()
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -161,7 +165,7 @@ def _open_file(path: Path) -> WeightFile:
 def _entry(path: Path, name: str, value: Any, *, base: int, size: int) -> TensorEntry:
     """A checked header entry: supported type, and a byte range that fits shape and file."""
     try:
-        dtype, shape = value["dtype"], tuple(int(n) for n in value["shape"])
+        dtype, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
         start, end = (base + int(offset) for offset in value["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise malformed(f"{path}: the entry of tensor {name} is broken: {error}") from error
