@@ -57,11 +57,16 @@ def _flatten_optional(node: Schema) -> Schema:
 
 
 def _default_objects(model: type[ApiModel], schema: Schema) -> None:
-    """An object field that may be left out defaults to {}, so that its own defaults apply."""
+    """An object field that may be left out defaults to the defaults of its fields.
+
+    They are written out: the API server checks rules on a default before it fills it up.
+    """
     for name, field in model.model_fields.items():
         child = schema["properties"][field.alias or name]
         if isinstance(field.default_factory, type) and issubclass(field.default_factory, ApiModel):
-            child["default"] = {}
+            child["default"] = field.default_factory().model_dump(
+                mode="json", by_alias=True, exclude_none=True
+            )
         inner = _model_of(field.annotation)
         if inner is not None and "properties" in child:
             _default_objects(inner, child)
@@ -96,7 +101,7 @@ def root_schema(kind: Kind) -> Schema:
         "properties": {
             "apiVersion": {"type": "string", "description": "Version of the API."},
             "kind": {"type": "string", "description": "Kind of the object."},
-            "metadata": {"type": "object", "description": "Name, labels and the like."},
+            "metadata": {"type": "object"},  # the API server forbids to say more
             "spec": {**structural(kind.spec), "description": "What is wanted."},
             "status": {**structural(kind.status), "description": "What is."},
         },

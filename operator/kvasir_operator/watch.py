@@ -31,7 +31,6 @@ CHILD_RESOURCES = (
     ("", "v1", "services"),
     ("", "v1", "pods"),
 )
-WATCH_TIMEOUT_S = 300.0
 POOL_KIND_BY_ROLE = {role: kind for kind, role in ROLES.items()}
 
 
@@ -73,7 +72,6 @@ def make_settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     settings.scanning.disabled = True  # the resources are known; no rights on CRDs needed
-    settings.watching.server_timeout = WATCH_TIMEOUT_S
     for group, version, plural in CHILD_RESOURCES:
         settings.watching.label_selectors[group, version, plural] = selector_text(MANAGED_BY)
     return settings

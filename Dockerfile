@@ -1,0 +1,45 @@
+# One image for every role: kvasir worker, kvnode, router and operator; redis-server for the index.
+# Dependencies are layers of their own: a change of code alone installs nothing again.
+FROM debian:bookworm-slim AS builder
+RUN apt-get update -qq \
+ && apt-get install -y -qq --no-install-recommends g++ python3-dev python3-venv >/dev/null \
+ && rm -rf /var/lib/apt/lists/*
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off
+RUN python3 -m venv /opt/build \
+ && /opt/build/bin/pip install -q 'scikit-build-core>=0.10' 'nanobind>=2.4' 'cmake>=3.18' ninja
+RUN python3 -m venv --without-pip /opt/kvasir
+
+# 1. What Kvasir depends on, read from pyproject.toml.
+COPY pyproject.toml /src/
+RUN /opt/build/bin/python -c "import tomllib; print(*tomllib.load(open('/src/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /src/requirements.txt \
+ && /opt/build/bin/pip --python /opt/kvasir/bin/python install -q -r /src/requirements.txt
+
+# 2. The native parts: compiled once into a build folder that step 3 finds up to date.
+WORKDIR /src
+ENV CMAKE_BUILD_PARALLEL_LEVEL=2
+COPY CMakeLists.txt LICENSE README.md ./
+COPY engine/native engine/native
+COPY kvstore/native kvstore/native
+RUN /opt/build/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['tool']['scikit-build']['wheel']['packages'], sep='\n')" | xargs mkdir -p \
+ && /opt/build/bin/pip wheel -q --no-build-isolation --no-deps -C build-dir=/src/build -w /discarded .
+
+# 3. Kvasir's wheel.
+COPY proto proto
+COPY kvstore kvstore
+COPY engine engine
+COPY router router
+COPY operator operator
+COPY sim sim
+COPY cli cli
+RUN /opt/build/bin/pip wheel -q --no-build-isolation --no-deps -C build-dir=/src/build -w /wheels . \
+ && /opt/build/bin/pip --python /opt/kvasir/bin/python install -q --no-deps /wheels/*.whl
+
+FROM debian:bookworm-slim
+RUN apt-get update -qq \
+ && apt-get install -y -qq --no-install-recommends python3 libstdc++6 redis-server >/dev/null \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp kvasir
+COPY --from=builder /opt/kvasir /opt/kvasir
+ENV PATH=/opt/kvasir/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+ENTRYPOINT ["kvasir"]

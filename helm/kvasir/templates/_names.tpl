@@ -1,0 +1,60 @@
+{{- define "kvasir.operator" -}}
+{{- printf "%s-operator" (.Release.Name | trunc 40 | trimSuffix "-") -}}
+{{- end }}
+
+{{- define "kvasir.image" -}}
+{{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) -}}
+{{- end }}
+
+{{- define "kvasir.selector" -}}
+app.kubernetes.io/name: kvasir-operator
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "kvasir.labels" -}}
+{{ include "kvasir.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end }}
+
+{{/* What the operator may do in a namespace: exactly what a reconcile calls. */}}
+{{- define "kvasir.rules" -}}
+- apiGroups: [kvasir.dev]
+  resources: [modelservices]
+  verbs: [get, list, watch]
+- apiGroups: [kvasir.dev]
+  resources: [prefillpools, decodepools, kvcachepools]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [kvasir.dev]
+  resources: [modelservices/status, prefillpools/status, decodepools/status, kvcachepools/status]
+  verbs: [patch]
+- apiGroups: [kvasir.dev]
+  # Owner references with OwnerReferencesPermissionEnforcement (OpenShift).
+  resources:
+  - modelservices/finalizers
+  - prefillpools/finalizers
+  - decodepools/finalizers
+  - kvcachepools/finalizers
+  verbs: [update]
+- apiGroups: [apps]
+  resources: [deployments, statefulsets]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [policy]
+  resources: [poddisruptionbudgets]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [services]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [serviceaccounts]
+  verbs: [get, create, patch, delete]
+- apiGroups: [""]
+  # patch: the mark that a drain began; delete: a drained worker that is wanted again.
+  resources: [pods]
+  verbs: [get, list, watch, patch, delete]
+- apiGroups: [""]
+  # Why a pod does not start (a volume that cannot be mounted) is only told in events.
+  resources: [events]
+  verbs: [list]
+{{- end }}
