@@ -21,7 +21,7 @@ COPY CMakeLists.txt LICENSE README.md ./
 COPY engine/native engine/native
 COPY kvstore/native kvstore/native
 RUN /opt/build/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['tool']['scikit-build']['wheel']['packages'], sep='\n')" | xargs mkdir -p \
- && /opt/build/bin/pip wheel -q --no-build-isolation --no-deps -C build-dir=/src/build -w /discarded .
+ && /opt/build/bin/pip wheel -q --no-build-isolation --no-deps -w /discarded .
 
 # 3. Kvasir's wheel.
 COPY proto proto
@@ -31,7 +31,7 @@ COPY router router
 COPY operator operator
 COPY sim sim
 COPY cli cli
-RUN /opt/build/bin/pip wheel -q --no-build-isolation --no-deps -C build-dir=/src/build -w /wheels . \
+RUN /opt/build/bin/pip wheel -q --no-build-isolation --no-deps -w /wheels . \
  && /opt/build/bin/pip --python /opt/kvasir/bin/python install -q --no-deps /wheels/*.whl
 
 FROM debian:bookworm-slim

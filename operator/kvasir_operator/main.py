@@ -26,6 +26,7 @@ CRD_POLL_INTERVAL_S = 1.0
 
 def run(settings: OperatorSettings) -> None:
     """Run until SIGTERM or SIGINT."""
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # a line per event otherwise
     asyncio.run(Operator(settings).run())
 
 

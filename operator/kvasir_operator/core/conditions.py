@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from kvasir_operator.core.manifests import Manifest
 
 MESSAGE_CHARS_MAX = 1024
+PROBLEMS_SHOWN_MAX = 3
 
 
 class ConditionType(enum.StrEnum):
@@ -71,7 +72,10 @@ def degraded(problems: Sequence[Problem]) -> Finding:
     """The condition Degraded for what was found; the first problem gives the reason."""
     if not problems:
         return Finding(ConditionType.DEGRADED, False, Reason.NO_PROBLEM, "no problem found")
-    text = "; ".join(dict.fromkeys(problem.message for problem in problems))
+    messages = list(dict.fromkeys(problem.message for problem in problems))
+    text = "; ".join(messages[:PROBLEMS_SHOWN_MAX])
+    if len(messages) > PROBLEMS_SHOWN_MAX:
+        text += f"; and {len(messages) - PROBLEMS_SHOWN_MAX} more"
     return Finding(ConditionType.DEGRADED, True, problems[0].reason, text)
 
 

@@ -1,0 +1,226 @@
+"""Builders of custom resources, pods and worlds, and a cluster in memory."""
+
+import copy
+import json
+from typing import Any
+
+from kvasir_operator.api import API_VERSION
+from kvasir_operator.core.manifests import DRAIN_ANNOTATION, FIELD_MANAGER, Manifest, Ref, ref_of
+from kvasir_operator.core.plan import make_plan
+from kvasir_operator.core.world import Plan, World
+from kvasir_operator.errors import ClusterError
+
+NOW_MS = 1_750_000_000_000
+IMAGE = "kvasir:test"
+MODEL = {"name": "tiny", "source": {"hostPath": {"path": "/models/tiny"}}}
+
+
+def make_object(kind: str, name: str, spec: Manifest, **metadata: Any) -> Manifest:
+    """A custom resource as the API server returns it."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": kind,
+        "metadata": {
+            "name": name,
+            "namespace": "default",
+            "uid": f"uid-of-{name}",
+            "generation": 1,
+            "resourceVersion": "1",
+            **metadata,
+        },
+        "spec": spec,
+    }
+
+
+def make_service(**spec: Any) -> Manifest:
+    """A ModelService `chat` with KV nodes."""
+    return make_object("ModelService", "chat", {"model": MODEL, "kvCache": {}, **spec})
+
+
+def make_decode_pool(**spec: Any) -> Manifest:
+    """A DecodePool `chat-decode`."""
+    return make_object("DecodePool", "chat-decode", {"model": MODEL, **spec})
+
+
+def make_pod(
+    name: str,
+    *,
+    ready: bool = True,
+    running: bool = True,
+    drain_started: str = "",
+    leaving: bool = False,
+    **status: Any,
+) -> Manifest:
+    """A pod of a worker."""
+    metadata: Manifest = {"name": name, "namespace": "default", "uid": f"uid-of-{name}"}
+    if drain_started:
+        metadata["annotations"] = {DRAIN_ANNOTATION: drain_started}
+    if leaving:
+        metadata["deletionTimestamp"] = "2025-06-15T00:00:00Z"
+    state = {"running": {}} if running else {"waiting": {"reason": "ContainerCreating"}}
+    return {
+        "metadata": metadata,
+        "status": {
+            "podIP": "10.0.0.1",
+            "conditions": [{"type": "Ready", "status": "True" if ready else "False"}],
+            "containerStatuses": [{"name": "decode", "state": state, "ready": ready}],
+            **status,
+        },
+    }
+
+
+def make_stateful_set(name: str, *, replicas: int, ready: int | None = None) -> Manifest:
+    """A settled StatefulSet that belongs to the resource of the same name."""
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "StatefulSet",
+        "metadata": {
+            "name": name,
+            "namespace": "default",
+            "generation": 1,
+            "ownerReferences": [{"uid": f"uid-of-{name}", "controller": True}],
+        },
+        "spec": {"replicas": replicas},
+        "status": {
+            "observedGeneration": 1,
+            "replicas": replicas,
+            "readyReplicas": replicas if ready is None else ready,
+            "updatedReplicas": replicas,
+        },
+    }
+
+
+def make_world(obj: Manifest, *live: Manifest, **facts: Any) -> World:
+    """A world around one resource."""
+    return World(
+        **{
+            "obj": obj,
+            "live": {ref_of(child): child for child in live},
+            "pods": (),
+            "default_image": IMAGE,
+            "now_ms": NOW_MS,
+            **facts,
+        }
+    )
+
+
+def child_of(plan: Plan, kind: str, name: str) -> Manifest:
+    """The planned child of this kind and name."""
+    return next(c for c in plan.children if ref_of(c)[0::2] == (kind, name))
+
+
+def condition_of(status: Manifest, kind: str) -> Manifest:
+    """The condition of this type."""
+    return next(c for c in status["conditions"] if c["type"] == kind)
+
+
+def plan_for(obj: Manifest, *live: Manifest, **facts: Any) -> Plan:
+    """The plan for a world around one resource."""
+    return make_plan(make_world(obj, *live, **facts))
+
+
+class FakeCluster:
+    """A cluster in memory: server-side apply with owned fields, generations, UIDs and defaults."""
+
+    def __init__(self) -> None:
+        self.objects: dict[Ref, Manifest] = {}
+        self.pods: list[Manifest] = []
+        self.events: list[Manifest] = []
+        self.writes: list[tuple[str, Ref]] = []
+        self.refused: dict[Ref, ClusterError] = {}
+        self._version = 100
+
+    def add(self, obj: Manifest) -> None:
+        """Put an object there, as a user or a controller would."""
+        self._version += 1
+        obj["metadata"]["resourceVersion"] = str(self._version)
+        self.objects[ref_of(obj)] = obj
+
+    async def get(self, ref: Ref) -> Manifest | None:
+        """See Cluster."""
+        return copy.deepcopy(self.objects.get(ref))
+
+    async def list(
+        self, kind: str, namespace: str, *, labels: str = "", fields: str = ""
+    ) -> list[Manifest]:
+        """See Cluster; pods and events only."""
+        del namespace, labels
+        if kind == "Pod":
+            return copy.deepcopy(self.pods)
+        return [e for e in self.events if f"involvedObject.uid={e['about']}" in fields]
+
+    async def apply(self, manifest: Manifest) -> Manifest:
+        """See Cluster: fields that are owned and no longer given are removed."""
+        ref = ref_of(manifest)
+        if ref in self.refused:
+            raise self.refused[ref]
+        self.writes.append(("apply", ref))
+        live = self.objects.get(ref, {"metadata": {"uid": f"uid-of-{ref.name}", "generation": 0}})
+        expected = manifest["metadata"].get("resourceVersion")
+        if expected is not None and expected != live["metadata"].get("resourceVersion"):
+            raise ClusterError(409, "Conflict", "the object has been modified")
+        merged = _merge(_without_owned(live), manifest)
+        if merged.get("spec") != live.get("spec"):
+            merged["metadata"]["generation"] = live["metadata"].get("generation", 0) + 1
+        merged["metadata"]["managedFields"] = [
+            {"manager": FIELD_MANAGER, "operation": "Apply", "fieldsV1": _fields(manifest)}
+        ]
+        self.add(merged)
+        return copy.deepcopy(merged)
+
+    async def apply_status(self, ref: Ref, status: Manifest) -> None:
+        """See Cluster."""
+        self.writes.append(("status", ref))
+        self.objects[ref]["status"] = json.loads(json.dumps(status))
+
+    async def annotate(self, ref: Ref, uid: str, annotations: dict[str, str]) -> None:
+        """See Cluster; pods only."""
+        self.writes.append(("annotate", ref))
+        pod = next(pod for pod in self.pods if pod["metadata"]["uid"] == uid)
+        pod["metadata"].setdefault("annotations", {}).update(annotations)
+
+    async def delete(self, ref: Ref, *, uid: str = "") -> None:
+        """See Cluster."""
+        self.writes.append(("delete", ref))
+        self.objects.pop(ref, None)
+        self.pods = [pod for pod in self.pods if not uid or pod["metadata"]["uid"] != uid]
+
+
+def _merge(live: Any, desired: Any) -> Any:
+    if not isinstance(live, dict) or not isinstance(desired, dict):
+        return copy.deepcopy(desired)
+    return {**live, **{key: _merge(live.get(key), value) for key, value in desired.items()}}
+
+
+def _without_owned(live: Manifest) -> Manifest:
+    left = copy.deepcopy(live)
+    for entry in live["metadata"].get("managedFields", ()):
+        _remove(left, entry["fieldsV1"])
+    return left
+
+
+def _remove(node: Any, fields: Manifest) -> None:
+    for key, inner in fields.items():
+        name = key.removeprefix("f:")
+        if not isinstance(node, dict) or name not in node:
+            continue
+        if inner and isinstance(node[name], dict):
+            _remove(node[name], inner)
+        else:
+            del node[name]
+
+
+def _fields(manifest: Any) -> Manifest:
+    """fieldsV1 of a manifest; lists count as atomic."""
+    skipped = ("apiVersion", "kind", "name", "namespace", "resourceVersion")
+    if not isinstance(manifest, dict):
+        return {}
+    top = "kind" in manifest and "metadata" in manifest
+    fields = {}
+    for key, value in manifest.items():
+        if top and key in skipped:
+            continue
+        if top and key == "metadata":
+            value = {k: v for k, v in value.items() if k not in skipped}
+        fields[f"f:{key}"] = _fields(value)
+    return fields

@@ -1,0 +1,174 @@
+"""Reconciles against a cluster in memory: convergence, no idle writes, refusals, drains."""
+
+from kvasir_operator.core.manifests import DRAIN_ANNOTATION, Manifest, Ref
+from kvasir_operator.core.views import DrainView, PodView
+from kvasir_operator.errors import ClusterError
+from kvasir_operator.reconcile import Reconciler
+from operator_builders import (
+    FakeCluster,
+    condition_of,
+    make_decode_pool,
+    make_pod,
+    make_service,
+)
+
+SERVICE = Ref("ModelService", "default", "chat")
+DECODE = Ref("DecodePool", "default", "chat-decode")
+STATEFUL_SET = Ref("StatefulSet", "default", "chat-decode")
+
+
+class FakeDrainer:
+    """Records which workers were asked to drain."""
+
+    def __init__(self) -> None:
+        self.drains: dict[str, DrainView] = {}
+        self.timeouts_s: list[int] = []
+
+    def views(self) -> dict[str, DrainView]:
+        """See Drainer."""
+        return self.drains
+
+    def start(self, pool: Ref, pod: PodView, *, timeout_s: int) -> bool:
+        """See Drainer."""
+        assert pool == DECODE
+        self.drains[pod.uid] = DrainView()
+        self.timeouts_s.append(timeout_s)
+        return True
+
+
+def make_reconciler(cluster: FakeCluster, drainer: FakeDrainer | None = None) -> Reconciler:
+    """A reconciler of this cluster."""
+    return Reconciler(cluster, drainer or FakeDrainer(), default_image="kvasir:test")
+
+
+def settle(cluster: FakeCluster, *, pods: int) -> None:
+    """Do what the StatefulSet controller and the kubelet do."""
+    live = cluster.objects[STATEFUL_SET]
+    live["status"] = {
+        "observedGeneration": live["metadata"]["generation"],
+        "replicas": pods,
+        "readyReplicas": pods,
+        "updatedReplicas": pods,
+    }
+    names = [f"chat-decode-{n}" for n in range(pods)]
+    known = {pod["metadata"]["name"]: pod for pod in cluster.pods}
+    cluster.pods = [known.get(name, make_pod(name)) for name in names]
+
+
+async def make_settled_pool(cluster: FakeCluster, *, replicas: int) -> Reconciler:
+    """A pool with all its pods ready; no writes recorded yet."""
+    cluster.add(make_decode_pool(replicas=replicas))
+    reconciler = make_reconciler(cluster)
+    await reconciler.reconcile(DECODE)
+    settle(cluster, pods=replicas)
+    await reconciler.reconcile(DECODE)
+    cluster.writes.clear()
+    return reconciler
+
+
+async def test_second_reconcile_of_a_service_writes_nothing() -> None:
+    cluster = FakeCluster()
+    cluster.add(make_service())
+    reconciler = make_reconciler(cluster)
+    assert (await reconciler.reconcile(SERVICE)).num_writes == 10
+    cluster.writes.clear()
+    assert (await reconciler.reconcile(SERVICE)).num_writes == 0
+    assert cluster.writes == []
+
+
+async def test_settled_pool_writes_nothing() -> None:
+    cluster = FakeCluster()
+    reconciler = await make_settled_pool(cluster, replicas=2)
+    outcome = await reconciler.reconcile(DECODE)
+    assert cluster.writes == []
+    assert outcome.requeue_after_ms is None
+
+
+async def test_drift_is_repaired_and_foreign_fields_stay() -> None:
+    cluster = FakeCluster()
+    reconciler = await make_settled_pool(cluster, replicas=1)
+    live = cluster.objects[STATEFUL_SET]
+    live["spec"]["podManagementPolicy"] = "OrderedReady"
+    live["metadata"]["labels"]["team"] = "serving"
+    await reconciler.reconcile(DECODE)
+    assert cluster.writes[0] == ("apply", STATEFUL_SET)
+    assert cluster.objects[STATEFUL_SET]["spec"]["podManagementPolicy"] == "Parallel"
+    assert cluster.objects[STATEFUL_SET]["metadata"]["labels"]["team"] == "serving"
+
+
+async def test_status_after_a_change_tells_of_the_change() -> None:
+    cluster = FakeCluster()
+    reconciler = await make_settled_pool(cluster, replicas=1)
+    pool = cluster.objects[DECODE]
+    pool["spec"]["image"] = "kvasir:next"
+    pool["metadata"]["generation"] = 2
+    await reconciler.reconcile(DECODE)
+    status: Manifest = cluster.objects[DECODE]["status"]
+    assert status["observedGeneration"] == 2
+    assert condition_of(status, "Progressing")["reason"] == "RollingOut"
+
+
+async def test_scale_in_marks_drains_then_removes() -> None:
+    cluster, drainer = FakeCluster(), FakeDrainer()
+    await make_settled_pool(cluster, replicas=2)
+    reconciler = make_reconciler(cluster, drainer)
+    cluster.objects[DECODE]["spec"]["replicas"] = 1
+    await reconciler.reconcile(DECODE)
+    assert DRAIN_ANNOTATION in cluster.pods[1]["metadata"]["annotations"]
+    assert drainer.timeouts_s == [60]
+    assert cluster.objects[STATEFUL_SET]["spec"]["replicas"] == 2
+    drainer.drains["uid-of-chat-decode-1"] = DrainView(0, 0, is_over=True)
+    await reconciler.reconcile(DECODE)
+    assert cluster.objects[STATEFUL_SET]["spec"]["replicas"] == 1
+    assert drainer.timeouts_s == [60]
+
+
+async def test_drain_of_an_earlier_operator_is_taken_up_without_a_new_mark() -> None:
+    cluster, drainer = FakeCluster(), FakeDrainer()
+    await make_settled_pool(cluster, replicas=2)
+    cluster.objects[DECODE]["spec"]["replicas"] = 1
+    now = "2999-01-01T00:00:00+00:00"
+    cluster.pods[1] = make_pod("chat-decode-1", drain_started=now)
+    await make_reconciler(cluster, drainer).reconcile(DECODE)
+    assert list(drainer.drains) == ["uid-of-chat-decode-1"]
+    assert "annotate" not in [verb for verb, _ in cluster.writes]
+
+
+async def test_refused_child_becomes_a_condition_and_the_rest_is_applied() -> None:
+    cluster = FakeCluster()
+    cluster.add(make_decode_pool())
+    cluster.refused[STATEFUL_SET] = ClusterError(422, "Invalid", "spec.x: wrong")
+    await make_reconciler(cluster).reconcile(DECODE)
+    degraded = condition_of(cluster.objects[DECODE]["status"], "Degraded")
+    assert degraded["reason"] == "ApplyFailed"
+    assert "spec.x: wrong" in degraded["message"]
+    assert Ref("Service", "default", "chat-decode") in cluster.objects
+
+
+async def test_warning_event_of_a_waiting_pod_reaches_the_condition() -> None:
+    cluster = FakeCluster()
+    await make_settled_pool(cluster, replicas=1)
+    cluster.pods = [make_pod("chat-decode-0", running=False, ready=False)]
+    cluster.events = [
+        {
+            "about": "uid-of-chat-decode-0",
+            "reason": "FailedMount",
+            "message": 'volume "model" : /nope is not a directory',
+            "lastTimestamp": "2025-06-15T00:00:00Z",
+            "metadata": {},
+        }
+    ]
+    await make_reconciler(cluster).reconcile(DECODE)
+    degraded = condition_of(cluster.objects[DECODE]["status"], "Degraded")
+    assert degraded["reason"] == "ModelUnavailable"
+    assert "/nope is not a directory" in degraded["message"]
+
+
+async def test_deleted_object_is_left_to_the_garbage_collector() -> None:
+    cluster = FakeCluster()
+    assert (await make_reconciler(cluster).reconcile(SERVICE)).is_gone
+    service = make_service()
+    service["metadata"]["deletionTimestamp"] = "2025-06-15T00:00:00Z"
+    cluster.add(service)
+    assert (await make_reconciler(cluster).reconcile(SERVICE)).is_gone
+    assert cluster.writes == []
