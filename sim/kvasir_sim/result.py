@@ -1,0 +1,64 @@
+"""What a simulation shows: attainment, TTFT, cache hits, balance."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from kvasir_sim.worker import Job
+
+
+@dataclass(frozen=True, slots=True)
+class SimResult:
+    """Figures over the counted requests. A refused request counts as missed."""
+
+    attainment: float
+    attainment_longest_quarter: float
+    goodput_rps: float
+    ttft_p50_ms: float
+    ttft_p90_ms: float
+    ttft_p99_ms: float
+    hit_rate: float
+    load_cv: float
+    """Standard deviation of the workers' busy time over its mean."""
+
+    wait_max_ms: float
+    refused: int
+    served: int
+
+    def to_json(self) -> dict[str, float | int]:
+        """As `kvasir sim run --json` writes it."""
+        return asdict(self)
+
+
+def summarise(
+    jobs: Sequence[Job], *, refused_inputs: Sequence[int], slo_ms: int, busy_ms: Sequence[float]
+) -> SimResult:
+    """Figures of served jobs, the prompt lengths of refused ones, and the workers' busy times.
+
+    Raises:
+        ValueError: nothing was counted.
+    """
+    if not jobs and not refused_inputs:
+        raise ValueError("no request is left to count: the warm-up takes them all")
+    ttft = np.array([job.finished_ms - job.arrival_ms for job in jobs] or [float("nan")])
+    lengths = np.array([job.request.input_tokens for job in jobs] + list(refused_inputs))
+    attained = np.append(ttft[: len(jobs)] <= slo_ms, np.zeros(len(refused_inputs), bool))
+    longest = lengths >= np.quantile(lengths, 0.75)
+    start_ms = min((job.arrival_ms for job in jobs), default=0.0)
+    span_s = max((job.finished_ms for job in jobs), default=0.0) - start_ms
+    hits = sum(job.hit_tokens for job in jobs)
+    p50, p90, p99 = np.percentile(ttft, [50, 90, 99])
+    return SimResult(
+        attainment=float(attained.mean()),
+        attainment_longest_quarter=float(attained[longest].mean()),
+        goodput_rps=float(attained.sum() / max(span_s / 1_000, 1e-9)),
+        ttft_p50_ms=float(p50),
+        ttft_p90_ms=float(p90),
+        ttft_p99_ms=float(p99),
+        hit_rate=hits / max(sum(job.request.input_tokens for job in jobs), 1),
+        load_cv=float(np.std(busy_ms) / max(float(np.mean(busy_ms)), 1e-9)),
+        wait_max_ms=max((job.started_ms - job.arrival_ms for job in jobs), default=0.0),
+        refused=len(refused_inputs),
+        served=len(jobs),
+    )
