@@ -1,10 +1,9 @@
 """kvasir engine: the engine alone, without server or scheduler."""
 
+import os
 from pathlib import Path
 
 import click
-
-from kvasir_cli.errors import RefusedError
 
 
 @click.group()
@@ -48,15 +47,8 @@ def logits(
 
     KVASIR_ISA chooses the CPU path (scalar, avx2, avx512).
     """
-    import numpy as np
+    from kvasir_engine.logits import run_logits
 
-    from kvasir_cli.logits import all_logits
-
-    try:
-        ids = np.load(ids_file)
-    except ValueError as error:
-        raise RefusedError(f"--ids: {ids_file} is not a .npy file of numbers") from error
-    values = all_logits(model, ids, chunk_tokens=chunk_tokens, num_threads=num_threads)
-    with out_file.open("wb") as file:
-        np.save(file, values)
-    click.echo(f"{out_file}: float32 {list(values.shape)}")
+    threads = num_threads or len(os.sched_getaffinity(0))
+    run_logits(model, ids_file, out_file, chunk_tokens, num_threads=threads)
+    click.echo(f"wrote {out_file}")

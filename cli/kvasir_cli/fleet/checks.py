@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+from kvasir_engine.config import read_config
+from kvasir_engine.memory import MemoryNeed, available_bytes, memory_need
+from kvasir_engine.worker.settings import WorkerSettings
+from kvasir_proto.errors import KvasirError
+
 from kvasir_cli.errors import RefusedError
 from kvasir_cli.fleet.plan import FleetOptions
 from kvasir_cli.fleet.ports import refuse_taken
 from kvasir_cli.progress import size_text
 
-PROCESS_BYTES = 120 << 20
-"""Interpreter, libraries and buffers of one part."""
-CGROUP = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
+SERVER_BYTES = 120 << 20
+"""Interpreter, libraries and buffers of a router or a KV node."""
 
 
 def check_fleet(options: FleetOptions) -> None:
@@ -33,35 +36,34 @@ def check_model(model: Path) -> None:
     for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
         if not any(model.glob(pattern)):
             raise RefusedError(f"--model: {model} has no {pattern}: not a Hugging Face folder")
+    try:
+        read_config(model)
+    except KvasirError as error:
+        raise RefusedError(f"--model: {model}: {error.message}") from error
 
 
 def check_memory(options: FleetOptions, num_bytes_available: int) -> None:
     """Raises RefusedError if the parts need more memory than there is; it says how much."""
-    per_worker = worker_bytes(options)
-    per_kv_node = options.kv_node_mb * 1_000_000 + PROCESS_BYTES
-    needed = options.num_workers * per_worker + options.num_kv_nodes * per_kv_node + PROCESS_BYTES
+    worker = worker_need(options)
+    per_kv_node = (options.kv_node_mb << 20) + SERVER_BYTES
+    needed = options.num_workers * worker.total_bytes
+    needed += options.num_kv_nodes * per_kv_node + SERVER_BYTES
     if needed > num_bytes_available:
         raise RefusedError(
-            f"not enough memory: {size_text(needed)} are needed ({options.num_workers} workers "
-            f"of {size_text(per_worker)}, {options.num_kv_nodes} KV nodes of "
-            f"{size_text(per_kv_node)}), {size_text(num_bytes_available)} are available; use "
-            "fewer workers or a smaller --kv-cache-mb"
+            f"not enough memory: {size_text(needed)} are needed, {size_text(num_bytes_available)} "
+            f"are available; each of {options.num_workers} workers takes {worker.describe()}, each "
+            f"of {options.num_kv_nodes} KV nodes {size_text(per_kv_node)}: use fewer, or a "
+            "smaller --kv-cache-mb"
         )
 
 
-def worker_bytes(options: FleetOptions) -> int:
-    """Memory of one worker: weights, KV cache and the process itself."""
-    weights = sum(path.stat().st_size for path in options.model.glob("*.safetensors"))
-    return weights + options.kv_cache_mb * 1_000_000 + PROCESS_BYTES
-
-
-def available_bytes() -> int:
-    """Memory that new processes can take, by the machine and by the cgroup's limit."""
-    values = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-    found = 1024 * int(values["MemAvailable"].split()[0])
-    try:
-        limit = int((CGROUP / "memory.max").read_text())
-        used = int((CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):
-        return found
-    return min(found, limit - used)
+def worker_need(options: FleetOptions) -> MemoryNeed:
+    """Memory of one worker."""
+    defaults = WorkerSettings.model_fields
+    return memory_need(
+        read_config(options.model),
+        kv_cache_bytes=options.kv_cache_mb << 20,
+        max_batch_tokens=defaults["max_batch_tokens"].default,
+        max_running=defaults["max_running"].default,
+        num_threads=options.num_threads,
+    )

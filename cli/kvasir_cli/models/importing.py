@@ -5,10 +5,15 @@ one piece of one tensor at a time.
 """
 
 from pathlib import Path
+from typing import Any
 
+from kvasir_engine.config import parse_config
+from kvasir_proto.errors import KvasirError
+
+from kvasir_cli.errors import RefusedError
 from kvasir_cli.models.folder import new_folder, refuse_full_disk, refuse_occupied, write_json
 from kvasir_cli.models.gguf_config import hf_config
-from kvasir_cli.models.gguf_file import open_gguf
+from kvasir_cli.models.gguf_file import GgufFile, open_gguf
 from kvasir_cli.models.gguf_tensors import pieces, plan_tensors
 from kvasir_cli.models.gguf_tokenizer import end_token_ids, read_vocabulary
 from kvasir_cli.models.safetensors import write_model
@@ -29,6 +34,7 @@ def import_gguf(source: Path, target: Path, *, label: str) -> int:
     refuse_occupied(target)
     file = open_gguf(source)
     config = hf_config(file)
+    _refuse_uncomputable(file, config)
     planned = {item.spec.name: item for item in plan_tensors(file, config)}
     vocabulary = read_vocabulary(file)
     specs = [item.spec for item in planned.values()]
@@ -42,3 +48,11 @@ def import_gguf(source: Path, target: Path, *, label: str) -> int:
         write_tokenizer(folder, vocabulary)
         write_model(folder, specs, lambda spec: pieces(planned[spec.name]), advance=advance)
     return num_bytes
+
+
+def _refuse_uncomputable(file: GgufFile, config: dict[str, Any]) -> None:
+    """Raise before the weights are written, if the engine would refuse the folder."""
+    try:
+        parse_config(config)
+    except KvasirError as error:
+        raise RefusedError(f"{file.path}: {error.message}") from error
