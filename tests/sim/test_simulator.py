@@ -6,8 +6,10 @@ import random
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvasir_cli.commands.sim import sim
 from kvasir_sim.main import run_sim
 from kvasir_sim.result import SimResult
 from kvasir_sim.settings import SimSettings
@@ -148,3 +150,17 @@ def test_round_robin_meets_published_figures_on_the_mooncake_trace() -> None:
     assert attained == pytest.approx([0.70, 0.40, 0.05], abs=0.03)
     ours = run_sim(SimSettings(trace=trace, policy="kvasir", rate=8.0))
     assert ours.attainment > 0.95
+
+
+def test_the_command_writes_the_figures(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t", [(0, 512, [1]), (9, 512, [1])])
+    target = tmp_path / "out.json"
+    args = ["--trace", str(trace), "--policy", "kvasir", "--warmup", "0", "--json", str(target)]
+    shown = CliRunner().invoke(sim, ["run", *args], catch_exceptions=False)
+    assert shown.exit_code == 0
+    figures = json.loads(target.read_text())
+    assert (figures["served"], figures["attainment"], figures["hit_rate"]) == (2, 1.0, 0.5)
+    assert "attainment_longest_quarter" in shown.output
+    wrong = CliRunner().invoke(sim, ["run", *args, "--rate", "0"])
+    assert wrong.exit_code == 2
+    assert "--rate" in wrong.output

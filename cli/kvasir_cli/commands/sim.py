@@ -1,10 +1,17 @@
-"""kvasir sim: the fleet's own decisions under a simulated clock."""
+"""kvasir sim: the fleet's own decisions under a simulated clock.
 
-import importlib
+Options are the fields of the simulator's settings class; what is simulated is left to it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
 
 import click
+from kvasir_sim.settings import SimSettings
 
-from kvasir_cli.errors import CommandError
+from kvasir_cli.progress import count_progress
+from kvasir_cli.settings_options import build, options
 
 
 @click.group()
@@ -12,14 +19,38 @@ def sim() -> None:
     """Run the fleet's decisions under a simulated clock."""
 
 
-@sim.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-@click.pass_context
-def run(ctx: click.Context) -> None:
-    """Run a simulation; arguments are the simulator's own."""
-    try:
-        module = importlib.import_module("kvasir_sim.main")
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("kvasir_sim"):
-            raise
-        raise CommandError("the simulator is not part of this build") from error
-    module.main(ctx.args)
+def _run(json_file: Path | None, **values: Any) -> None:
+    from kvasir_sim.main import run_sim
+
+    settings = build(SimSettings, values)
+    done = 0
+    with count_progress(f"simulating {settings.policy}", settings.requests) as advance:
+
+        def progress(count: int) -> None:
+            nonlocal done
+            advance(count - done)
+            done = count
+
+        result = run_sim(settings, progress=lambda count, _: progress(count)).to_json()
+    for name, value in result.items():
+        click.echo(
+            f"{name:28}{value:12.4g}" if isinstance(value, float) else f"{name:28}{value:12}"
+        )
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+JSON_OPTION = click.Option(
+    ["--json", "json_file"],
+    type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    help="Write the figures to this file.",
+)
+
+sim.add_command(
+    click.Command(
+        "run",
+        params=[*options(SimSettings), JSON_OPTION],
+        callback=_run,
+        help="Replay a request trace against modelled workers under a routing policy.",
+    )
+)
