@@ -259,6 +259,27 @@ def test_an_unhealthy_transfer_keeps_the_prompt_at_the_decode_worker() -> None:
     assert (route.prefill, route.reason) == (None, RouteReason.TRANSFER_UNHEALTHY)
 
 
+def test_a_prefill_worker_that_cannot_send_kv_is_passed_over() -> None:
+    workers = [make_worker(name, transfer_healthy=name == "c") for name in "abc"]
+    view = make_view(*workers, make_worker("d", "decode"))
+    for i in range(10):
+        route = pick(view, make_request(names=make_names(f"p{i}", 9)), now_ms=0)
+        assert isinstance(route, Route)
+        assert (route.prefill, route.decode) == ("c", "d")
+
+
+def test_after_a_refusal_the_other_of_the_pair_is_asked_not_a_third() -> None:
+    view = make_view(*(make_worker(f"w{i}") for i in range(8)), make_worker("d", "decode"))
+    for i in range(50):
+        request = make_request(names=make_names(f"p{i}", 9))
+        first = pick(view, request, now_ms=0)
+        assert isinstance(first, Route)
+        pair = {c.worker for c in first.candidates}
+        second = pick(view, excluding(request, first.computes), now_ms=0)
+        assert isinstance(second, Route)
+        assert second.prefill in pair - {first.prefill}
+
+
 def test_refusals_name_their_reason() -> None:
     view = make_view(
         make_worker("a", "prefill"), make_worker("d", "decode", blocks_total=4, blocks_free=4)

@@ -74,7 +74,8 @@ async def test_workers_of_another_model_or_fingerprint_are_left_out_with_a_probl
     a, b = FakeWorker("a"), FakeWorker("b")
     odd = FakeWorker("odd", fingerprint=b"g" * 16)
     other = FakeWorker("other", model="large")
-    async with running_router(tmp_path, a, b, odd, other, ready=False) as router:
+    young = FakeWorker("young", fingerprint=b"")
+    async with running_router(tmp_path, a, b, odd, other, young, ready=False) as router:
         await router.has_members("a", "b")
         fleet = router.server.fleet
         await router.until(lambda: all(member.reachable for member, _ in fleet.members()))
@@ -82,6 +83,7 @@ async def test_workers_of_another_model_or_fingerprint_are_left_out_with_a_probl
         assert problems["a"] == problems["b"] == ""
         assert "fingerprint mismatch" in problems["odd"]
         assert "serves model 'large'" in problems["other"]
+        assert "loading" in problems["young"]
 
 
 async def test_failing_kv_transfer_is_shown_and_avoided(tmp_path: Path) -> None:

@@ -149,11 +149,12 @@ def _route(
 
 
 def prefill_pair(view: FleetView, request: Request) -> tuple[str, ...]:
-    """The workers of the request's key; after a refusal by one of them, the other alone."""
+    """The workers of the request's key; when one refused or cannot send KV, the other alone."""
     key = request.key(view.keys)
-    pair = view.rings.candidates(key)
-    left = tuple(name for name in pair if name not in request.exclude)
-    return left or view.rings.candidates(key, request.exclude)
+    mute = {w.name for w in view.workers.values() if w.can_prefill and not w.transfer_healthy}
+    avoid = request.exclude | mute
+    left = tuple(name for name in view.rings.candidates(key) if name not in avoid)
+    return left or view.rings.candidates(key, avoid)
 
 
 def _local(at_decode: Candidate, reason: RouteReason) -> Route:

@@ -18,7 +18,10 @@ def majority_fingerprint(members: Iterable[Member], *, model_name: str) -> bytes
     votes = Counter(
         m.description.fingerprint
         for m in members
-        if m.reachable and m.description and m.description.model == model_name
+        if m.reachable
+        and m.description
+        and m.description.model == model_name
+        and m.description.fingerprint
     )
     return min(votes, key=lambda fp: (-votes[fp], fp)) if votes else None
 
@@ -30,6 +33,8 @@ def problem_of(member: Member, *, model_name: str, fingerprint: bytes | None) ->
         return f"unreachable: {member.error}"
     if about.model != model_name:
         return f"serves model {about.model!r}, not {model_name!r}"
+    if not about.fingerprint:
+        return "it is still loading its model"
     if about.fingerprint != fingerprint:
         return (
             f"fingerprint mismatch: {about.fingerprint.hex()[:12]}, "

@@ -80,8 +80,8 @@ class Fleet:
         if event.snapshot:
             self._prefix.snapshot(member.name, event.stored)
         else:
-            self._prefix.stored(member.name, event.stored)
             self._prefix.removed(member.name, event.removed)
+            self._prefix.stored(member.name, event.stored)
         if event.HasField("description"):
             self.ledger.reported(member.name, now_ms=now_ms())
             self._touch()
