@@ -1,6 +1,6 @@
 """Where output goes: a stream of events to the client, or a text that is kept until the end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from aiohttp import web
 
@@ -40,18 +40,17 @@ class EventSink:
         )
         await self.response.prepare(self._request)
 
-    async def send(self, payload: bytes) -> None:
-        """Forwards events as they are."""
+    async def send(self, payloads: Sequence[bytes]) -> None:
+        """Forwards events as they are, those that came together in one write."""
         assert self.response is not None, "begin comes first"
-        await self.response.write(payload)
+        await self.response.write(b"".join(payloads))
 
     async def finish(self, payload: bytes) -> web.StreamResponse:
         """The last events, then the end."""
         if self.response is None:
             await self.begin(None)
         assert self.response is not None
-        await self.response.write(payload)
-        await self.response.write_eof()
+        await self.response.write_eof(payload)
         return self.response
 
     def abort(self) -> None:
@@ -69,9 +68,9 @@ class TextSink:
     async def begin(self, route: Route) -> None:
         """Nothing to do: the answer is sent as a whole."""
 
-    async def send(self, payload: bytes) -> None:
-        """Keeps a piece."""
-        self._pieces.append(payload)
+    async def send(self, payloads: Sequence[bytes]) -> None:
+        """Keeps the pieces."""
+        self._pieces += payloads
 
     def text(self) -> str:
         """The whole output. A character never spans two pieces, but a broken one must not fail."""

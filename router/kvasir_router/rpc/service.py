@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -40,9 +40,10 @@ class RpcSink:
             )
         )
 
-    async def send(self, payload: bytes) -> None:
-        """Forwards one serialised GenerateChunk."""
-        await self._context.write(payload)
+    async def send(self, payloads: Sequence[bytes]) -> None:
+        """Forwards serialised GenerateChunks, one message each."""
+        for payload in payloads:
+            await self._context.write(payload)
 
 
 class InferenceService:

@@ -1,5 +1,6 @@
 """One request on its way: what the client asked, and how far its output has come."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,8 +69,8 @@ class Sink(Protocol):
     async def begin(self, route: Route) -> None:
         """Output is about to come; called once."""
 
-    async def send(self, payload: bytes) -> None:
-        """The next bytes for the client, as the worker made them."""
+    async def send(self, payloads: Sequence[bytes]) -> None:
+        """The next payloads for the client, as the worker made them."""
 
 
 def generate_request(

@@ -57,8 +57,10 @@ class WorkerClient:
 
     async def frames(
         self, address: common_pb2.PeerAddress, body: bytes, patience: Patience
-    ) -> AsyncGenerator[Frame, None]:
-        """TOKENS frames, then DONE. Leaving early closes the connection: the worker sees it.
+    ) -> AsyncGenerator[list[Frame], None]:
+        """TOKENS frames, then DONE last; those that arrived together come together.
+
+        Leaving early closes the connection: the worker sees it.
 
         Raises:
             KvasirError: the worker refused the request or failed it.
@@ -70,8 +72,8 @@ class WorkerClient:
                 async with self._session.post(url, data=body) as response:
                     if response.status != 200:
                         raise await _refusal(response)
-                    async for frame in self._read(response, limit, patience):
-                        yield frame
+                    async for frames in self._read(response, limit, patience):
+                        yield frames
         except (aiohttp.ClientError, OSError, FrameError) as error:
             raise WorkerLostError(f"{type(error).__name__}: {error}") from error
         except TimeoutError:
@@ -79,18 +81,20 @@ class WorkerClient:
 
     async def _read(
         self, response: aiohttp.ClientResponse, limit: asyncio.Timeout, patience: Patience
-    ) -> AsyncGenerator[Frame, None]:
+    ) -> AsyncGenerator[list[Frame], None]:
         decoder, clock = FrameDecoder(), asyncio.get_running_loop().time
         async for data in response.content.iter_any():
             limit.reschedule(None)  # the reader's own time is not the worker's
-            for frame in decoder.feed(data):
-                if frame.kind is FrameKind.ERROR:
-                    raise _error_of(frame.payload) or WorkerLostError("an unreadable error")
-                if frame.kind is FrameKind.DONE:
-                    await _read_to_end(response)
-                    yield frame
-                    return
-                yield frame
+            frames = list(decoder.feed(data))
+            if frames and frames[-1].kind is FrameKind.DONE:
+                await _read_to_end(response)
+                yield frames
+                return
+            if frames and frames[-1].kind is FrameKind.ERROR:
+                yield frames[:-1]
+                raise _error_of(frames[-1].payload) or WorkerLostError("an unreadable error")
+            if frames:
+                yield frames
             limit.reschedule(clock() + patience.next_frame_ms / 1_000)
         raise WorkerLostError("the stream was cut off")
 

@@ -11,7 +11,7 @@ or by cancellation; whoever leaves early closes the worker's connection.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 
 from kvasir_kvstore.core import block
@@ -160,26 +160,34 @@ class Dispatcher:
         if not progress.has_output:
             progress.sent_ms = now_ms()
         with self._accounted(request, route):
-            async with contextlib.aclosing(self._frames(call, route, progress)) as frames:
-                async for frame in frames:
-                    if frame.kind is FrameKind.DONE:
-                        return _finished(frame)
-                    await self._forward(frame, request, route, sink, progress)
+            async with contextlib.aclosing(self._frames(call, route, progress)) as batches:
+                async for frames in batches:
+                    is_done = bool(frames) and frames[-1].kind is FrameKind.DONE
+                    tokens = frames[:-1] if is_done else frames
+                    await self._forward(tokens, call, route, sink, progress)
+                    if is_done:
+                        return _finished(frames[-1])
         raise AssertionError("a stream ends by DONE or by an error")
 
     async def _forward(
-        self, frame: Frame, request: Request, route: Route, sink: Sink, progress: Progress
+        self, frames: Sequence[Frame], call: Call, route: Route, sink: Sink, progress: Progress
     ) -> None:
-        is_first = not progress.has_output
-        progress.add(frame, now_ms=now_ms())
+        if not frames:
+            return
+        is_first, at_ms = not progress.has_output, now_ms()
+        for frame in frames:
+            progress.add(frame, now_ms=at_ms)
         if is_first:
             progress.route = route
-            self._fleet.ledger.prefilled(route.computes, request_id=request.request_id)
+            self._fleet.ledger.prefilled(route.computes, request_id=call.request_id)
             await sink.begin(route)
-        if frame.payload:
-            await sink.send(frame.payload)
+        payloads = [frame.payload for frame in frames if frame.payload]
+        if payloads:
+            await sink.send(payloads)
 
-    def _frames(self, call: Call, route: Route, progress: Progress) -> AsyncGenerator[Frame, None]:
+    def _frames(
+        self, call: Call, route: Route, progress: Progress
+    ) -> AsyncGenerator[list[Frame], None]:
         peer = self._fleet.address(route.prefill) if route.prefill else None
         body = generate_request(call, progress, peer, now_ms=now_ms())
         patience = Patience(
