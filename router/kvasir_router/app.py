@@ -55,7 +55,9 @@ class Probes:
 
     async def metrics(self, request: web.Request) -> web.Response:
         """Prometheus' text format."""
-        return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        fleet = self._readiness.fleet
+        text = self._metrics.text(fleet.view(), num_members=len(fleet.members()))
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
 
 def make_app(

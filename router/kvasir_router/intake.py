@@ -20,6 +20,8 @@ INLINE_CHARS_MAX = 4_096
 """Longer texts are tokenised in a thread: 4 KB take about 1 ms, and streams must not wait."""
 
 TOKENISER_THREADS = 2
+TOKENISER_QUEUE_MAX = 256
+"""Long prompts that may wait for a thread: at 8 MiB each they hold 2 GiB."""
 
 
 class TextModel(Protocol):
@@ -65,6 +67,7 @@ class Intake:
 
     def __init__(self, settings: RouterSettings, text: TextModel, fleet: Fleet) -> None:
         self._settings, self._text, self._fleet = settings, text, fleet
+        self._num_waiting = 0
         self._pool = ThreadPoolExecutor(TOKENISER_THREADS, thread_name_prefix="tokenise")
 
     def close(self) -> None:
@@ -98,7 +101,14 @@ class Intake:
     async def _off_loop(self, chars: int, encode: Callable[[], list[int]]) -> list[int]:
         if chars <= INLINE_CHARS_MAX:
             return encode()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, encode)
+        if self._num_waiting >= TOKENISER_QUEUE_MAX:
+            message = "the router has too many long prompts to tokenise"
+            raise KvasirError(Reason.OVERLOADED, message, retry_after_ms=1_000)
+        self._num_waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, encode)
+        finally:
+            self._num_waiting -= 1
 
     def check_ids(self, token_ids: Sequence[int], *, param: str) -> None:
         """Raises INVALID_REQUEST for ids that the model does not have."""

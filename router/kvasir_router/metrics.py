@@ -1,11 +1,15 @@
 """What the router tells Prometheus. Labels are enums, worker names are not among them."""
 
+from collections.abc import Sequence
+
 from kvasir_proto.errors import KvasirError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from kvasir_router.core.choose import Rejected, Route
+from kvasir_router.core.fleet import FleetView
 from kvasir_router.upstream.call import Call, Progress
 
+PREFIX = "kvasir_router_"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 RATIOS = (0.1, 0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0, 10.0)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -15,63 +19,50 @@ class RouterMetrics:
     """All metrics of one router process, in a registry of its own."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "kvasir_router_requests_total",
-            "Requests answered, by protocol, HTTP status and reason",
-            ("protocol", "status", "reason"),
-            registry=registry,
+        self.registry = CollectorRegistry()
+        self.requests = self._counter(
+            "requests", "Requests answered", "protocol", "status", "reason"
         )
-        self.in_flight = Gauge(
-            "kvasir_router_requests_in_flight", "Requests being served", registry=registry
+        self.routes = self._counter("routes", "Routes chosen", "reason")
+        self.rejections = self._counter("rejections", "Requests without a route", "reason")
+        self.retries = self._counter(
+            "retries", "Attempts that failed before the first token", "reason"
         )
-        self.ttft = Histogram(
-            "kvasir_router_ttft_seconds",
-            "From a request's arrival to its first token",
-            buckets=SECONDS,
-            registry=registry,
+        self.continuations = self._counter(
+            "continuations", "Attempts that failed after the first token", "reason"
         )
-        self.ttft_predicted = Histogram(
-            "kvasir_router_ttft_predicted_seconds",
-            "What the route that brought the first token predicted",
-            buckets=SECONDS,
-            registry=registry,
+        self.hit_tokens = self._counter(
+            "hit_tokens", "Prompt tokens expected in the cache of the worker routed to"
         )
-        self.ttft_ratio = Histogram(
-            "kvasir_router_ttft_actual_to_predicted",
-            "Actual time to first token, as a multiple of the predicted",
-            buckets=RATIOS,
-            registry=registry,
+        self.in_flight = self._gauge("requests_in_flight", "Requests being served")
+        self.workers = self._gauge(
+            "workers", "Workers, by what they are to this router: prefill, decode, excluded", "use"
         )
-        self.routes = Counter(
-            "kvasir_router_routes_total", "Routes chosen, by reason", ("reason",), registry=registry
+        self.ttft = self._histogram(
+            "ttft_seconds", "From a request's arrival to its first token", SECONDS
         )
-        self.rejections = Counter(
-            "kvasir_router_rejections_total",
-            "Requests without a route, by reason",
-            ("reason",),
-            registry=registry,
+        self.ttft_predicted = self._histogram(
+            "ttft_predicted_seconds", "What the route that brought the first token said", SECONDS
         )
-        self.retries = Counter(
-            "kvasir_router_retries_total",
-            "Attempts that failed before the first token, by reason",
-            ("reason",),
-            registry=registry,
-        )
-        self.continuations = Counter(
-            "kvasir_router_continuations_total",
-            "Attempts that failed after the first token, by reason",
-            ("reason",),
-            registry=registry,
-        )
-        self.hit_tokens = Counter(
-            "kvasir_router_hit_tokens_total",
-            "Prompt tokens expected in the cache of the worker routed to",
-            registry=registry,
+        self.ttft_ratio = self._histogram(
+            "ttft_actual_to_predicted", "Actual time to first token over the predicted", RATIOS
         )
 
-    def text(self) -> bytes:
-        """The exposition format."""
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"{PREFIX}{name}_total", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"{PREFIX}{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(f"{PREFIX}{name}", text, buckets=buckets, registry=self.registry)
+
+    def text(self, view: FleetView, *, num_members: int) -> bytes:
+        """The exposition format; the fleet is counted as it is now."""
+        workers = view.workers.values()
+        self.workers.labels("prefill").set(sum(w.can_prefill for w in workers))
+        self.workers.labels("decode").set(sum(w.can_decode for w in workers))
+        self.workers.labels("excluded").set(num_members - len(workers))
         return generate_latest(self.registry)
 
     def answered(self, protocol: str, *, status: int, reason: str) -> None:

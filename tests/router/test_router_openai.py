@@ -155,6 +155,24 @@ def complete(**fields) -> dict:
     return {"model": "tiny", "prompt": "x", **fields}
 
 
+async def test_metrics_tell_what_happened(router: RouterUnderTest) -> None:
+    await router.chat_text(max_tokens=2)
+    await router.post(CHAT, b"{")
+    async with router.http.get("/metrics") as response:
+        lines = (await response.text()).splitlines()
+    for line in (
+        'kvasir_router_requests_total{protocol="http",reason="ok",status="200"} 1.0',
+        'kvasir_router_requests_total{protocol="http",reason="invalid_request",status="400"} 1.0',
+        'kvasir_router_routes_total{reason="only_candidate"} 1.0',
+        "kvasir_router_ttft_seconds_count 1.0",
+        "kvasir_router_ttft_actual_to_predicted_count 1.0",
+        "kvasir_router_requests_in_flight 0.0",
+        'kvasir_router_workers{use="prefill"} 1.0',
+        'kvasir_router_workers{use="excluded"} 0.0',
+    ):
+        assert line in lines
+
+
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 REFUSED = {
     "not-json": (CHAT, b"{", 400, None),
