@@ -7,24 +7,22 @@ nothing writes to the blocks any more.
 """
 
 import asyncio
-import functools
-import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvasir_proto.errors import KvasirError
 from kvasir_proto.v1 import common_pb2
 from prometheus_client import CollectorRegistry
 
-from kvasir_kvstore._native import BlockClient, BlockPool, PullResult
+from kvasir_kvstore._native import BlockPool, PullResult
 from kvasir_kvstore.core.placement import leading_runs, rank_nodes
 from kvasir_kvstore.index import Location, RedisIndex
 from kvasir_kvstore.metrics import TierMetrics
 from kvasir_kvstore.nodes import NodeSet
+from kvasir_kvstore.pulls import NamedPuller
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +69,7 @@ class KvTier:
         """`nodes`: HOST:PORT or dns:HOST:PORT. Raises ValueError for a malformed spec or URL."""
         self._nodes = NodeSet(nodes)
         self._index = RedisIndex(redis_url) if redis_url else None
-        self._client = BlockClient(pool)
-        self._executor = ThreadPoolExecutor(FETCHES_MAX, thread_name_prefix="kv-fetch")
-        self._cancel_ids = itertools.count(1)
+        self._puller = NamedPuller(pool, pulls_max=FETCHES_MAX)
         self._metrics = TierMetrics(registry or CollectorRegistry())
         self._offers: deque[_Offer] = deque()
         self._offers_changed = asyncio.Condition()
@@ -92,8 +88,7 @@ class KvTier:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.to_thread(self._client.close)
-        self._executor.shutdown(cancel_futures=True)
+        await self._puller.close()
         await self._nodes.close()
         if self._index is not None:
             await self._index.close()
@@ -215,20 +210,8 @@ class KvTier:
     async def _pull(
         self, run: Location, names: Sequence[bytes], blocks: Sequence[int], *, end_s: float
     ) -> PullResult:
-        cancel_id = next(self._cancel_ids)
-        pull = functools.partial(
-            self._client.pull_named,
-            host=run.holder.host,
-            port=run.holder.data_port,
-            uid=run.holder.uid,
-            epoch=run.holder.epoch,
-            names=names,
-            blocks=blocks,
-            timeout_ms=_ms_until(end_s),
-            cancel_id=cancel_id,
-        )
-        result = await run_to_end(
-            self._executor, pull, cancel=lambda: self._client.cancel(cancel_id)
+        result = await self._puller.pull(
+            run.holder, names=names, blocks=blocks, timeout_ms=_ms_until(end_s)
         )
         self._metrics.frames_bad.inc(result.frames_bad)
         if result.error:
@@ -281,25 +264,3 @@ class KvTier:
 
 def _ms_until(end_s: float) -> int:
     return max(1, int((end_s - time.monotonic()) * 1000))
-
-
-async def run_to_end(
-    executor: ThreadPoolExecutor,
-    pull: Callable[[], PullResult],
-    *,
-    cancel: Callable[[], None],
-) -> PullResult:
-    """Runs a pull in a thread. Cancelled, it raises only after the pull's last write."""
-    future = executor.submit(pull)
-    done = asyncio.ensure_future(asyncio.wrap_future(future))
-    try:
-        return await asyncio.shield(done)
-    except asyncio.CancelledError:
-        if not future.cancel():
-            cancel()
-        while not done.done():
-            try:
-                await asyncio.wait({done})
-            except asyncio.CancelledError:  # the pull ends within moments; freeing must follow it
-                continue
-        raise

@@ -56,6 +56,9 @@ class BlockIndex(Protocol):
     async def locate(self, names: Sequence[bytes]) -> list[Location]:
         """Runs that together cover the longest leading part of the names that is known."""
 
+    async def ping(self) -> bool:
+        """Whether the index answers now."""
+
     async def close(self) -> None:
         """Lets go of connections."""
 
@@ -142,6 +145,10 @@ class MemoryIndex:
                 break
             found.append(lease.holder)
         return _locations(found)
+
+    async def ping(self) -> bool:
+        """It always does."""
+        return True
 
     async def close(self) -> None:
         """Nothing to let go of."""

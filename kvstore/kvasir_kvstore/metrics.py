@@ -21,6 +21,13 @@ NODE_GAUGES = {
     "connections": "Open data-plane connections",
 }
 NODE_COUNTERS = {
+    "blocks_offered": "Blocks that workers offered",
+    "blocks_pulled": "Offered blocks pulled",
+    "blocks_known": "Offered blocks that were here already",
+    "blocks_unavailable": "Offered blocks that the source had no more, or whose frames were bad",
+    "bytes_pulled": "KV bytes pulled from workers",
+    "blocks_evicted": "Blocks given up for others",
+    "frames_quarantined": "Frames whose checksum or form was wrong",
     "blocks_served": "Blocks sent to peers",
     "bytes_served": "KV bytes sent to peers",
     "blocks_missed": "Blocks asked for and not held",
@@ -53,23 +60,6 @@ class NodeMetrics:
         self.registry.register(_Scraped(read))
         self.offers = Counter(
             "kvasir_kvnode_offers", "Offers, by reason", ["reason"], registry=self.registry
-        )
-        self.blocks = Counter(
-            "kvasir_kvnode_blocks_offered",
-            "Blocks offered, by what became of them: pulled, held, missed",
-            ["result"],
-            registry=self.registry,
-        )
-        self.bytes_pulled = Counter(
-            "kvasir_kvnode_bytes_pulled", "KV bytes pulled from workers", registry=self.registry
-        )
-        self.evicted = Counter(
-            "kvasir_kvnode_blocks_evicted", "Blocks given up for others", registry=self.registry
-        )
-        self.quarantined = Counter(
-            "kvasir_kvnode_frames_quarantined",
-            "Frames whose checksum or form was wrong",
-            registry=self.registry,
         )
         self.pull_seconds = Histogram(
             "kvasir_kvnode_pull_seconds",

@@ -1,0 +1,297 @@
+"""What a KV node does: takes offers, pulls what it lacks, tells the index, says where blocks are.
+
+Decides who waits and what is refused; what is evicted is decided by core/cache.py. Invariant: a
+block is announced only after it is whole and can be pulled.
+"""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from kvasir_proto.errors import KvasirError, Reason
+from kvasir_proto.v1 import common_pb2, kvnode_pb2
+
+from kvasir_kvstore.core.block import NAME_BYTES
+from kvasir_kvstore.index import BlockIndex, Location
+from kvasir_kvstore.metrics import NodeMetrics
+from kvasir_kvstore.node.arena import Arena, Filled, check_layout
+from kvasir_kvstore.node.settings import KvNodeSettings
+
+log = logging.getLogger(__name__)
+
+NAMES_MAX = 8192
+"""In one call: a chain of 256k tokens."""
+_ANNOUNCE_BATCH = 1024
+_RETRY_AFTER_MS = 200
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the start."""
+
+    blocks_offered: int = 0
+    blocks_pulled: int = 0
+    blocks_known: int = 0
+    blocks_unavailable: int = 0
+    bytes_pulled: int = 0
+    blocks_evicted: int = 0
+    frames_quarantined: int = 0
+
+
+class NodeStore:
+    """The blocks of one KV node and its part of the index. Belongs to one event loop."""
+
+    def __init__(
+        self, settings: KvNodeSettings, *, uid: bytes, epoch: int, index: BlockIndex
+    ) -> None:
+        """Holds the data port. OSError: it is taken."""
+        self._settings = settings
+        self._index = index
+        self._port_holder = _hold_port(settings.host, settings.data_port)
+        self.address = common_pb2.PeerAddress(
+            name=settings.name,
+            uid=uid,
+            epoch=epoch,
+            host=settings.peer_host,
+            data_port=self._port_holder.getsockname()[1],
+        )
+        self.metrics = NodeMetrics(self._scrape)
+        self.counts = Counts()
+        self.is_draining = False
+        self._arena: Arena | None = None
+        self._turn = asyncio.Semaphore(settings.offers_running_max)
+        self._num_offers = 0
+
+    async def offer(
+        self,
+        source: common_pb2.PeerAddress,
+        layout: common_pb2.KvLayout,
+        names: Sequence[bytes],
+        *,
+        timeout_ms: int,
+    ) -> kvnode_pb2.OfferResponse:
+        """Pulls those of the blocks that are neither here nor on their way.
+
+        Raises:
+            KvasirError: malformed, of another layout, too many offers wait, or draining.
+        """
+        try:
+            response = await self._offer(source, layout, names, timeout_ms=timeout_ms)
+        except KvasirError as error:
+            self.metrics.offers.labels(error.reason.value).inc()
+            raise
+        self.metrics.offers.labels("ok").inc()
+        return response
+
+    async def locate(self, names: Sequence[bytes]) -> list[Location]:
+        """Where the longest known leading part of the names is held.
+
+        Raises:
+            KvasirError: malformed.
+        """
+        _check_names(names)
+        if self._arena is not None:
+            self._arena.cache.touch(names)
+        return await self._index.locate(names)
+
+    def describe(self) -> kvnode_pb2.KvNodeDescription:
+        """What this node is and holds."""
+        values = self._scrape()
+        counts = self.counts
+        return kvnode_pb2.KvNodeDescription(
+            address=self.address,
+            layout=self._arena.layout if self._arena else None,
+            blocks_total=int(values["blocks_total"]),
+            blocks_used=int(values["blocks_used"]),
+            bytes_capacity=self._settings.memory_mb << 20,
+            blocks_offered=counts.blocks_offered,
+            blocks_pulled=counts.blocks_pulled,
+            blocks_served=int(values.get("blocks_served", 0)),
+            blocks_evicted=counts.blocks_evicted,
+            frames_quarantined=counts.frames_quarantined,
+            index=self._index.kind,
+            index_healthy=self._index.healthy,
+        )
+
+    @property
+    def degraded(self) -> list[str]:
+        """What does not work though the node serves."""
+        return [] if self._index.healthy else [f"index: {self._index.problem}"]
+
+    async def keep_leases(self) -> None:
+        """Renews the index's entries until cancelled; at once when an index is back."""
+        renewed_s = time.monotonic()
+        tick_s = min(1.0, self._settings.lease_ttl_ms / 3000)
+        while True:
+            await asyncio.sleep(tick_s)
+            was_healthy = self._index.healthy
+            is_back = not was_healthy and await self._index.ping()
+            is_due = time.monotonic() - renewed_s >= self._settings.lease_ttl_ms / 3000
+            if is_back or (is_due and was_healthy):
+                renewed_s = time.monotonic()
+                await self._announce_all()
+
+    async def close(self) -> None:
+        """Withdraws this node's entries and ends all transfers."""
+        if self._arena is not None:
+            names = self._arena.cache.names()
+            for start in range(0, len(names), _ANNOUNCE_BATCH):
+                if not await self._index.withdraw(
+                    names[start : start + _ANNOUNCE_BATCH], self.address
+                ):
+                    break
+            await self._arena.close()
+        self._port_holder.close()
+        await self._index.close()
+
+    async def _offer(
+        self,
+        source: common_pb2.PeerAddress,
+        layout: common_pb2.KvLayout,
+        names: Sequence[bytes],
+        *,
+        timeout_ms: int,
+    ) -> kvnode_pb2.OfferResponse:
+        # 1. Refuse what cannot be served.
+        _check_names(names)
+        if self.is_draining:
+            raise KvasirError(Reason.DRAINING, "the KV node is stopping")
+        if not source.host or not source.data_port or len(source.uid) != 16:
+            raise KvasirError(Reason.INVALID_REQUEST, "the address is incomplete", param="source")
+        arena = self._arena_of(layout)
+        self.counts.blocks_offered += len(names)
+        timeout_ms = min(timeout_ms or 1 << 62, self._settings.offer_timeout_ms_max)
+        end_s = time.monotonic() + timeout_ms / 1000
+        # 2. Wait for a turn.
+        await self._take_turn(end_s)
+        try:
+            # 3. Pull, then tell the index.
+            missing = arena.cache.missing(names)
+            filled = await self._fill(arena, source, missing, end_s=end_s)
+        finally:
+            self._turn.release()
+            self._num_offers -= 1
+        arena.cache.touch(names)
+        num_held = len(names) - len(missing)
+        self._count(filled, num_held=num_held, num_missing=len(missing))
+        return kvnode_pb2.OfferResponse(
+            num_pulled=len(filled.committed),
+            num_held=num_held,
+            num_missed=len(missing) - len(filled.committed),
+        )
+
+    async def _take_turn(self, end_s: float) -> None:
+        settings = self._settings
+        if self._num_offers >= settings.offers_running_max + settings.offers_waiting_max:
+            raise KvasirError(
+                Reason.OVERLOADED, "too many offers wait", retry_after_ms=_RETRY_AFTER_MS
+            )
+        self._num_offers += 1
+        try:
+            async with asyncio.timeout(end_s - time.monotonic()):
+                await self._turn.acquire()
+        except BaseException as error:
+            self._num_offers -= 1
+            if isinstance(error, TimeoutError):
+                raise KvasirError(Reason.TIMEOUT, "the offer waited for too long") from error
+            raise
+
+    async def _fill(
+        self,
+        arena: Arena,
+        source: common_pb2.PeerAddress,
+        missing: Sequence[bytes],
+        *,
+        end_s: float,
+    ) -> Filled:
+        started_s = time.monotonic()
+        left_ms = max(1, int((end_s - started_s) * 1000))
+        filled = await arena.fill(source, missing, timeout_ms=left_ms)
+        self.metrics.pull_seconds.observe(time.monotonic() - started_s)
+        if filled.evicted:
+            await self._index.withdraw(filled.evicted, self.address)
+        if filled.committed:
+            await self._index.announce(filled.committed, self.address)
+        if filled.result is not None and filled.result.error:
+            log.warning("pulling blocks from %s: %s", source.name, filled.result.error)
+        return filled
+
+    def _count(self, filled: Filled, *, num_held: int, num_missing: int) -> None:
+        counts = self.counts
+        counts.blocks_known += num_held
+        counts.blocks_pulled += len(filled.committed)
+        counts.blocks_unavailable += num_missing - len(filled.committed)
+        counts.blocks_evicted += len(filled.evicted)
+        if filled.result is not None:
+            counts.bytes_pulled += filled.result.bytes_moved
+            counts.frames_quarantined += filled.result.frames_bad
+
+    def _arena_of(self, layout: common_pb2.KvLayout) -> Arena:
+        """The memory for this layout; made for the first one that is offered."""
+        check_layout(layout)
+        if self._arena is None:
+            self._arena = Arena(layout, self._settings, self.address, self._port_holder)
+            log.info("holds up to %d blocks", self._arena.cache.num_slots)
+        if self._arena.layout != layout:
+            raise KvasirError(
+                Reason.UNSUPPORTED, "this KV node holds blocks of another layout", param="layout"
+            )
+        return self._arena
+
+    async def _announce_all(self) -> None:
+        if self._arena is None:
+            return
+        names = self._arena.cache.names()
+        for start in range(0, len(names), _ANNOUNCE_BATCH):
+            batch = names[start : start + _ANNOUNCE_BATCH]
+            if not await self._index.announce(batch, self.address):
+                return
+
+    def _scrape(self) -> dict[str, float]:
+        values: dict[str, float] = dict(asdict(self.counts))
+        values |= {
+            "offers_running": self._num_offers,
+            "index_healthy": self._index.healthy,
+            "blocks_total": 0,
+            "blocks_used": 0,
+        }
+        if self._arena is None:
+            return values
+        cache, stats = self._arena.cache, self._arena.server.stats()
+        return values | {
+            "blocks_total": cache.num_slots,
+            "blocks_used": cache.num_held,
+            "blocks_reserved": cache.num_reserved,
+            "blocks_served": stats["blocks_sent"],
+            "bytes_served": stats["bytes_sent"],
+            "blocks_missed": stats["blocks_missed"],
+            "connections": stats["connections"],
+            "stale_refused": stats["stale_refused"],
+            "layout_refused": stats["layout_refused"],
+            "bad_requests": stats["bad_requests"],
+            "connections_refused": stats["connections_refused"],
+        }
+
+
+def _check_names(names: Sequence[bytes]) -> None:
+    if len(names) > NAMES_MAX:
+        raise KvasirError(Reason.TOO_LARGE, f"more than {NAMES_MAX} names", param="names")
+    if any(len(name) != NAME_BYTES for name in names):
+        raise KvasirError(Reason.INVALID_REQUEST, "a name is not 16 bytes", param="names")
+
+
+def _hold_port(host: str, port: int) -> socket.socket:
+    """A socket that keeps the port until the block server takes it; it accepts nobody."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    holder = socket.socket(family, socket.SOCK_STREAM)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        holder.bind((host, port))
+        holder.listen(1)
+    except OSError as error:
+        holder.close()
+        raise OSError(error.errno, f"data port {host}:{port}: {error.strerror}") from error
+    return holder

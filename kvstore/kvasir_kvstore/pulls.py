@@ -1,0 +1,64 @@
+"""Pulls by name from the event loop's side: a thread a pull, cancellable.
+
+Invariant: when `pull` has returned or raised, also by cancellation, nothing writes to its blocks
+any more, so they may be freed.
+"""
+
+import asyncio
+import functools
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from kvasir_proto.v1 import common_pb2
+
+from kvasir_kvstore._native import BlockClient, BlockPool, PullResult
+
+
+class NamedPuller:
+    """Pulls into one pool, at most `pulls_max` at a time; more wait."""
+
+    def __init__(self, pool: BlockPool, *, pulls_max: int) -> None:
+        self._client = BlockClient(pool, connections_per_peer_max=pulls_max)
+        self._executor = ThreadPoolExecutor(pulls_max, thread_name_prefix="kv-pull")
+        self._cancel_ids = itertools.count(1)
+
+    async def pull(
+        self,
+        source: common_pb2.PeerAddress,
+        *,
+        names: Sequence[bytes],
+        blocks: Sequence[int],
+        timeout_ms: int,
+    ) -> PullResult:
+        """Pulls names[i] into blocks[i]; see BlockClient.pull_named."""
+        cancel_id = next(self._cancel_ids)
+        pull = functools.partial(
+            self._client.pull_named,
+            host=source.host,
+            port=source.data_port,
+            uid=source.uid,
+            epoch=source.epoch,
+            names=names,
+            blocks=blocks,
+            timeout_ms=timeout_ms,
+            cancel_id=cancel_id,
+        )
+        future = self._executor.submit(pull)
+        done = asyncio.ensure_future(asyncio.wrap_future(future))
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            if not future.cancel():
+                self._client.cancel(cancel_id)
+            while not done.done():
+                try:
+                    await asyncio.wait({done})
+                except asyncio.CancelledError:  # it ends within moments; freeing must follow it
+                    continue
+            raise
+
+    async def close(self) -> None:
+        """Ends all pulls and waits for them."""
+        await asyncio.to_thread(self._client.close)
+        self._executor.shutdown(cancel_futures=True)
