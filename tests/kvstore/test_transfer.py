@@ -243,7 +243,8 @@ def test_blocks_added_while_the_session_runs_are_sent() -> None:
         pull = InThread(lambda: pair.pull_session(1, [3, 2, 1, 0]))
         for block in range(4):
             pair.source.extend_session(1, [block])
-            wait_until(lambda b=block: pair.target.ready[3 - b] == 3, "the block")  # type: ignore[misc]
+            target = 3 - block
+            wait_until(lambda i=target: pair.target.ready[i] == 3, "it")  # type: ignore[misc]
         pair.source.finish_session(1)
         assert pull.result().blocks_ok == [True] * 4
 
