@@ -148,6 +148,8 @@ class EngineLimits:
     """Requests that hold KV memory and are computed, reservations included."""
     max_waiting: int = 256
     """Requests that wait for memory; one more is refused as busy."""
+    handoff_hold_ms_max: int = 60_000
+    """A puller that has not come by then does not come: its blocks are let go."""
 
     def __post_init__(self) -> None:
         for name, value in (

@@ -1,0 +1,66 @@
+"""Which requests an engine can serve at all."""
+
+from kvasir_kvstore.core.block import BLOCK_TOKENS
+
+from kvasir_engine.core.types import EngineLimits, EngineRequest, Refusal, RefusedError, Sampling
+
+SEED_MAX = (1 << 64) - 1
+
+
+def num_blocks_for(num_tokens: int) -> int:
+    """Blocks that hold the KV of this many tokens."""
+    return -(-num_tokens // BLOCK_TOKENS)
+
+
+def check_request(request: EngineRequest, limits: EngineLimits) -> None:
+    """Checks what can be said without looking at other requests.
+
+    Raises:
+        RefusedError: INVALID with the field, or NEVER_FITS.
+    """
+    _check_tokens(request, limits.vocab_size)
+    _check_sampling(request.sampling)
+    _check_length(request, limits)
+
+
+def _check_tokens(request: EngineRequest, vocab_size: int) -> None:
+    if not request.prompt:
+        raise RefusedError(Refusal.INVALID, "the prompt has no tokens", param="prompt")
+    known = request.prompt + request.resume_tokens
+    if min(known) < 0 or max(known) >= vocab_size:
+        message = f"token ids must be between 0 and {vocab_size - 1}"
+        raise RefusedError(Refusal.INVALID, message, param="prompt")
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    checks = (
+        ("temperature", 0 <= sampling.temperature < float("inf"), "at least 0"),
+        ("top_k", sampling.top_k >= 0, "at least 0"),
+        ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+        ("seed", 0 <= sampling.seed <= SEED_MAX, "an unsigned 64-bit number"),
+        ("max_tokens", sampling.max_tokens >= 1, "at least 1"),
+    )
+    for name, is_fine, wanted in checks:
+        if not is_fine:
+            raise RefusedError(Refusal.INVALID, f"{name} must be {wanted}", param=name)
+
+
+def _check_length(request: EngineRequest, limits: EngineLimits) -> None:
+    num_known = len(request.prompt) + len(request.resume_tokens)
+    num_total = max(len(request.prompt) + request.sampling.max_tokens, num_known)
+    if request.prefill_only_session is not None:
+        num_total = num_known + 1
+    _check_fits(num_known, num_total, limits.context_length, "the context")
+    # The token drawn last needs no KV.
+    num_kv_max = limits.num_blocks * BLOCK_TOKENS + 1
+    _check_fits(num_known, num_total, num_kv_max, "this worker's KV memory")
+
+
+def _check_fits(num_known: int, num_total: int, num_tokens_max: int, limit: str) -> None:
+    if num_total > num_tokens_max:
+        message = (
+            f"{num_known} prompt tokens and {num_total - num_known} output tokens exceed"
+            f" {limit} of {num_tokens_max} tokens"
+        )
+        param = "prompt" if num_known >= num_tokens_max else "max_tokens"
+        raise RefusedError(Refusal.NEVER_FITS, message, param=param)

@@ -1,0 +1,339 @@
+"""What is computed in the next step, and who gets memory.
+
+There are no phases of prefill and decode: every running request has known tokens that are not yet
+computed, and each step lets computed tokens catch up. Requests with one token to go come first in
+the step's token budget, then the others by age, then waiting requests are admitted in order of
+arrival. When memory runs out, the youngest request that may lose its blocks is put back, to be
+computed again.
+
+Invariants: a step never exceeds the budget; blocks of a request that is in flight, or that others
+write or read, are not given away. Nothing deadlocks: no younger request takes from an older one,
+so the oldest always gets on as soon as reservations and hand-offs, which their owners bound in
+time, let go. Running the step, sessions and streams are left to the engine, which calls these
+methods one at a time and carries out the decisions in order.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from kvasir_kvstore.core.block import BLOCK_TOKENS, root
+
+from kvasir_engine.core.blocks import BlockRegistry
+from kvasir_engine.core.decisions import Decision, Granted, Slice, Step
+from kvasir_engine.core.requests import check_request, num_blocks_for
+from kvasir_engine.core.roster import Roster, by_arrival
+from kvasir_engine.core.sequence import Phase, SequenceState
+from kvasir_engine.core.types import (
+    EngineLimits,
+    EngineRequest,
+    FinishReason,
+    Refusal,
+    RefusedError,
+)
+
+
+class Plan:
+    """Tokens that requests get in the step being planned."""
+
+    def __init__(self, budget: int) -> None:
+        self.num_left = budget
+        self.counts: dict[str, int] = {}
+
+    def add(self, sequence: SequenceState, count: int) -> None:
+        """The request computes this many tokens."""
+        self.counts[sequence.request_id] = count
+        self.num_left -= count
+
+    def drop(self, sequence: SequenceState) -> None:
+        """The request computes nothing after all."""
+        self.num_left += self.counts.pop(sequence.request_id, 0)
+
+
+class Scheduler:
+    """The decisions of one engine."""
+
+    def __init__(
+        self,
+        limits: EngineLimits,
+        registry: BlockRegistry,
+        *,
+        fingerprint: bytes,
+        eos_token_ids: Iterable[int],
+    ) -> None:
+        self.limits = limits
+        self.roster = Roster(limits, registry)
+        self.blocks = self.roster.blocks
+        self._fingerprint = fingerprint
+        self._eos_token_ids = frozenset(eos_token_ids)
+
+    # Requests
+
+    def prepare(self, request: EngineRequest, *, wants_reservation: bool = False) -> SequenceState:
+        """The state of a new request, its blocks named. Reads nothing that changes.
+
+        Raises:
+            RefusedError: INVALID or NEVER_FITS.
+        """
+        check_request(request, self.limits)
+        parent = root(self._fingerprint, request.tenant_salt)
+        return SequenceState(request, root=parent, wants_reservation=wants_reservation)
+
+    def submit(self, sequence: SequenceState, *, now_ms: float) -> None:
+        """Takes a prepared request; a wish for a reservation is granted at once if it can be.
+
+        Raises:
+            RefusedError: DUPLICATE, QUEUE_FULL or EXPIRED.
+        """
+        request = sequence.request
+        if request.request_id in self.roster.sequences:
+            message = f"request {request.request_id} exists already"
+            raise RefusedError(Refusal.DUPLICATE, message, param="request_id")
+        if request.deadline_ms is not None and now_ms >= request.deadline_ms:
+            raise RefusedError(Refusal.EXPIRED, "the deadline has passed already")
+        if len(self.roster.waiting) >= self.limits.max_waiting:
+            raise RefusedError(Refusal.QUEUE_FULL, "too many requests wait here already")
+        self.roster.add(sequence, now_ms=now_ms)
+        reason = sequence.finish_reason(self._eos_token_ids)
+        if sequence.wants_reservation:
+            self.grant()
+        elif reason is not None:
+            self.roster.emit(sequence, (), reason, now_ms=now_ms)
+
+    def activate(
+        self,
+        request_id: str,
+        *,
+        computed_tokens: int,
+        extra_tokens: Sequence[int] = (),
+        now_ms: float,
+    ) -> None:
+        """Lets a reservation run: the KV of its leading `computed_tokens` is in its blocks.
+
+        Raises:
+            RefusedError: INVALID, EXPIRED or CANCELLED; the reservation is gone.
+        """
+        sequence = self.roster.reserved(request_id)
+        self._check_activation(sequence, computed_tokens, now_ms)
+        num_valid = max(sequence.num_cached, computed_tokens)
+        sequence.num_fetched = num_valid - sequence.num_cached
+        sequence.queued_ms = now_ms
+        sequence.wants_reservation = False
+        self.roster.start(sequence)
+        reason = self._extend(sequence, extra_tokens)
+        # One token is computed here: its block is written again, so it has no name before.
+        sequence.num_computed = min(num_valid, sequence.num_known - 1)
+        self.roster.name_blocks(sequence)
+        if reason is not None or sequence.num_known > sequence.num_initial:
+            new = tuple(sequence.tokens.view(sequence.num_initial).tolist())
+            self.roster.emit(sequence, new, reason, now_ms=now_ms)
+
+    def release(self, request_id: str, *, now_ms: float) -> None:
+        """Gives up a reservation into which nobody writes any more. Idempotent."""
+        sequence = self.roster.sequences.get(request_id)
+        if sequence is None:
+            return
+        if sequence.phase is Phase.RESERVED:
+            self.roster.end(sequence, sequence.end_refusal or Refusal.CANCELLED, now_ms=now_ms)
+        elif sequence.wants_reservation:
+            self.cancel(request_id, now_ms=now_ms)
+
+    def cancel(
+        self, request_id: str, refusal: Refusal = Refusal.CANCELLED, *, now_ms: float
+    ) -> None:
+        """Ends a request as soon as that is safe, whatever its phase. Idempotent.
+
+        A reservation stays until its owner lets go of it: a transfer may be writing to its blocks.
+        """
+        sequence = self.roster.sequences.get(request_id)
+        if sequence is None or sequence.end_refusal is not None:
+            return
+        if sequence.phase is Phase.HELD:
+            self.roster.abort_held(sequence)
+        elif sequence.is_in_flight or sequence.phase is Phase.RESERVED:
+            sequence.end_refusal = refusal
+        else:
+            self.roster.end(sequence, refusal, now_ms=now_ms)
+
+    def free_held(self, request_id: str) -> None:
+        """The session of an ended request is closed: its blocks are free. Idempotent."""
+        sequence = self.roster.sequences.get(request_id)
+        if sequence is not None and sequence.phase is Phase.HELD:
+            self.roster.free(sequence)
+
+    def take_decisions(self) -> list[Decision]:
+        """What was decided since the last call, in order."""
+        return self.roster.take_decisions()
+
+    # Steps
+
+    def schedule(self, *, now_ms: float) -> Step | None:
+        """The next step, if there is anything to compute; `complete` or `fail` must follow."""
+        self.expire(now_ms=now_ms)
+        plan = Plan(self.limits.max_batch_tokens)
+        # 1. Running requests: one token to go first, then the others, the oldest first.
+        for sequence in sorted(self.roster.running, key=_by_need):
+            count = min(sequence.num_pending, plan.num_left)
+            if count and sequence.phase is Phase.RUNNING and self._grow(sequence, count, plan):
+                plan.add(sequence, count)
+        # 2. Waiting requests, as long as budget and memory last.
+        self._admit(plan)
+        # 3. Their slices.
+        slices = [self._slice(key, count, now_ms) for key, count in plan.counts.items()]
+        return Step(tuple(slices)) if slices else None
+
+    def grant(self) -> None:
+        """Makes reservations for the first in the queue; harmless while a step runs."""
+        self._admit(None)
+
+    def complete(self, step: Step, token_ids: Sequence[int], *, now_ms: float) -> None:
+        """The step was computed, and `token_ids` were drawn after its sampled slices."""
+        drawn = iter(token_ids)
+        for part in step.slices:
+            sequence = self._land(part)
+            sequence.num_computed = part.end
+            self.roster.name_blocks(sequence)
+            new = [next(drawn)] if part.sampling is not None else []
+            if sequence.end_refusal is not None:
+                self.roster.end(sequence, sequence.end_refusal, now_ms=now_ms)
+            elif new:
+                reason = self._extend(sequence, new)
+                self.roster.emit(sequence, tuple(new), reason, now_ms=now_ms)
+
+    def fail(self, step: Step, *, now_ms: float) -> None:
+        """The step was not computed: its requests end."""
+        for part in step.slices:
+            sequence = self._land(part)
+            self.roster.end(sequence, sequence.end_refusal or Refusal.FAILED, now_ms=now_ms)
+
+    def expire(self, *, now_ms: float) -> None:
+        """Ends what has passed its deadline; not while a step runs."""
+        for sequence in list(self.roster.sequences.values()):
+            if now_ms < _deadline_ms(sequence):
+                continue
+            if sequence.phase is Phase.HELD:
+                self.roster.abort_held(sequence)
+            else:
+                self.cancel(sequence.request_id, Refusal.EXPIRED, now_ms=now_ms)
+
+    def wakeup_ms(self) -> float | None:
+        """When `expire` has something to do next."""
+        deadlines = [
+            deadline_ms
+            for sequence in self.roster.sequences.values()
+            if not sequence.is_session_aborted
+            and sequence.end_refusal is None
+            and (deadline_ms := _deadline_ms(sequence)) != float("inf")
+        ]
+        return min(deadlines, default=None)
+
+    # Choices
+
+    def _admit(self, plan: Plan | None) -> None:
+        """Places the first in the queue; without a plan, only those who wish for a reservation.
+
+        Nobody overtakes a request that does not fit yet: it would wait for ever.
+        """
+        roster = self.roster
+        while roster.waiting and roster.num_placed < self.limits.num_running_max:
+            sequence = roster.waiting[0]
+            can_run = plan is not None and plan.num_left > 0
+            if not (sequence.wants_reservation or can_run):
+                return
+            # A block for each running request, or the newcomer would soon be put back.
+            if not roster.place(sequence, headroom=len(roster.running)):
+                return
+            if sequence.wants_reservation:
+                roster.reserve(sequence)
+                roster.decide(Granted(sequence.request_id, sequence.reservation()))
+            elif plan is not None:
+                roster.start(sequence)
+                plan.add(sequence, min(sequence.num_pending, plan.num_left))
+
+    def _grow(self, sequence: SequenceState, count: int, plan: Plan) -> bool:
+        """Blocks for `count` more tokens, taken from the youngest if there are none.
+
+        False: there are none; the request was put back itself.
+        """
+        num_missing = num_blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+        while num_missing > 0:
+            fresh = self.blocks.allocate(num_missing)
+            if fresh is not None:
+                sequence.blocks.extend(fresh)
+                break
+            victim = self._youngest_from(sequence)
+            self.roster.preempt(victim)
+            plan.drop(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _youngest_from(self, sequence: SequenceState) -> SequenceState:
+        """The youngest running request that is not older; a puller's blocks are not taken."""
+        candidates = [
+            other
+            for other in self.roster.running
+            if other.arrival >= sequence.arrival and not other.is_prefill_only
+        ]
+        return max(candidates, key=by_arrival)
+
+    def _slice(self, request_id: str, count: int, now_ms: float) -> Slice:
+        sequence = self.roster.sequences[request_id]
+        sequence.is_in_flight = True
+        if sequence.started_ms is None:
+            sequence.started_ms = now_ms
+        start, end = sequence.num_computed, sequence.num_computed + count
+        is_last = end == sequence.num_known
+        return Slice(
+            request_id=request_id,
+            start=start,
+            token_ids=sequence.tokens.view(start, end),
+            block_table=sequence.blocks.view(0, num_blocks_for(end)),
+            completes=_completed_blocks(sequence, start, end),
+            sampling=sequence.request.sampling if is_last else None,
+        )
+
+    def _land(self, part: Slice) -> SequenceState:
+        sequence = self.roster.sequences[part.request_id]
+        sequence.is_in_flight = False
+        return sequence
+
+    def _extend(self, sequence: SequenceState, token_ids: Sequence[int]) -> FinishReason | None:
+        """Appends tokens until the output ends, and says why it does."""
+        reason = sequence.finish_reason(self._eos_token_ids)
+        for token_id in token_ids:
+            if reason is None:
+                sequence.tokens.extend([token_id])
+                reason = sequence.finish_reason(self._eos_token_ids)
+        if reason is None and sequence.is_prefill_only and token_ids:
+            return FinishReason.LENGTH
+        return reason
+
+    def _check_activation(
+        self, sequence: SequenceState, computed_tokens: int, now_ms: float
+    ) -> None:
+        refusal = sequence.end_refusal
+        if refusal is None and now_ms >= _deadline_ms(sequence):
+            refusal = Refusal.EXPIRED
+        if refusal is None and not 0 <= computed_tokens <= sequence.num_initial:
+            refusal = Refusal.INVALID
+        if refusal is not None:
+            self.roster.end(sequence, refusal, now_ms=now_ms)
+            raise RefusedError(refusal, f"the reservation cannot be activated: {refusal}")
+
+
+def _by_need(sequence: SequenceState) -> tuple[bool, int]:
+    return sequence.num_pending > 1, sequence.arrival
+
+
+def _deadline_ms(sequence: SequenceState) -> float:
+    if sequence.phase is Phase.HELD:
+        return float("inf") if sequence.is_session_aborted else sequence.hold_until_ms
+    deadline_ms = sequence.request.deadline_ms
+    return float("inf") if deadline_ms is None else deadline_ms
+
+
+def _completed_blocks(sequence: SequenceState, start: int, end: int) -> tuple[int, ...]:
+    """Full blocks, and a puller's last one, which is not going to be filled."""
+    first, last = start // BLOCK_TOKENS, end // BLOCK_TOKENS
+    if sequence.is_prefill_only and end == sequence.num_known:
+        last = num_blocks_for(end)
+    return tuple(sequence.blocks.view(first, last).tolist())
