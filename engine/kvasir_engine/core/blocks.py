@@ -19,7 +19,7 @@ class BlockRegistry(Protocol):
     def reset(self, block: int) -> None:
         """The block is about to be filled anew."""
 
-    def publish(self, name: bytes, block: int) -> None:
+    def publish(self, name: bytes, block: int) -> object:
         """The block is whole and may be pulled by name."""
 
     def unpublish(self, name: bytes) -> bool:

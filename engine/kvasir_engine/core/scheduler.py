@@ -159,6 +159,11 @@ class Scheduler:
         if sequence is not None and sequence.phase is Phase.HELD:
             self.roster.free(sequence)
 
+    def is_computed(self, request_id: str) -> bool:
+        """Whether the request waits, runs or is held here; a reservation is its owner's."""
+        sequence = self.roster.sequences.get(request_id)
+        return sequence is not None and sequence.phase is not Phase.RESERVED
+
     def take_decisions(self) -> list[Decision]:
         """What was decided since the last call, in order."""
         return self.roster.take_decisions()

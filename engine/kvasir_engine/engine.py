@@ -1,0 +1,328 @@
+"""The engine as its process sees it: requests in, token streams out, in one event loop.
+
+Decides which reason a consumer is told; requests are the scheduler's choice, steps run in a
+thread of their own. Invariants: no call waits for a step; a consumer gets its events in order, and
+exactly one end; a stream that nobody holds any more is cancelled.
+"""
+
+import asyncio
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, Self
+
+from kvasir_kvstore._native import BlockPool
+from kvasir_kvstore.core.block import BLOCK_TOKENS
+from kvasir_proto.errors import KvasirError, Reason
+
+from kvasir_engine.core.decisions import Decision, Emitted, Ended, Granted
+from kvasir_engine.core.scheduler import Scheduler
+from kvasir_engine.core.sequence import SequenceState
+from kvasir_engine.core.types import (
+    BlockChange,
+    EngineCounters,
+    EngineLimits,
+    EngineLoad,
+    EngineRequest,
+    Refusal,
+    RefusedError,
+    Reservation,
+)
+from kvasir_engine.loop import StepLoop, now_ms
+from kvasir_engine.sessions import CLOSE_POLL_MS
+from kvasir_engine.step import ForwardModel, StepRunner
+from kvasir_engine.stream import BlockWatch, TokenStream
+
+RETRY_AFTER_MS_MIN = 100
+RETRY_AFTER_MS_MAX = 10_000
+REASONS = {
+    Refusal.INVALID: Reason.INVALID_REQUEST,
+    Refusal.NEVER_FITS: Reason.CONTEXT_LENGTH,
+    Refusal.QUEUE_FULL: Reason.BUSY,
+    Refusal.DUPLICATE: Reason.INVALID_REQUEST,
+    Refusal.EXPIRED: Reason.TIMEOUT,
+    Refusal.CANCELLED: Reason.CANCELLED,
+    Refusal.FAILED: Reason.INTERNAL,
+}
+MESSAGES = {
+    Refusal.EXPIRED: "the deadline has passed",
+    Refusal.CANCELLED: "the request was cancelled",
+    Refusal.FAILED: "a step of the engine failed",
+}
+
+
+class EngineModel(Protocol):
+    """`kvasir_engine.model.LoadedModel`, as far as the engine needs it."""
+
+    @property
+    def native(self) -> ForwardModel:
+        """What computes."""
+
+    @property
+    def fingerprint(self) -> bytes:
+        """The root of block names."""
+
+
+class Engine:
+    """Serves requests on one model. All methods are for the thread of one event loop."""
+
+    def __init__(
+        self,
+        model: EngineModel,
+        pool: BlockPool,
+        *,
+        limits: EngineLimits,
+        eos_token_ids: Iterable[int],
+    ) -> None:
+        self.limits = limits
+        self.eos_token_ids = tuple(eos_token_ids)
+        model.native.attach_pool(pool.data, pool.ready, pool.progress)
+        scheduler = Scheduler(
+            limits, pool, fingerprint=model.fingerprint, eos_token_ids=self.eos_token_ids
+        )
+        runner = StepRunner(
+            model.native, vocab_size=limits.vocab_size, num_sampled_max=limits.num_running_max
+        )
+        self._pool = pool
+        self._prepare = scheduler.prepare  # reads nothing that changes: needs no lock
+        self._steps = StepLoop(scheduler, runner, pool, self._deliver)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_stopped = False
+        self._streams: weakref.WeakValueDictionary[str, TokenStream] = weakref.WeakValueDictionary()
+        self._grants: dict[str, asyncio.Future[Reservation]] = {}
+        self._reasons: dict[str, Reason] = {}
+        self._watches: set[BlockWatch] = set()
+
+    # Life
+
+    def start(self) -> None:
+        """Begins to serve consumers in the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._steps.start()
+
+    async def stop(self) -> None:
+        """Ends after the step that runs; requests still open end as cancelled. Idempotent."""
+        self._is_stopped = True
+        await asyncio.to_thread(self._steps.stop)
+        for stream in list(self._streams.values()):
+            stream.fail(_error(Refusal.CANCELLED, Reason.CANCELLED))
+        for granted in self._grants.values():
+            if not granted.done():
+                granted.set_exception(_error(Refusal.CANCELLED, Reason.CANCELLED))
+        for watch in list(self._watches):
+            watch.close()
+
+    async def __aenter__(self) -> Self:
+        self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    @property
+    def problem(self) -> str:
+        """Why the engine cannot be relied upon; empty: it can."""
+        return self._steps.problem
+
+    # Requests
+
+    def generate(self, request: EngineRequest) -> TokenStream:
+        """Takes a request; its stream raises KvasirError if the request ends early.
+
+        The engine holds the stream weakly: when its consumer drops it, the request is cancelled.
+
+        Raises:
+            KvasirError: INVALID_REQUEST, CONTEXT_LENGTH, BUSY or TIMEOUT: it was not taken.
+        """
+        stream = self._new_stream(request.request_id)
+        self._submit(request, wants_reservation=False)
+        self._streams[request.request_id] = stream
+        return stream
+
+    async def reserve(self, request: EngineRequest) -> Reservation:
+        """Waits in the queue until the request has memory; activate or release it afterwards.
+
+        Raises:
+            KvasirError: INVALID_REQUEST, CONTEXT_LENGTH, BUSY or TIMEOUT: nothing is reserved.
+        """
+        self._submit(request, wants_reservation=True)
+        granted = self._running_loop().create_future()
+        self._grants[request.request_id] = granted
+        try:
+            reservation: Reservation = await granted
+        except asyncio.CancelledError:
+            await self.release(request.request_id)
+            raise
+        finally:
+            self._grants.pop(request.request_id, None)
+        return reservation
+
+    def activate(
+        self, request_id: str, *, computed_tokens: int, extra_tokens: Sequence[int] = ()
+    ) -> TokenStream:
+        """Lets a reservation run.
+
+        The KV of its leading `computed_tokens` is in its blocks (as far as those are whole), and
+        nobody writes to them any more; the rest is computed here. `extra_tokens` follow the known tokens: they were sampled
+        elsewhere, and are part of the stream.
+
+        Raises:
+            KvasirError: cancelled, expired or not reserved; the reservation is gone.
+        """
+        stream = self._new_stream(request_id)
+        with self._refusals(), self._steps.changing() as scheduler:
+            num_whole = self._num_whole(scheduler.roster.reserved(request_id))
+            scheduler.activate(
+                request_id,
+                computed_tokens=min(computed_tokens, num_whole * BLOCK_TOKENS),
+                extra_tokens=extra_tokens,
+                now_ms=now_ms(),
+            )
+        self._streams[request_id] = stream
+        return stream
+
+    async def release(self, request_id: str) -> None:
+        """Gives up a reservation to which nobody writes any more. Idempotent."""
+        with self._steps.changing() as scheduler:
+            scheduler.release(request_id, now_ms=now_ms())
+
+    def cancel(self, request_id: str, reason: Reason = Reason.CANCELLED) -> None:
+        """Ends a request in any phase; its stream raises KvasirError(reason). Idempotent.
+
+        A reservation stays until its owner releases or activates it (which then fails).
+        """
+        if request_id in self._streams or request_id in self._grants:
+            self._reasons.setdefault(request_id, reason)
+        with self._steps.changing() as scheduler:
+            scheduler.cancel(request_id, now_ms=now_ms())
+
+    async def finish_handoff(self, request_id: str) -> None:
+        """Lets the blocks of a prefill-only request go, pulled or not. Idempotent.
+
+        Returns when no sender reads them any more.
+        """
+        while not self._steps.let_go(request_id):  # noqa: ASYNC110
+            await asyncio.sleep(CLOSE_POLL_MS / 1000)  # senders tell nobody when they stop
+
+    # What is known
+
+    def load(self) -> EngineLoad:
+        """How busy it is, and how fast."""
+        return self._steps.load()
+
+    def counters(self) -> EngineCounters:
+        """Totals since the start."""
+        return self._steps.counters()
+
+    @property
+    def num_requests_open(self) -> int:
+        """Requests that hold, or wait for, anything."""
+        with self._steps.reading() as scheduler:
+            return len(scheduler.roster.sequences)
+
+    def holds(self, names: Iterable[bytes]) -> list[bool]:
+        """Which of these blocks are held whole."""
+        with self._steps.reading() as scheduler:
+            return [scheduler.blocks.holds(name) for name in names]
+
+    def block_events(self) -> BlockWatch:
+        """An async iterator over the prefix cache: a snapshot, then changes. Close it."""
+        with self._steps.reading() as scheduler:
+            watch = BlockWatch(scheduler.blocks.names(), self._watches.discard)
+        self._watches.add(watch)
+        return watch
+
+    # Inside
+
+    def _submit(self, request: EngineRequest, *, wants_reservation: bool) -> None:
+        if self._is_stopped or self._steps.is_broken:
+            raise KvasirError(Reason.DRAINING, "the engine has stopped")
+        with self._refusals():
+            sequence = self._prepare(request, wants_reservation=wants_reservation)
+            with self._steps.changing() as scheduler:
+                scheduler.submit(sequence, now_ms=now_ms())
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """The core's refusals as errors of the protocol."""
+        try:
+            yield
+        except RefusedError as refused:
+            is_busy = refused.refusal is Refusal.QUEUE_FULL
+            raise KvasirError(
+                REASONS[refused.refusal],
+                refused.message,
+                param=refused.param,
+                retry_after_ms=self._retry_after_ms() if is_busy else 0,
+            ) from refused
+
+    def _retry_after_ms(self) -> int:
+        """About the time in which what is queued is computed."""
+        load = self._steps.load()
+        queued_ms = load.prefill_tokens_queued * load.prefill_us_per_token / 1000
+        return int(min(max(queued_ms, RETRY_AFTER_MS_MIN), RETRY_AFTER_MS_MAX))
+
+    def _num_whole(self, sequence: SequenceState) -> int:
+        """Leading blocks of a reservation that are whole, whatever its owner believes."""
+        is_whole = self._pool.ready[sequence.blocks.view()] == self._pool.num_layers
+        return len(is_whole) if is_whole.all() else int(is_whole.argmin())
+
+    def _new_stream(self, request_id: str) -> TokenStream:
+        return TokenStream(request_id, on_close=self.cancel, on_drop=self._cancel_dropped)
+
+    def _cancel_dropped(self, request_id: str) -> None:
+        """The collector may run in any thread, under any lock: cancel later."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self.cancel, request_id)
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        assert self._loop is not None, "the engine is started first"
+        return self._loop
+
+    def _deliver(self, decisions: list[Decision], change: BlockChange | None) -> None:
+        """Called in any thread: consumers live in the loop's, and get everything in order."""
+        loop = self._running_loop()
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._hand_out, decisions, change)
+
+    def _hand_out(self, decisions: list[Decision], change: BlockChange | None) -> None:
+        for decision in decisions:
+            match decision:
+                case Emitted(request_id, event):
+                    stream = self._streams.get(request_id)
+                    if stream is not None:
+                        stream.put(event)
+                    if event.finish_reason is not None:
+                        self._forget(request_id)
+                case Granted(request_id, reservation):
+                    self._grant(request_id, reservation)
+                case Ended(request_id, refusal):
+                    self._end(request_id, refusal)
+        if change is not None:
+            for watch in self._watches:
+                watch.put(change)
+
+    def _grant(self, request_id: str, reservation: Reservation) -> None:
+        granted = self._grants.get(request_id)
+        if granted is not None and not granted.done():
+            granted.set_result(reservation)
+
+    def _end(self, request_id: str, refusal: Refusal) -> None:
+        asked = self._reasons.get(request_id) if refusal is Refusal.CANCELLED else None
+        error = _error(refusal, asked or REASONS[refusal])
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.fail(error)
+        granted = self._grants.get(request_id)
+        if granted is not None and not granted.done():
+            granted.set_exception(error)
+        self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self._reasons.pop(request_id, None)
+
+
+def _error(refusal: Refusal, reason: Reason) -> KvasirError:
+    return KvasirError(reason, MESSAGES.get(refusal, "the request was refused"))
