@@ -163,8 +163,8 @@ class Engine:
         """Lets a reservation run.
 
         The KV of its leading `computed_tokens` is in its blocks (as far as those are whole), and
-        nobody writes to them any more; the rest is computed here. `extra_tokens` follow the known tokens: they were sampled
-        elsewhere, and are part of the stream.
+        nobody writes to them any more; the rest is computed here. `extra_tokens` follow the known
+        tokens: they were sampled elsewhere, and are part of the stream.
 
         Raises:
             KvasirError: cancelled, expired or not reserved; the reservation is gone.
