@@ -23,12 +23,17 @@ class RefusedError(CommandError):
     exit_status = 2
 
 
+REFUSALS = (400, 404)
+"""HTTP statuses of errors that no retry mends."""
+
+
 def describe(error: BaseException) -> tuple[str, int] | None:
     """The line and the exit status for an error, or None: it is our bug and keeps its traceback."""
     if isinstance(error, CommandError):
         return str(error), error.exit_status
     if isinstance(error, KvasirError):
-        return (f"{error.param}: {error.message}" if error.param else error.message), 1
+        line = f"{error.param}: {error.message}" if error.param else error.message
+        return line, 2 if error.status.http in REFUSALS else 1
     if isinstance(error, ValueError):
         return str(error), 2
     if isinstance(error, OSError):

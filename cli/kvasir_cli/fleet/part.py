@@ -107,7 +107,7 @@ class Part:
                 lines = log.read().decode(errors="replace").strip().splitlines()
         except OSError:
             return ""
-        return lines[-1].strip() if lines else ""
+        return lines[-1].strip().removeprefix("error: ") if lines else ""
 
     async def stop(self, timeout_s: float) -> None:
         """SIGTERM, and after the timeout SIGKILL."""
