@@ -6,12 +6,15 @@ Decides how progress looks; callers only say how much there is and how far they 
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import click
 
 LINE_INTERVAL_S = 5.0
 """Between two lines where there is no terminal: seen in a log, not flooding it."""
+
+STAGE_COUNT_MAX = 100_000
+"""A stage with a larger total counts bytes."""
 
 Advance = Callable[[int], None]
 
@@ -24,6 +27,31 @@ def byte_progress(title: str, num_bytes_total: int) -> AbstractContextManager[Ad
 def count_progress(title: str, num_total: int) -> AbstractContextManager[Advance]:
     """Gives a function to call with the number of things done since the last call."""
     return _progress(title, num_total, str(num_total), counts_bytes=False)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Gives a function to call with a stage's name, how much of it is done and how much there is.
+
+    A stage begins when its name is first reported and ends with the next stage.
+    """
+    with ExitStack() as stack:
+        name, done = "", 0
+        advance: Advance = lambda _: None  # noqa: E731
+
+        def report(stage: str, now_done: int, total: int) -> None:
+            nonlocal name, done, advance
+            if stage != name:
+                stack.close()
+                name, done = stage, 0
+                counts_bytes = total > STAGE_COUNT_MAX
+                text = size_text(total) if counts_bytes else str(total)
+                context = _progress(stage, total, text, counts_bytes=counts_bytes)
+                advance = stack.enter_context(context)
+            advance(now_done - done)
+            done = now_done
+
+        yield report
 
 
 @contextmanager

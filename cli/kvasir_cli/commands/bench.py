@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,38 @@ JSON_FILE = click.option(
 @click.group()
 def bench() -> None:
     """Measure the engine or a serving fleet."""
+
+
+@bench.command()
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="Model folder.")
+@click.option(
+    "--threads", "num_threads", type=click.IntRange(min=0), default=0, help="0: one per core."
+)
+@click.option("--prompt-length", "prompt_lengths", type=COUNT, multiple=True, default=(512, 2048))
+@click.option("--batch-size", "batch_sizes", type=COUNT, multiple=True, default=(1, 4, 16))
+@click.option("--context-length", type=COUNT, default=512, show_default=True)
+@click.option("--repetitions", type=COUNT, default=3, show_default=True)
+@click.option("--isa", envvar="KVASIR_ISA", help="CPU path.  [default: the best that runs here]")
+@JSON_FILE
+def engine(model: Path, num_threads: int, json_file: Path | None, **values: Any) -> None:
+    """Measure prefill and decode of the engine alone, without server or scheduler.
+
+    prefill_N: a prompt of N tokens; decode_N: a batch of N sequences.
+    """
+    from kvasir_engine.bench import EngineBenchSettings, run_bench_engine
+
+    from kvasir_cli.load.machine import machine
+    from kvasir_cli.progress import stages
+
+    threads = num_threads or len(os.sched_getaffinity(0))
+    settings = EngineBenchSettings(model_dir=model, num_threads=threads, **values)
+    with stages() as report:
+        result = run_bench_engine(settings, report)
+    click.echo(f"{result['isa']}, memory read at {result['memory_read_gb_per_s']} GB/s")
+    for name, rate in result["tokens_per_s"].items():
+        click.echo(f"  {name:<16} {rate:>10.1f} tokens/s")
+    if json_file is not None:
+        _write(json_file, {"bench": "engine", "machine": machine(), **result})
 
 
 @bench.command()
