@@ -358,9 +358,8 @@ def test_the_queue_is_bounded() -> None:
 
 def test_a_resumed_request_that_is_complete_ends_without_a_step() -> None:
     scheduler = make_scheduler()
-    done = EngineRequest(
-        "a", (1, 2), make_request("x", max_tokens=2).sampling, resume_tokens=(3, 4)
-    )
+    sampling = Sampling(max_tokens=2)
+    done = EngineRequest("a", (1, 2), sampling, resume_tokens=(3, 4))
     stopped = EngineRequest("b", (1, 2), sampling, resume_tokens=(99,))
     submit(scheduler, done, stopped)
     assert ends(scheduler) == {"a": FinishReason.LENGTH, "b": FinishReason.STOP}
