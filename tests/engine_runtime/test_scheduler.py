@@ -4,7 +4,7 @@ import pytest
 from core_builders import FakeRegistry, make_request, make_scheduler
 from kvasir_engine.core.decisions import Emitted, Ended, Granted, SessionHeld, SessionOpened, Step
 from kvasir_engine.core.scheduler import Scheduler
-from kvasir_engine.core.types import EngineRequest, FinishReason, Refusal, RefusedError
+from kvasir_engine.core.types import EngineRequest, FinishReason, Refusal, RefusedError, Sampling
 
 
 def submit(
