@@ -66,7 +66,7 @@ def test_worker_gets_its_flags() -> None:
     [container] = pod_spec(plan_for(pool))["containers"]
     args = " ".join(container["args"])
     assert container["image"] == IMAGE
-    assert args.startswith("worker --name $(KVASIR_POD_NAME) --host 0.0.0.0")
+    assert args.startswith("worker --name $(KVASIR_POD_NAME) --uid $(KVASIR_POD_UID)")
     for flag in ("--role decode", "--threads 3", "--kv-cache-mb 64", "--kv-node dns:kv:50051"):
         assert flag in args
     assert args.endswith("--redis redis://r:6379/0 --x")

@@ -157,6 +157,7 @@ def _part(world: World, spec: PoolSpec) -> Part:
 def _common_args() -> list[str]:
     return [
         *("--name", "$(KVASIR_POD_NAME)"),
+        *("--uid", "$(KVASIR_POD_UID)"),
         *("--host", "0.0.0.0"),
         *("--advertise-host", "$(KVASIR_POD_IP)"),
         *("--grpc-port", str(WORKER_GRPC_PORT)),
@@ -172,6 +173,7 @@ def _worker_args(owner: Owner, spec: WorkerPoolSpec) -> list[str]:
         *("--role", ROLES[owner.kind]),
         *("--threads", str(spec.threads)),
         *("--kv-cache-mb", str(spec.kv_cache_mb)),
+        *("--drain-timeout-ms", str(spec.drain_timeout_seconds * 1000)),
     ]
     for node in spec.kv_nodes:
         args += ["--kv-node", node]

@@ -36,11 +36,12 @@ from kvasir_operator.core.manifests import (
     ref_of,
     role_labels,
 )
-from kvasir_operator.core.pods import MODEL_FOLDER, Part
+from kvasir_operator.core.pods import GRACE_MARGIN_S, MODEL_FOLDER, Part
 from kvasir_operator.core.views import pod_views, workload_view
 from kvasir_operator.core.world import REQUEUE_UNSETTLED_MS, Plan, World, without_conflicts
 
 PARTS = {"prefill": "PrefillPool", "decode": "DecodePool", "kv": "KVCachePool"}
+DRAIN_TIMEOUT_S = 60  # the router's streams may take this long to end when its pod leaves
 STATUS_FIELDS = {"prefill": "prefill", "decode": "decode", "kv": "kvCache"}
 
 
@@ -190,6 +191,7 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
             *("--http-port", str(spec.router.http_port)),
             *("--grpc-port", str(spec.router.grpc_port)),
             *("--ttft-slo-ms", str(spec.slo.ttft_ms)),
+            *("--drain-timeout-ms", str(1000 * DRAIN_TIMEOUT_S)),
             *(arg for worker in workers for arg in ("--worker", worker)),
         ),
         ports=ports,
@@ -198,6 +200,7 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         default_image=world.default_image,
         service_account=owner.name,
         model=spec.model,
+        grace_s=DRAIN_TIMEOUT_S + GRACE_MARGIN_S,
     )
     return [
         make.disruption_budget(owner, name, labels),

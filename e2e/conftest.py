@@ -1,0 +1,153 @@
+"""The cluster, the images and the chart that the steps work on.
+
+KUBECONFIG          an existing cluster to use; without it, a kind cluster is made and deleted
+KIND_NODE_IMAGE     image of the kind cluster's nodes
+KVASIR_E2E_IMAGE, KVASIR_E2E_MODEL_IMAGE
+                    images that a cluster which is not kind can pull; else both are built and loaded
+KVASIR_E2E_MODEL    folder of SmolLM2; else `kvasir model get smollm2`
+KEEP=1              leave the cluster up
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e_shell import CommandError, Kubectl, run, say, show
+from kvasir_cli.models.smollm2 import models_folder
+
+ROOT = Path(__file__).parents[1]
+CLUSTER = "kvasir-e2e"
+NAMESPACE = "kvasir-e2e"
+SYSTEM_NAMESPACE = "kvasir-e2e-system"
+IMAGE = "kvasir:e2e"
+MODEL_IMAGE = "kvasir-model-smollm2:dev"
+REPORT = ROOT / ".cache" / "e2e"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster to test on."""
+
+    kubeconfig: str
+    kind_name: str  # empty: not a kind cluster
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images that the cluster has or can pull."""
+
+    kvasir: str
+    model: str
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The steps build on one another: the first failure ends the run."""
+    config.option.maxfail = 1
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """An existing cluster, or a kind cluster that is deleted afterwards."""
+    given = os.environ.get("KUBECONFIG", "")
+    for tool in ("kubectl", "helm", *(() if given else ("kind", "docker"))):
+        assert shutil.which(tool), f"{tool} is not on the PATH: install it or see CONTRIBUTING.md"
+    if given:
+        context = run("kubectl", "config", "current-context").strip()
+        yield Cluster(given, context.removeprefix("kind-") if "kind-" in context else "")
+        return
+    kubeconfig = str(tmp_path_factory.mktemp("cluster") / "kubeconfig")
+    node_image = os.environ.get("KIND_NODE_IMAGE", "")
+    run("kind", "delete", "cluster", "--name", CLUSTER, limit_s=120)
+    command = ["kind", "create", "cluster", "--name", CLUSTER, "--wait", "180s"]
+    command += ["--config", str(ROOT / "e2e/kind.yaml"), "--kubeconfig", kubeconfig]
+    run(*command, *(["--image", node_image] if node_image else []), limit_s=360)
+    yield Cluster(kubeconfig, CLUSTER)
+    if os.environ.get("KEEP"):
+        say(f"the cluster stays: kind get kubeconfig --name {CLUSTER}")
+        return
+    run("kind", "delete", "cluster", "--name", CLUSTER, limit_s=120)
+
+
+@pytest.fixture(scope="session")
+def images(cluster: Cluster) -> Images:
+    """Kvasir's image and the model's, built and loaded unless they are given."""
+    given = Images(
+        os.environ.get("KVASIR_E2E_IMAGE", ""), os.environ.get("KVASIR_E2E_MODEL_IMAGE", "")
+    )
+    if given.kvasir and given.model:
+        return given
+    if not cluster.kind_name:
+        raise CommandError("not a kind cluster: set KVASIR_E2E_IMAGE and KVASIR_E2E_MODEL_IMAGE")
+    say("building the image (3 to 6 minutes the first time)")
+    build = ("docker", "build", "-q")
+    plain = {"DOCKER_BUILDKIT": os.environ.get("DOCKER_BUILDKIT", "0")}
+    run(*build, "-t", IMAGE, str(ROOT), limit_s=1500, env=plain)
+    model = os.environ.get("KVASIR_E2E_MODEL") or _smollm2()
+    dockerfile = str(ROOT / "e2e/model.Dockerfile")
+    run(*build, "-t", MODEL_IMAGE, "-f", dockerfile, model, limit_s=300, env=plain)
+    for image in (IMAGE, MODEL_IMAGE):
+        load = ("kind", "load", "docker-image", image, "--name", cluster.kind_name)
+        run(*load, limit_s=300)
+    return Images(IMAGE, MODEL_IMAGE)
+
+
+def _smollm2() -> str:
+    folder = str(models_folder() / "smollm2")  # the demo's own
+    kvasir = str(Path(sys.executable).parent / "kvasir")
+    run(kvasir, "model", "get", "smollm2", folder, limit_s=900)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kubectl(cluster: Cluster) -> Kubectl:
+    """kubectl in the namespace of the tests."""
+    return Kubectl(cluster.kubeconfig, NAMESPACE)
+
+
+@pytest.fixture(scope="session")
+def system(cluster: Cluster) -> Kubectl:
+    """kubectl in the operator's namespace."""
+    return Kubectl(cluster.kubeconfig, SYSTEM_NAMESPACE)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """When a step fails, what the cluster has to say is collected."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    clients = [getattr(item, "funcargs", {}).get(name) for name in ("kubectl", "system")]
+    if report.failed and call.when == "call" and clients[0] is not None:
+        say(f"{item.name} FAILED: {call.excinfo.value if call.excinfo else ''}")
+        for client in clients:
+            if client is not None:
+                collect(client)
+
+
+def collect(kubectl: Kubectl) -> None:
+    """Logs, events and descriptions of one namespace: shortened here, whole in REPORT."""
+    REPORT.mkdir(parents=True, exist_ok=True)
+    kinds = "msvc,pfp,dcp,kvp,pods,statefulsets,deployments,services"
+    asked = {
+        "objects": ("get", kinds, "-o", "wide"),
+        "events": ("get", "events", "--sort-by=.lastTimestamp"),
+        "describe": ("describe", kinds),
+    }
+    for pod in kubectl.names("pods"):
+        name = pod.removeprefix("pod/")
+        asked[f"log-{name}"] = ("logs", name, "--all-containers", "--tail=200")
+        asked[f"log-before-{name}"] = ("logs", name, "--previous", "--tail=100")
+    for name, command in asked.items():
+        try:
+            text = kubectl(*command, quiet=True)
+        except CommandError as error:
+            text = str(error)
+        path = REPORT / f"{kubectl.namespace}-{name}.txt"
+        path.write_text(text)
+        if name in ("objects", "events") or name.startswith("log-"):
+            say(f"--- {path}")
+            show("\n".join(text.splitlines()[-30:]))

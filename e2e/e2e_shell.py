@@ -1,0 +1,139 @@
+"""Commands of the suite: each has a time limit, is printed, and fails with its output."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+POLL_INTERVAL_S = 0.5
+OUTPUT_LINES_MAX = 60
+
+
+class CommandError(AssertionError):
+    """A command failed or took too long; the message has its output."""
+
+
+def say(text: str) -> None:
+    """One line of progress, with the time."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+def show(text: str) -> None:
+    """Output of a command, shortened."""
+    lines = text.rstrip().splitlines()
+    for line in lines[:OUTPUT_LINES_MAX]:
+        print(f"          {line}", flush=True)
+    if len(lines) > OUTPUT_LINES_MAX:
+        print(f"          ... {len(lines) - OUTPUT_LINES_MAX} more lines", flush=True)
+
+
+def run(
+    *command: str,
+    limit_s: float = 60,
+    stdin: str | None = None,
+    expect_failure: bool = False,
+    quiet: bool = False,
+    env: dict[str, str] | None = None,
+) -> str:
+    """Run a command to its end; standard output, or of an expected failure also the errors."""
+    if not quiet:
+        say("$ " + " ".join(command))
+    try:
+        done = subprocess.run(
+            command,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            check=False,
+            env={**os.environ, **(env or {})},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CommandError(f"{command[0]}: no end after {limit_s:.0f} s: {command}") from error
+    if (done.returncode != 0) != expect_failure:
+        text = done.stdout + done.stderr
+        raise CommandError(f"status {done.returncode} of {' '.join(command)}\n{text}")
+    text = done.stdout + (done.stderr if expect_failure else "")
+    if not quiet:
+        show(text)
+    return text
+
+
+class Kubectl:
+    """kubectl with one kubeconfig and one namespace."""
+
+    def __init__(self, kubeconfig: str, namespace: str) -> None:
+        self.kubeconfig = kubeconfig
+        self.namespace = namespace
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """The words before every command."""
+        return ("kubectl", "--kubeconfig", self.kubeconfig, "-n", self.namespace)
+
+    def __call__(self, *args: str, **options: Any) -> str:
+        """Run one command."""
+        if not options.get("quiet"):
+            say("$ kubectl " + " ".join(args))
+        text = run(*self.prefix, *args, **{**options, "quiet": True})
+        if not options.get("quiet"):
+            show(text)
+        return text
+
+    def json(self, *args: str) -> Any:
+        """The output of a `get` as JSON; not printed."""
+        return json.loads(self("get", *args, "-o", "json", quiet=True))
+
+    def condition(self, what: str, kind: str) -> dict[str, str]:
+        """One condition of an object; empty while it is not there."""
+        conditions = self.json(what).get("status", {}).get("conditions", [])
+        return next((c for c in conditions if c["type"] == kind), {})
+
+    def names(self, *args: str) -> list[str]:
+        """The objects that a `get` finds."""
+        return self("get", *args, "-o", "name", "--ignore-not-found", quiet=True).split()
+
+
+def wait_for(what: str, probe: Callable[[], Any], *, limit_s: float) -> Any:
+    """Ask until the answer is true; tells every 10 s that it still waits."""
+    say(f"waiting for {what}")
+    started_s = time.monotonic()
+    told_s = started_s
+    while True:
+        answer = probe()
+        now_s = time.monotonic()
+        if answer:
+            say(f"{what}: after {now_s - started_s:.1f} s")
+            return answer
+        if now_s - started_s > limit_s:
+            raise CommandError(f"waited {limit_s:.0f} s for {what}")
+        if now_s - told_s > 10:
+            told_s = now_s
+            say(f"  still waiting for {what} ({now_s - started_s:.0f} s)")
+        time.sleep(POLL_INTERVAL_S)
+
+
+@contextmanager
+def port_forward(kubectl: Kubectl, target: str, port: int) -> Iterator[str]:
+    """The base URL of a Service or Deployment on this machine."""
+    process = subprocess.Popen(
+        (*kubectl.prefix, "port-forward", target, f":{port}"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()  # "Forwarding from 127.0.0.1:41234 -> 8000"
+        if "Forwarding" not in line:
+            raise CommandError(f"port-forward to {target}: {line}")
+        local = line.split("127.0.0.1:")[1].split(" ")[0]
+        yield f"http://127.0.0.1:{local}"
+    finally:
+        process.terminate()
+        process.wait(10)
+        if process.stdout is not None:
+            process.stdout.close()

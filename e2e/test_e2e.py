@@ -1,0 +1,285 @@
+"""Kvasir on a real cluster, from helm install to nothing left. The steps build on one another."""
+
+import json
+import re
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import NAMESPACE, ROOT, SYSTEM_NAMESPACE, Cluster, Images
+from e2e_chat import Load, chat, tell
+from e2e_shell import Kubectl, port_forward, run, say, wait_for
+
+SERVICE = "msvc/smollm2"
+DECODE = "dcp/smollm2-decode"
+KINDS = "msvc,pfp,dcp,kvp"
+PARTS = "deployments,statefulsets,services,pods,poddisruptionbudgets,serviceaccounts"
+OURS = "app.kubernetes.io/managed-by=kvasir-operator"
+
+SOURCE = "{hostPath: {path: /nowhere}}"
+CR = """
+apiVersion: kvasir.dev/v1alpha1
+kind: ModelService
+metadata: {name: bad}
+spec:
+  model: {name: bad, source: %s}
+  %s
+"""
+
+
+@pytest.fixture
+def router(kubectl: Kubectl) -> Iterator[str]:
+    """The router's Service on this machine."""
+    with port_forward(kubectl, "service/smollm2-router", 8000) as url:
+        yield url
+
+
+def operator_metric(system: Kubectl, name: str) -> float:
+    """The sum of one counter of the operator over its labels."""
+    with port_forward(system, "deployment/kvasir-operator", 8080) as url:
+        text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    values = re.findall(rf"^{name}{{.*}} (.+)$", text, re.MULTILINE)
+    return sum(float(value) for value in values)
+
+
+def wait_until_settled(kubectl: Kubectl, *, limit_s: float) -> None:
+    """Wait until the service is available and nothing is under way."""
+
+    def is_settled() -> bool:
+        service = kubectl.json(SERVICE)
+        found = {c["type"]: c for c in service.get("status", {}).get("conditions", [])}
+        return (
+            [found.get(kind, {}).get("status") for kind in ("Available", "Progressing", "Degraded")]
+            == ["True", "False", "False"]
+        ) and service["status"]["observedGeneration"] == service["metadata"]["generation"]
+
+    wait_for(f"{SERVICE} to be settled", is_settled, limit_s=limit_s)
+
+
+@pytest.mark.timeout(2400)
+def test_images_are_built_and_loaded(images: Images) -> None:
+    say(f"images: {images}")
+
+
+@pytest.mark.timeout(240)
+def test_helm_install(cluster: Cluster, images: Images, system: Kubectl) -> None:
+    repository, tag = images.kvasir.rsplit(":", 1)
+    run(
+        *("helm", "install", "kvasir", str(ROOT / "helm/kvasir")),
+        *("--kubeconfig", cluster.kubeconfig),
+        *("--namespace", SYSTEM_NAMESPACE, "--create-namespace"),
+        *("--set", f"image.repository={repository},image.tag={tag},crds.keep=false"),
+        *("--wait", "--timeout", "180s"),
+        limit_s=200,
+    )
+    system("get", "pods")
+    system("create", "namespace", NAMESPACE)
+    system("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
+    assert "restricted" in system("get", "namespace", NAMESPACE, "--show-labels")
+
+
+@pytest.mark.timeout(60)
+def test_kubectl_explains_every_level(kubectl: Kubectl) -> None:
+    assert "milliseconds" in kubectl("explain", "msvc.spec.slo.ttftMs")
+    assert "drainTimeoutSeconds" in kubectl("explain", "dcp.spec", quiet=True)
+
+
+REFUSED = {
+    "min above max": (
+        CR % (SOURCE, "prefill: {replicas: 3, minReplicas: 3, maxReplicas: 2}"),
+        "minReplicas must not be greater than maxReplicas",
+    ),
+    "replicas out of bounds": (
+        CR % (SOURCE, "decode: {replicas: 9, maxReplicas: 4}"),
+        "replicas must not be greater than maxReplicas",
+    ),
+    "unknown field": (CR % (SOURCE, "decoed: {replicas: 1}"), 'unknown field "spec.decoed"'),
+    "no source": (CR % ("{}", ""), "exactly one of hostPath, pvc and image must be set"),
+    "two sources": (
+        CR % ("{hostPath: {path: /a}, pvc: {claimName: b}}", ""),
+        "exactly one of hostPath, pvc and image must be set",
+    ),
+    "wrong quantity": (
+        CR % (SOURCE, "router: {resources: {limits: {memory: much}}}"),
+        "spec.router.resources.limits.memory",
+    ),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("manifest", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_resource_is_refused(
+    kubectl: Kubectl, images: Images, manifest: str, message: str
+) -> None:
+    answer = kubectl("apply", "-f", "-", stdin=manifest, expect_failure=True)
+    assert message in answer
+    assert kubectl.names(KINDS) == []
+
+
+MISSING = {
+    "folder in the image": ('{image: {reference: "MODEL", path: /nowhere}}', "/nowhere"),
+    "volume claim": ("{pvc: {claimName: nowhere}}", '"nowhere" not found'),
+}
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("source", "words"), MISSING.values(), ids=MISSING)
+def test_missing_model_is_told_in_a_condition(
+    kubectl: Kubectl, images: Images, source: str, words: str
+) -> None:
+    kubectl("apply", "-f", "-", stdin=CR % (source.replace("MODEL", images.model), ""))
+
+    def told() -> str:
+        condition = kubectl.condition("msvc/bad", "Degraded")
+        is_told = condition.get("reason") == "ModelUnavailable" and words in condition["message"]
+        return condition["message"] if is_told else ""
+
+    say(wait_for("condition Degraded, ModelUnavailable", told, limit_s=90))
+    assert kubectl.condition("msvc/bad", "Available")["status"] == "False"
+    kubectl("get", "msvc")
+    kubectl("delete", "msvc", "bad")
+    wait_for("its children to be gone", lambda: not kubectl.names(PARTS, "-l", OURS), limit_s=90)
+
+
+@pytest.mark.timeout(420)
+def test_sample_becomes_ready(kubectl: Kubectl, images: Images) -> None:
+    sample = (ROOT / "docs/samples/smollm2.yaml").read_text()
+    sample = sample.replace("kvasir-model-smollm2:dev", images.model)
+    kubectl("apply", "-f", "-", stdin=sample)
+    kubectl("wait", "--for=condition=Available", SERVICE, "--timeout=300s", limit_s=310)
+    wait_until_settled(kubectl, limit_s=120)
+    kubectl("get", KINDS)
+    kubectl("get", "pods")
+    assert kubectl.json(SERVICE)["status"]["decode"]["summary"] == "2/2"
+
+
+@pytest.mark.timeout(120)
+def test_streamed_chat_through_the_service(router: str) -> None:
+    answer = chat(router)
+    tell(answer)
+    assert "Paris" in answer.text
+    assert answer.num_chunks > 3, "the answer came in one piece"
+
+
+@pytest.mark.timeout(120)
+def test_idle_operator_writes_nothing(kubectl: Kubectl, system: Kubectl) -> None:
+    writes = operator_metric(system, "kvasir_operator_api_writes_total")
+    reconciles = operator_metric(system, "kvasir_operator_reconciles_total")
+    kubectl("annotate", KINDS, "--all", f"e2e/touched={time.time_ns()}")
+    wait_for(
+        "four more reconciles",
+        lambda: operator_metric(system, "kvasir_operator_reconciles_total") >= reconciles + 4,
+        limit_s=30,
+    )
+    assert operator_metric(system, "kvasir_operator_api_writes_total") == writes
+    say(f"writes before and after: {writes:.0f}")
+
+
+@pytest.mark.timeout(60)
+def test_drift_is_repaired_and_foreign_fields_stay(kubectl: Kubectl) -> None:
+    patch = {"spec": {"publishNotReadyAddresses": False}, "metadata": {"labels": {"team": "x"}}}
+    kubectl("patch", "service", "smollm2-decode", "--type=merge", "-p", json.dumps(patch))
+
+    def is_repaired() -> bool:
+        service = kubectl.json("service/smollm2-decode")
+        assert service["metadata"]["labels"]["team"] == "x"
+        return bool(service["spec"].get("publishNotReadyAddresses"))
+
+    wait_for("the Service to be repaired", is_repaired, limit_s=30)
+
+
+@pytest.mark.timeout(60)
+def test_bad_change_is_refused(kubectl: Kubectl) -> None:
+    refused = {"expect_failure": True}
+    name = json.dumps({"spec": {"model": {"name": "other"}}})
+    answer = kubectl("patch", SERVICE, "--type=merge", "-p", name, **refused)
+    assert "model cannot be changed" in answer
+    answer = kubectl("scale", DECODE, "--replicas=9", **refused)
+    assert "replicas must not be greater than maxReplicas" in answer
+
+
+@pytest.mark.timeout(240)
+def test_scale_in_drains_under_load(kubectl: Kubectl, router: str) -> None:
+    long = {"max_tokens": 160, "ignore_eos": True}
+    with Load(router, **long) as load, ThreadPoolExecutor(1) as pool:
+        wait_for("a first answer under load", lambda: load.num_done, limit_s=60)
+        watch = pool.submit(_watch_drain, kubectl)
+        kubectl("scale", DECODE, "--replicas=1")
+        seen = watch.result(120)
+        done = load.num_done
+        wait_for("an answer after the removal", lambda: load.num_done > done, limit_s=60)
+    assert load.failures == []
+    assert seen, "the pod went without a drain"
+    kubectl("get", DECODE)
+    assert kubectl.json(DECODE)["spec"]["replicas"] == 1
+
+
+def _watch_drain(kubectl: Kubectl) -> list[str]:
+    """The conditions Draining seen until one decode worker is left."""
+    seen: list[str] = []
+
+    def is_removed() -> bool:
+        condition = kubectl.condition(DECODE, "Draining")
+        message = condition.get("message", "")
+        if condition.get("status") == "True" and message not in seen:
+            seen.append(message)
+            say(f"Draining: {message} {kubectl.json(DECODE)['status'].get('drainingPods')}")
+        return kubectl.names("pods", "-l", "kvasir.dev/role=decode") == ["pod/smollm2-decode-0"]
+
+    wait_for("smollm2-decode-1 to be removed", is_removed, limit_s=110)
+    return seen
+
+
+@pytest.mark.timeout(180)
+def test_scale_out(kubectl: Kubectl, router: str) -> None:
+    kubectl("scale", DECODE, "--replicas=2")
+    kubectl("rollout", "status", "statefulset/smollm2-decode", "--timeout=120s", limit_s=130)
+    wait_until_settled(kubectl, limit_s=60)
+    kubectl("get", KINDS)
+    tell(chat(router))
+
+
+@pytest.mark.timeout(180)
+def test_deleted_prefill_worker_is_not_missed(kubectl: Kubectl, router: str) -> None:
+    kubectl("delete", "pod", "smollm2-prefill-0", "--force", "--grace-period=0")
+    answer = chat(router, "Name the capital of France, please.")
+    tell(answer)
+    assert "Paris" in answer.text
+    wait_until_settled(kubectl, limit_s=120)
+
+
+@pytest.mark.timeout(180)
+def test_restarted_parts_serve_again(kubectl: Kubectl, router: str) -> None:
+    kubectl("delete", "pod", "smollm2-decode-0", "smollm2-kv-0", "--wait=false")
+    wait_for(
+        "the pods to be away",
+        lambda: kubectl.condition(SERVICE, "Progressing")["status"] == "True",
+        limit_s=60,
+    )
+    answer = chat(router)
+    tell(answer)
+    assert "Paris" in answer.text
+    wait_until_settled(kubectl, limit_s=120)
+    assert "Paris" in chat(router).text
+
+
+@pytest.mark.timeout(180)
+def test_uninstall_leaves_nothing(cluster: Cluster, kubectl: Kubectl, system: Kubectl) -> None:
+    kubectl("delete", SERVICE)
+    wait_for(
+        "pools and children to be gone",
+        lambda: not kubectl.names(f"pfp,dcp,kvp,{PARTS}", "-l", OURS),
+        limit_s=120,
+    )
+    helm = ("helm", "uninstall", "kvasir", "--kubeconfig", cluster.kubeconfig)
+    run(*helm, "--namespace", SYSTEM_NAMESPACE, "--wait", limit_s=120)
+    left = [
+        name
+        for name in system.names("crd,clusterroles,clusterrolebindings")
+        if "kvasir" in name.rsplit("/", 1)[1]
+    ]
+    assert left == []
+    assert system.names("deployments,pods,services") == []
+    system("delete", "namespace", NAMESPACE, SYSTEM_NAMESPACE, limit_s=90)
