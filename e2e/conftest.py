@@ -35,6 +35,7 @@ class Cluster:
 
     kubeconfig: str
     kind_name: str  # empty: not a kind cluster
+    cache: str  # a folder for kubectl's cache
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     given = os.environ.get("KUBECONFIG", "")
     for tool in ("kubectl", "helm", *(() if given else ("kind", "docker"))):
         assert shutil.which(tool), f"{tool} is not on the PATH: install it or see CONTRIBUTING.md"
+    folder = tmp_path_factory.mktemp("cluster")
+    cache = str(folder / "cache")
     if given:
         context = run("kubectl", "config", "current-context").strip()
-        yield Cluster(given, context.removeprefix("kind-") if "kind-" in context else "")
+        yield Cluster(given, context.removeprefix("kind-") if "kind-" in context else "", cache)
         return
-    kubeconfig = str(tmp_path_factory.mktemp("cluster") / "kubeconfig")
+    kubeconfig = str(folder / "kubeconfig")
     node_image = os.environ.get("KIND_NODE_IMAGE", "")
     run("kind", "delete", "cluster", "--name", CLUSTER, limit_s=120)
     command = ["kind", "create", "cluster", "--name", CLUSTER, "--wait", "180s"]
     command += ["--config", str(ROOT / "e2e/kind.yaml"), "--kubeconfig", kubeconfig]
     run(*command, *(["--image", node_image] if node_image else []), limit_s=360)
-    yield Cluster(kubeconfig, CLUSTER)
+    yield Cluster(kubeconfig, CLUSTER, cache)
     if os.environ.get("KEEP"):
         say(f"the cluster stays: kind get kubeconfig --name {CLUSTER}")
         return
@@ -106,13 +109,13 @@ def _smollm2() -> str:
 @pytest.fixture(scope="session")
 def kubectl(cluster: Cluster) -> Kubectl:
     """kubectl in the namespace of the tests."""
-    return Kubectl(cluster.kubeconfig, NAMESPACE)
+    return Kubectl(cluster.kubeconfig, NAMESPACE, cache=cluster.cache)
 
 
 @pytest.fixture(scope="session")
 def system(cluster: Cluster) -> Kubectl:
     """kubectl in the operator's namespace."""
-    return Kubectl(cluster.kubeconfig, SYSTEM_NAMESPACE)
+    return Kubectl(cluster.kubeconfig, SYSTEM_NAMESPACE, cache=cluster.cache)
 
 
 @pytest.hookimpl(hookwrapper=True)

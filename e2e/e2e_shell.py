@@ -63,16 +63,22 @@ def run(
 
 
 class Kubectl:
-    """kubectl with one kubeconfig and one namespace."""
+    """kubectl with one kubeconfig, one namespace and a cache of its own.
 
-    def __init__(self, kubeconfig: str, namespace: str) -> None:
+    kubectl keeps for ten minutes what a server offers: a cache from before the installation does
+    not know the short names of the CRDs.
+    """
+
+    def __init__(self, kubeconfig: str, namespace: str, *, cache: str) -> None:
         self.kubeconfig = kubeconfig
         self.namespace = namespace
+        self.cache = cache
 
     @property
     def prefix(self) -> tuple[str, ...]:
         """The words before every command."""
-        return ("kubectl", "--kubeconfig", self.kubeconfig, "-n", self.namespace)
+        where = ("--kubeconfig", self.kubeconfig, "--cache-dir", self.cache)
+        return ("kubectl", *where, "-n", self.namespace)
 
     def __call__(self, *args: str, **options: Any) -> str:
         """Run one command."""

@@ -16,6 +16,10 @@ SERVICE = "msvc/smollm2"
 DECODE = "dcp/smollm2-decode"
 KINDS = "msvc,pfp,dcp,kvp"
 PARTS = "deployments,statefulsets,services,pods,poddisruptionbudgets,serviceaccounts"
+CRDS = tuple(
+    f"crd/{plural}.kvasir.dev"
+    for plural in ("modelservices", "prefillpools", "decodepools", "kvcachepools")
+)
 OURS = "app.kubernetes.io/managed-by=kvasir-operator"
 
 SOURCE = "{hostPath: {path: /nowhere}}"
@@ -74,6 +78,7 @@ def test_helm_install(cluster: Cluster, images: Images, system: Kubectl) -> None
         *("--wait", "--timeout", "180s"),
         limit_s=200,
     )
+    system("wait", "--for=condition=Established", *CRDS, quiet=True)
     system("get", "pods")
     system("create", "namespace", NAMESPACE)
     system("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
