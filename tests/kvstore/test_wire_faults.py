@@ -1,6 +1,7 @@
 """Whatever the wire does to the bytes, nothing wrong becomes ready and nothing hangs."""
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,6 +15,18 @@ LAYERS = 3
 LAYER_BYTES = 96
 FRAME_BYTES = 64 + LAYERS * LAYER_BYTES
 STREAM_BYTES = 40 + NUM_BLOCKS * FRAME_BYTES + 64
+
+
+def flip_bit(byte: int, bit: int) -> Callable[[int, bytes], bytes]:
+    """Flips one bit of what the server sends, counted from the end of its hello."""
+
+    def change(offset: int, data: bytes) -> bytes:
+        at = 40 + byte - offset
+        if 0 <= at < len(data):
+            return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+        return data
+
+    return change
 
 
 def test_the_checksum_is_castagnolis() -> None:
@@ -108,15 +121,9 @@ def test_random_corruption_never_yields_a_wrong_ready_block(part: int) -> None:
 
 
 def test_a_wrong_payload_costs_its_block_only() -> None:
-    def flip(offset: int, data: bytes) -> bytes:
-        at = 40 + FRAME_BYTES + 64 + 10 - offset  # in the payload of the second block
-        if 0 <= at < len(data):
-            return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
-        return data
-
     with make_pair(NUM_BLOCKS, num_layers=LAYERS, layer_bytes=LAYER_BYTES) as pair:
         pair.publish(NUM_BLOCKS)
-        with Wire(pair.server.port, flip) as wire:
+        with Wire(pair.server.port, flip_bit(FRAME_BYTES + 64 + 10, 2)) as wire:
             pair.port = wire.port
             result = pair.pull_named()
         assert result.error == "bad_frame"
@@ -126,17 +133,34 @@ def test_a_wrong_payload_costs_its_block_only() -> None:
 
 
 def test_a_session_with_a_wrong_payload_is_not_acknowledged() -> None:
-    def flip(offset: int, data: bytes) -> bytes:
-        at = 40 + 64 + 5 - offset
-        return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] if 0 <= at < len(data) else data
-
     with make_pair(NUM_BLOCKS, num_layers=LAYERS, layer_bytes=LAYER_BYTES) as pair:
         pair.publish(2)
         pair.source.open_session(3)
         pair.source.extend_session(3, [0, 1])
         pair.source.finish_session(3)
-        with Wire(pair.server.port, flip) as wire:
+        with Wire(pair.server.port, flip_bit(64 + 5, 2)) as wire:
             pair.port = wire.port
             result = pair.pull_session(3, [0, 1])
         assert (result.error, result.blocks_ok) == ("bad_frame", [False, True])
         assert not pair.source.session_pulled(3)
+
+
+ORDINAL_AT = 8
+
+
+def test_no_bit_of_a_frames_header_can_change_unnoticed() -> None:
+    bits = [(byte, byte % 8) for byte in range(64)]
+    bits += [(ORDINAL_AT, bit) for bit in range(3)]  # another block of the same session
+    with make_pair(NUM_BLOCKS, num_layers=LAYERS, layer_bytes=LAYER_BYTES) as pair:
+        pair.publish(NUM_BLOCKS)
+        for session, (byte, bit) in enumerate(bits):
+            pair.source.open_session(session)
+            pair.source.extend_session(session, [0, 1, 2, 3])
+            pair.source.finish_session(session)
+            with Wire(pair.server.port, flip_bit(byte, bit)) as wire:
+                pair.port = wire.port
+                result = pair.pull_session(session, [3, 2, 1, 0])
+            assert (result.error, result.frames_bad) == ("bad_frame", 1), f"byte {byte}, bit {bit}"
+            assert not any(result.blocks_ok)
+            assert not pair.target.ready.any()
+            assert not pair.source.session_pulled(session)
