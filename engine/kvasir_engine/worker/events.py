@@ -6,7 +6,7 @@ blocks of `held`, or its stream has ended. A watcher that falls behind is cut of
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import worker_pb2
@@ -77,6 +77,10 @@ class EventHub:
         self.held: dict[bytes, None] = {}
         """Names in the order in which they were stored: parents before children."""
 
+    def num_leading_held(self, names: Sequence[bytes]) -> int:
+        """How many of these names, from the first on, are held: a hint for whoever asks later."""
+        return next((i for i, name in enumerate(names) if name not in self.held), len(names))
+
     def blocks_changed(self, *, stored: Iterable[bytes], removed: Iterable[bytes]) -> None:
         """The engine's cache changed: `removed` first, then `stored`."""
         gone = [name for name in removed if self.held.pop(name, 0) is None]
@@ -96,7 +100,7 @@ class EventHub:
         for watcher in self._watchers:
             watcher.close()
 
-    async def watch(self, *, load_interval_ms: int) -> AsyncIterator[worker_pb2.WorkerEvent]:
+    async def watch(self, *, load_interval_ms: int) -> AsyncGenerator[worker_pb2.WorkerEvent, None]:
         """One watcher's events, numbered from 1.
 
         Raises:
@@ -118,7 +122,7 @@ class EventHub:
 
     async def _numbered(
         self, watcher: Watcher, interval_s: float
-    ) -> AsyncIterator[worker_pb2.WorkerEvent]:
+    ) -> AsyncGenerator[worker_pb2.WorkerEvent, None]:
         now_s = asyncio.get_running_loop().time
         sequence = 0
         describe_at_s = 0.0

@@ -75,7 +75,7 @@ class InFlight:
         except KvasirError as error:
             scope.outcome = error.reason.value
             raise
-        except (asyncio.CancelledError, GeneratorExit):
+        except (asyncio.CancelledError, GeneratorExit, ConnectionError):  # the client left
             scope.outcome = Reason.CANCELLED.value
             raise
         finally:

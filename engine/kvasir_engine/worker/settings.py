@@ -46,7 +46,7 @@ class WorkerSettings(BaseModel):
     """Tokens of one engine step: bounds how long a step, and so a decode token, may take."""
     max_running: int = Field(default=64, ge=1)
     """Requests that hold KV memory."""
-    max_waiting: int = Field(default=256, ge=0)
+    max_waiting: int = Field(default=256, ge=1)
     """Requests in the engine's queue; more are refused with `busy`."""
     max_requests: int = Field(default=1024, ge=1)
     """Requests in any state, hand-offs included; more are refused with `overloaded`."""
@@ -67,8 +67,8 @@ class WorkerSettings(BaseModel):
     """How often a broken transfer path is tried again."""
     fetch_timeout_ms: int = Field(default=2000, ge=1)
     """Upper bound of a fetch from the KV tier."""
-    offer_blocks_max: int = Field(default=4096, ge=1)
-    """Blocks waiting to be offered to the KV tier; more are dropped, newest first."""
+    offer_blocks_max: int = Field(default=8192, ge=1)
+    """Blocks waiting to be offered to the KV tier; more are dropped."""
     request_timeout_ms: int = Field(default=600_000, ge=1)
     """Deadline of a request that names none, and the longest that one may name."""
     drain_timeout_ms: int = Field(default=60_000, ge=1)

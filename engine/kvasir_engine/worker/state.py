@@ -134,3 +134,7 @@ class TransferHealth:
         """The data plane is known not to work: no need to wait for more failures."""
         self.num_consecutive = max(self.num_consecutive, self.failures_max)
         self.error = error
+
+    def on_probation(self) -> None:
+        """Nothing is known any more: try transfers again, and believe the next failure at once."""
+        self.num_consecutive = min(self.num_consecutive, self.failures_max - 1)

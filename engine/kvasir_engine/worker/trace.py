@@ -3,8 +3,9 @@
 import time
 from dataclasses import dataclass, field
 
-from kvasir_proto.v1 import common_pb2
+from kvasir_proto.v1 import common_pb2, worker_pb2
 
+from kvasir_engine.core.types import RequestTiming
 from kvasir_engine.worker.metrics import WorkerMetrics
 
 
@@ -55,6 +56,27 @@ class Trace:
         if self.num_output < 2 or self.first_token_ms is None or self.last_token_ms is None:
             return 0.0
         return (self.last_token_ms - self.first_token_ms) / (self.num_output - 1)
+
+    def prefilled_here(self, timing: RequestTiming, metrics: WorkerMetrics) -> None:
+        """The first event of a prompt that this worker prefilled."""
+        self.queue_ms = timing.queue_ms
+        self.prefill_ms = timing.prefill_ms
+        self.tokens_cached_local = timing.tokens_cached
+        self.tokens_computed += timing.tokens_computed
+        metrics.queue_seconds.observe(timing.queue_ms / 1000)
+        metrics.prompt_tokens.labels("computed").inc(timing.tokens_computed)
+        metrics.prompt_tokens.labels("cached").inc(timing.tokens_cached)
+        metrics.prompt_tokens.labels("fetched").inc(self.tokens_cached_fetched)
+
+    def prefilled_by_peer(self, finished: worker_pb2.PrefillFinished, *, name: str) -> None:
+        """A prefill worker has finished this prompt."""
+        self.prefill_worker = name
+        self.queue_ms = finished.queue_ms
+        self.prefill_ms = finished.prefill_ms
+        self.tokens_cached_local = finished.tokens_cached_local
+        self.tokens_cached_fetched = finished.tokens_cached_fetched
+        self.tokens_computed = finished.tokens_computed
+        self.kv_bytes_moved += finished.kv_bytes_fetched
 
     def usage(self) -> common_pb2.Usage:
         """Token counts as clients are billed for them."""

@@ -1,0 +1,132 @@
+"""Computes a request on this worker's engine, after fetching from the KV tier what is worth it.
+
+Decides, before a prompt is computed, whether its missing blocks are fetched or computed: whichever
+takes less time by the rates measured so far. Fetching is an optimisation: whatever it does not
+bring is computed, and a request never fails for it.
+"""
+
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from kvasir_kvstore.client import KvTier
+from kvasir_kvstore.core.block import BLOCK_TOKENS
+from kvasir_proto.errors import KvasirError, Reason
+
+from kvasir_engine.core.types import EngineRequest, Reservation, TokenEvent
+from kvasir_engine.engine import Engine
+from kvasir_engine.worker.host import Host
+from kvasir_engine.worker.rates import FetchRates
+from kvasir_engine.worker.trace import Trace
+
+log = logging.getLogger(__name__)
+
+
+class Compute:
+    """Prompts computed here: of own requests, and of hand-offs to decode workers."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._rates = FetchRates()
+
+    async def events(
+        self, request: EngineRequest, *, trace: Trace
+    ) -> AsyncGenerator[TokenEvent, None]:
+        """The engine's events for this request.
+
+        Raises:
+            KvasirError: the engine refuses or ends it.
+        """
+        engine = self._host.served().engine
+        # 1. Fetch, if that is faster.
+        reservation, num_fetched = await self._fetched(request, trace)
+        # 2. Compute the rest.
+        if reservation is None:
+            events = engine.generate(request)
+        else:
+            events = engine.activate(
+                request.request_id,
+                computed_tokens=reservation.tokens_cached + num_fetched * BLOCK_TOKENS,
+            )
+        async with aclosing(events):
+            is_first = True
+            async for event in events:
+                if is_first and event.timing is not None:
+                    trace.prefilled_here(event.timing, self._host.metrics)
+                is_first = False
+                yield event
+
+    async def _fetched(
+        self, request: EngineRequest, trace: Trace
+    ) -> tuple[Reservation | None, int]:
+        """Blocks with fetched KV in them, and how many; no reservation: nothing was worth it."""
+        tier = self._host.served().tier
+        if tier is None:
+            return None, 0
+        names, num_held = self._wanted(request)
+        timeout_ms = self._rates.timeout_ms(
+            num_blocks=len(names) - num_held,
+            compute_ms_per_block=self._compute_ms_per_block(),
+            timeout_ms_max=self._host.settings.fetch_timeout_ms,
+        )
+        if not timeout_ms:
+            return None, 0
+        engine = self._host.served().engine
+        try:
+            reservation = await engine.reserve(request)
+        except KvasirError as error:
+            if error.reason not in (Reason.BUSY, Reason.OVERLOADED):
+                raise
+            return None, 0  # no memory now: wait for it in the engine's queue
+        try:
+            num_fetched = await self._fetch(
+                tier, engine, names, reservation, timeout_ms=timeout_ms, trace=trace
+            )
+        except BaseException:
+            await engine.release(request.request_id)
+            raise
+        return reservation, num_fetched
+
+    async def _fetch(
+        self,
+        tier: KvTier,
+        engine: Engine,
+        names: list[bytes],
+        reservation: Reservation,
+        *,
+        timeout_ms: int,
+        trace: Trace,
+    ) -> int:
+        """Fetches the blocks that follow the cached ones; returns how many came."""
+        skip = reservation.num_blocks_cached
+        missing, blocks = names[skip:], list(reservation.blocks[skip : len(names)])
+        if not missing:
+            return 0
+        started_s = time.monotonic()
+        result = await tier.locate_and_fetch(
+            missing, blocks, timeout_ms=timeout_ms, chain_head=names[0]
+        )
+        num_fetched = result.num_fetched_leading
+        elapsed_ms = (time.monotonic() - started_s) * 1000
+        self._rates.fetched(num_blocks=num_fetched, elapsed_ms=elapsed_ms)
+        trace.tokens_cached_fetched = num_fetched * BLOCK_TOKENS
+        trace.kv_bytes_moved += result.bytes_moved
+        self._host.metrics.kv_bytes.labels("fetch").inc(result.bytes_moved)
+        self._host.metrics.transfers.labels("fetch", result.problem or "ok").inc()
+        if result.problem:
+            log.warning("fetching KV blocks: %s; computing them", result.problem)
+        return num_fetched
+
+    def _wanted(self, request: EngineRequest) -> tuple[list[bytes], int]:
+        """Names of the blocks a prompt starts with, and how many of them are here (a hint).
+
+        Not the block of the last token: that one is computed, for its logits.
+        """
+        tokens = [*request.prompt, *request.resume_tokens]
+        names = self._host.served().names(tokens[:-1], tenant_salt=request.tenant_salt)
+        return names, self._host.hub.num_leading_held(names)
+
+    def _compute_ms_per_block(self) -> float:
+        load = self._host.served().engine.load()
+        return load.prefill_us_per_token * BLOCK_TOKENS / 1000

@@ -1,0 +1,195 @@
+"""One request for tokens, from message to outputs: the same for HTTP and gRPC.
+
+Decides who prefills (a peer, or this worker), turns token events into text and ends the request at
+a stop string. Invariant: an `opened` request holds nothing once it is closed, however it ends.
+"""
+
+import itertools
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+
+from kvasir_proto.v1 import common_pb2, worker_pb2
+
+from kvasir_engine.core.types import EngineRequest, FinishReason, TokenEvent
+from kvasir_engine.text import OutputText, TextChunk
+from kvasir_engine.worker import requests
+from kvasir_engine.worker.admission import check_in_time
+from kvasir_engine.worker.compute import Compute
+from kvasir_engine.worker.handoff import Handoff
+from kvasir_engine.worker.host import Host, Serving
+from kvasir_engine.worker.inflight import Scope
+from kvasir_engine.worker.offers import Offers
+from kvasir_engine.worker.sampling import engine_sampling, stop_token_ids
+from kvasir_engine.worker.state import Work
+from kvasir_engine.worker.stream import FINISH_NAMES
+from kvasir_engine.worker.trace import Trace
+
+log = logging.getLogger(__name__)
+
+_PROTO_FINISH = {
+    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens and the text that they make final."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    text_chars: int
+    """Characters of the output sent so far, these included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The output is complete."""
+
+    finish_reason: common_pb2.FinishReason.ValueType
+    usage: common_pb2.Usage
+    stats: common_pb2.RequestStats
+
+    def chunk(self) -> worker_pb2.GenerateChunk:
+        """The last chunk of a stream."""
+        return worker_pb2.GenerateChunk(
+            finish_reason=self.finish_reason, usage=self.usage, stats=self.stats
+        )
+
+
+class Output:
+    """One request's text, as far as it goes; without a tokenizer there are tokens only."""
+
+    def __init__(self, message: worker_pb2.GenerateRequest, serving: Serving) -> None:
+        self._text: OutputText | None = None
+        self.finish: FinishReason | None = None
+        if serving.tokenizer is not None:
+            self._text = OutputText(
+                serving.tokenizer,
+                stop=message.sampling.stop,
+                resume_tokens=message.resume_token_ids,
+                resume_text_chars=message.resume_text_chars,
+            )
+            if self._text.is_stopped:
+                self.finish = FinishReason.STOP
+
+    def feed(self, event: TokenEvent) -> Delta:
+        """The delta for an event; `finish` is set if it is the last one."""
+        self.finish = event.finish_reason
+        if self._text is None:
+            return Delta("", event.token_ids, 0)
+        chunk: TextChunk = self._text.feed(
+            event.token_ids,
+            is_last=event.finish_reason is not None,
+            ends_with_stop_token=event.finish_reason is FinishReason.STOP,
+        )
+        if chunk.is_stopped:
+            self.finish = FinishReason.STOP
+        return Delta(chunk.text, chunk.token_ids, self._text.num_chars)
+
+
+class Generator:
+    """Serves requests for tokens."""
+
+    def __init__(self, host: Host, compute: Compute, handoff: Handoff, offers: Offers) -> None:
+        self._host = host
+        self._compute = compute
+        self._handoff = handoff
+        self._offers = offers
+        self._count = itertools.count(1)
+
+    @asynccontextmanager
+    async def opened(
+        self, message: worker_pb2.GenerateRequest
+    ) -> AsyncIterator[AsyncIterator[Delta | Done]]:
+        """Admits a request; its outputs are deltas, then one Done.
+
+        Raises:
+            KvasirError: it is refused, fails, or is ended by its deadline or by a drain.
+        """
+        async with self._host.in_flight.scope(
+            Work.GENERATE, request_id=message.request_id, timeout_ms=message.timeout_ms
+        ) as scope:
+            serving = self._host.served()
+            requests.check_generate(message, serving.limits)
+            if not (message.resume_token_ids or self._is_prefilled_elsewhere(message)):
+                check_in_time(
+                    self._host,
+                    message.token_ids,
+                    tenant_salt=message.tenant_salt,
+                    ttft_slo_ms=message.ttft_slo_ms,
+                )
+            async with aclosing(self._outputs(message, serving, scope)) as outputs:
+                yield outputs
+
+    async def _outputs(
+        self, message: worker_pb2.GenerateRequest, serving: Serving, scope: Scope
+    ) -> AsyncGenerator[Delta | Done, None]:
+        trace = Trace(
+            prompt_tokens=len(message.token_ids),
+            decode_worker=self._host.settings.name,
+            num_resumed=len(message.resume_token_ids),
+        )
+        output = Output(message, serving)
+        produced = list(message.resume_token_ids)
+        # 1. Resumed tokens may already be all there is.
+        finish = output.finish or _finish_of_resumed(message, serving)
+        if finish is not None:
+            yield output.feed(TokenEvent((), finish))
+        else:
+            # 2. Tokens, until the engine or a stop string ends them.
+            request = self._engine_request(message, scope)
+            async with aclosing(self._events(message, request, scope, trace)) as events:
+                async for event in events:
+                    delta = output.feed(event)
+                    produced += delta.token_ids
+                    trace.tokens_out(len(delta.token_ids))
+                    yield delta
+                    if output.finish is not None:
+                        break
+            finish = output.finish
+            # 3. The engine has let go; what is worth keeping goes to the KV tier.
+            await self._offers.add([*message.token_ids, *produced], tenant_salt=message.tenant_salt)
+        assert finish is not None, "the engine ends every stream with a reason or an error"
+        reason = _PROTO_FINISH[finish]
+        scope.outcome = FINISH_NAMES[reason]
+        trace.observe(self._host.metrics)
+        yield Done(reason, trace.usage(), trace.stats())
+
+    def _is_prefilled_elsewhere(self, message: worker_pb2.GenerateRequest) -> bool:
+        own_uid = self._host.address.uid
+        return message.HasField("prefill_peer") and message.prefill_peer.uid != own_uid
+
+    def _events(
+        self,
+        message: worker_pb2.GenerateRequest,
+        request: EngineRequest,
+        scope: Scope,
+        trace: Trace,
+    ) -> AsyncGenerator[TokenEvent, None]:
+        if self._is_prefilled_elsewhere(message):
+            return self._handoff.events(message, request, scope=scope, trace=trace)
+        trace.prefill_worker = self._host.settings.name
+        return self._compute.events(request, trace=trace)
+
+    def _engine_request(self, message: worker_pb2.GenerateRequest, scope: Scope) -> EngineRequest:
+        return EngineRequest(
+            # unique here even if a router sends a request again before its first try is over
+            request_id=f"{message.request_id}#{next(self._count)}",
+            prompt=tuple(message.token_ids),
+            sampling=engine_sampling(message.sampling),
+            tenant_salt=message.tenant_salt,
+            deadline_ms=scope.deadline_ms,
+            resume_tokens=tuple(message.resume_token_ids),
+        )
+
+
+def _finish_of_resumed(
+    message: worker_pb2.GenerateRequest, serving: Serving
+) -> FinishReason | None:
+    resumed = message.resume_token_ids
+    if resumed and resumed[-1] in stop_token_ids(message.sampling, serving.eos_token_ids):
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(resumed) >= message.sampling.max_tokens else None

@@ -1,0 +1,169 @@
+"""What the parts of one worker process share: identity, state and, once loaded, the model.
+
+Sockets open before the model is loaded, so that a worker can say why it is not ready; until then
+`serving` is None and every request is refused by `WorkerState`.
+"""
+
+import importlib.metadata
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvasir_kvstore._native import BlockPool, BlockServer
+from kvasir_kvstore.client import KvTier
+from kvasir_kvstore.core import block
+from kvasir_proto.v1 import common_pb2, worker_pb2
+
+from kvasir_engine.core.types import EngineLoad
+from kvasir_engine.engine import Engine
+from kvasir_engine.text import Tokenizer
+from kvasir_engine.worker.events import EventHub
+from kvasir_engine.worker.inflight import InFlight
+from kvasir_engine.worker.metrics import Gauges, WorkerMetrics
+from kvasir_engine.worker.peers import Peers
+from kvasir_engine.worker.requests import Limits
+from kvasir_engine.worker.settings import WorkerSettings
+from kvasir_engine.worker.state import Role, TransferHealth, WorkerState
+from kvasir_engine.worker.transfer import Puller
+
+log = logging.getLogger(__name__)
+
+_VERSION = importlib.metadata.version("kvasir")
+
+PROTO_ROLE = {
+    Role.PREFILL: common_pb2.ROLE_PREFILL,
+    Role.DECODE: common_pb2.ROLE_DECODE,
+    Role.BOTH: common_pb2.ROLE_BOTH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The loaded model and all that serves it."""
+
+    engine: Engine
+    pool: BlockPool
+    block_server: BlockServer
+    puller: Puller
+    tier: KvTier | None
+    tokenizer: Tokenizer | None
+    layout: block.KvLayout
+    fingerprint: bytes
+    limits: Limits
+    eos_token_ids: frozenset[int]
+    isa: str
+    num_threads: int
+
+    def names(self, token_ids: Sequence[int], *, tenant_salt: bytes) -> list[bytes]:
+        """Names of the full blocks of these tokens."""
+        return block.chain(block.root(self.fingerprint, tenant_salt), token_ids)
+
+
+class Host:
+    """One worker process."""
+
+    def __init__(self, settings: WorkerSettings, *, uid: bytes, epoch: int) -> None:
+        self.settings = settings
+        self.address = common_pb2.PeerAddress(
+            name=settings.name, uid=uid, epoch=epoch, host=settings.peer_host
+        )
+        """Its ports are filled in as they are bound, before anyone can ask for them."""
+        self.state = WorkerState(Role(settings.role), max_requests=settings.max_requests)
+        self.health = TransferHealth(failures_max=settings.transfer_failures_max)
+        self.metrics = WorkerMetrics(self.gauges)
+        self.hub = EventHub(self.describe, self.metrics, queue_max=settings.watch_queue_max)
+        self.in_flight = InFlight(
+            self.state, self.metrics, timeout_ms_max=settings.request_timeout_ms
+        )
+        self.peers = Peers(close_grace_s=settings.request_timeout_ms / 1000)
+        self.serving: Serving | None = None
+
+    def served(self) -> Serving:
+        """The loaded model, for a request that `WorkerState` has admitted."""
+        assert self.serving is not None, "requests are admitted only once the model is loaded"
+        return self.serving
+
+    @property
+    def fatal(self) -> str:
+        """Why only a restart can help; empty: the worker is sound."""
+        return self.state.failed or (self.serving.engine.problem if self.serving else "")
+
+    def problems(self) -> list[str]:
+        """Why this worker should get no requests now; empty: it is ready."""
+        state, health = self.state, self.health
+        found = [problem for problem in (self.fatal, state.loading) if problem]
+        if state.draining:
+            found.append("draining")
+        if not health.healthy:
+            found.append(f"KV transfers fail: {health.error}")
+        return found
+
+    def set_role(self, role: Role) -> None:
+        """Serves another role from now on; running requests and the cache stay."""
+        if role is not self.state.role:
+            log.info("role changes from %s to %s", self.state.role, role)
+            self.state.role = role
+            self.hub.description_changed()
+
+    def load(self) -> EngineLoad | None:
+        """The engine's load; None before it runs."""
+        return self.serving.engine.load() if self.serving else None
+
+    def describe(self) -> worker_pb2.WorkerDescription:
+        """What peers, routers and the operator are told."""
+        description = worker_pb2.WorkerDescription(
+            address=self.address,
+            role=PROTO_ROLE[self.state.role],
+            model=self.settings.model_name,
+            draining=self.state.draining,
+            kv_transfer_healthy=self.health.healthy,
+            kv_transfer_error=self.health.error,
+            version=_VERSION,
+        )
+        if self.serving is not None:
+            _add_model(description, self.serving)
+        return description
+
+    def gauges(self) -> Gauges:
+        """What a scrape of the metrics reads."""
+        load = self.load()
+        return Gauges(
+            running=load.num_running if load else 0,
+            waiting=load.num_waiting if load else 0,
+            in_flight=self.state.num_in_flight,
+            prefill_tokens_queued=load.prefill_tokens_queued if load else 0,
+            blocks_total=load.blocks_total if load else 0,
+            blocks_free=load.blocks_free if load else 0,
+            ready=not self.problems(),
+            kv_transfer_healthy=self.health.healthy,
+        )
+
+
+def proto_layout(layout: block.KvLayout) -> common_pb2.KvLayout:
+    """The layout as a message."""
+    return common_pb2.KvLayout(
+        digest=layout.digest,
+        num_layers=layout.num_layers,
+        block_bytes=layout.block_bytes,
+        block_tokens=layout.block_tokens,
+    )
+
+
+def _add_model(description: worker_pb2.WorkerDescription, serving: Serving) -> None:
+    load = serving.engine.load()
+    description.fingerprint = serving.fingerprint
+    description.layout.CopyFrom(proto_layout(serving.layout))
+    description.context_length = serving.limits.context_length
+    description.isa = serving.isa
+    description.num_threads = serving.num_threads
+    description.load.CopyFrom(
+        worker_pb2.WorkerLoad(
+            num_waiting=load.num_waiting,
+            num_running=load.num_running,
+            prefill_tokens_queued=load.prefill_tokens_queued,
+            blocks_total=load.blocks_total,
+            blocks_free=load.blocks_free,
+            prefill_us_per_token=load.prefill_us_per_token,
+            decode_ms_per_step=load.decode_ms_per_step,
+        )
+    )

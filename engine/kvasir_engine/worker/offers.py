@@ -1,0 +1,74 @@
+"""Offers of full blocks to the KV tier; the tier sends them in the background.
+
+Decides what is offered: what a finished request leaves in the cache and, in a drain, all that the
+cache holds, the newest chains first. Blocks of one chain go to one node, so a block is offered
+under its chain's head.
+"""
+
+from collections.abc import Sequence
+
+from kvasir_engine.worker.host import Host, Serving, proto_layout
+
+NAMES_PER_OFFER = 256
+HEADS_MAX = 1 << 20
+
+
+class Offers:
+    """What one worker offers."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._heads: dict[bytes, bytes] = {}
+        """Chain heads of names that requests have used; forgotten with the blocks."""
+        self._offered_in_drain: set[bytes] = set()
+
+    async def add(self, token_ids: Sequence[int], *, tenant_salt: bytes) -> None:
+        """Offers the full blocks of these tokens that are held here."""
+        serving = self._host.served()
+        if serving.tier is None:
+            return
+        chain = serving.names(token_ids, tenant_salt=tenant_salt)
+        held = [name for name in chain if name in self._host.hub.held]
+        if held:
+            self._remember(held, head=chain[0])
+            for start in range(0, len(held), NAMES_PER_OFFER):
+                await self._offer(serving, held[start : start + NAMES_PER_OFFER], head=chain[0])
+
+    async def advance_held(self) -> int:
+        """Offers more of what is held, as far as the tier takes it; blocks still to go."""
+        serving = self._host.serving
+        if serving is None or serving.tier is None or not serving.tier.healthy:
+            return 0
+        room = self._host.settings.offer_blocks_max - serving.tier.num_offers_pending
+        left = [name for name in self._host.hub.held if name not in self._offered_in_drain]
+        for names in self._chains(left):
+            part = names[: min(room, NAMES_PER_OFFER)]
+            if not part:
+                break
+            await self._offer(serving, part, head=self._heads.get(part[0], part[0]))
+            self._offered_in_drain.update(part)
+            room -= len(part)
+        num_offered = sum(name in self._offered_in_drain for name in left)
+        return len(left) - num_offered + serving.tier.num_offers_pending
+
+    def _chains(self, names: Sequence[bytes]) -> list[list[bytes]]:
+        """The names by chain, parents first; the chain stored last comes first."""
+        chains: dict[bytes, list[bytes]] = {}
+        for name in names:
+            head = self._heads.get(name, name)
+            chain = chains.pop(head, [])
+            chain.append(name)
+            chains[head] = chain
+        return list(reversed(chains.values()))
+
+    async def _offer(self, serving: Serving, names: list[bytes], *, head: bytes) -> None:
+        assert serving.tier is not None
+        layout = proto_layout(serving.layout)
+        await serving.tier.offer(names, self._host.address, layout, chain_head=head)
+        self._host.metrics.blocks_offered.inc(len(names))
+
+    def _remember(self, names: list[bytes], *, head: bytes) -> None:
+        self._heads.update(dict.fromkeys(names, head))
+        if len(self._heads) > HEADS_MAX:
+            held = self._host.hub.held
+            self._heads = {name: of for name, of in self._heads.items() if name in held}

@@ -1,0 +1,123 @@
+"""The prefill side of a hand-off: compute a prompt's KV, keep it until the decode worker has it.
+
+Decides how long finished KV is held. Invariant: when
+the call has ended, for whatever reason (pulled, cancelled, the decode worker died, nobody came in
+time), the session is closed and its blocks are free or cached.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+
+from kvasir_kvstore.core.block import BLOCK_TOKENS
+from kvasir_proto.v1 import worker_pb2
+
+from kvasir_engine.core.types import EngineRequest
+from kvasir_engine.worker import requests
+from kvasir_engine.worker.admission import check_in_time
+from kvasir_engine.worker.compute import Compute
+from kvasir_engine.worker.host import Host
+from kvasir_engine.worker.inflight import Scope
+from kvasir_engine.worker.offers import Offers
+from kvasir_engine.worker.sampling import engine_sampling
+from kvasir_engine.worker.state import Work
+from kvasir_engine.worker.trace import Trace
+
+log = logging.getLogger(__name__)
+
+HOLD_POLL_S_MIN = 0.002
+HOLD_POLL_S_MAX = 0.05
+
+
+class Prefiller:
+    """Serves requests for KV."""
+
+    def __init__(self, host: Host, compute: Compute, offers: Offers) -> None:
+        self._host = host
+        self._compute = compute
+        self._offers = offers
+        self._count = itertools.count(1)
+
+    @asynccontextmanager
+    async def opened(
+        self, message: worker_pb2.PrefillRequest
+    ) -> AsyncIterator[AsyncIterator[worker_pb2.PrefillUpdate]]:
+        """Admits a request; its updates are accepted, finished; the stream ends when it is pulled.
+
+        Raises:
+            KvasirError: it is refused, fails, or is ended by its deadline or by a drain.
+        """
+        async with self._host.in_flight.scope(
+            Work.PREFILL, request_id=message.request_id, timeout_ms=message.timeout_ms
+        ) as scope:
+            requests.check_prefill(message, self._host.served().limits)
+            check_in_time(
+                self._host,
+                message.token_ids,
+                tenant_salt=message.tenant_salt,
+                ttft_slo_ms=message.ttft_slo_ms,
+            )
+            async with aclosing(self._updates(message, scope)) as updates:
+                yield updates
+
+    async def _updates(
+        self, message: worker_pb2.PrefillRequest, scope: Scope
+    ) -> AsyncGenerator[worker_pb2.PrefillUpdate, None]:
+        engine = self._host.served().engine
+        request = self._engine_request(message, scope)
+        trace = Trace(prompt_tokens=len(message.token_ids))
+        # 1. Accepted: the decode worker may begin to pull.
+        num_blocks = -(-len(message.token_ids) // BLOCK_TOKENS) - message.skip_blocks
+        accepted = worker_pb2.PrefillAccepted(source=self._host.address, num_blocks=num_blocks)
+        yield worker_pb2.PrefillUpdate(accepted=accepted)
+        # 2. Computed: KV flows meanwhile; the first token follows its last layer.
+        try:
+            async with aclosing(self._compute.events(request, trace=trace)) as events:
+                event = await anext(events)
+                yield _finished(event.token_ids[0], trace)
+                # 3. Held, until the decode worker has it or its time is over.
+                scope.outcome = await self._hold(message.session_id, scope)
+        finally:
+            await engine.finish_handoff(request.request_id)
+        await self._offers.add(message.token_ids, tenant_salt=message.tenant_salt)
+
+    async def _hold(self, session_id: int, scope: Scope) -> str:
+        pool = self._host.served().pool
+        hold_ms = min(self._host.settings.handoff_hold_ms, scope.left_ms())
+        until_s = time.monotonic() + hold_ms / 1000
+        poll_s = HOLD_POLL_S_MIN
+        while not pool.session_pulled(session_id):
+            if time.monotonic() > until_s:
+                log.warning("KV held for a decode worker was not pulled in %d ms", hold_ms)
+                return "not_pulled"
+            await asyncio.sleep(poll_s)
+            poll_s = min(poll_s * 1.5, HOLD_POLL_S_MAX)
+        return "pulled"
+
+    def _engine_request(self, message: worker_pb2.PrefillRequest, scope: Scope) -> EngineRequest:
+        return EngineRequest(
+            request_id=f"{message.request_id}#prefill{next(self._count)}",
+            prompt=tuple(message.token_ids),
+            sampling=engine_sampling(message.sampling),
+            tenant_salt=message.tenant_salt,
+            deadline_ms=scope.deadline_ms,
+            prefill_only_session=message.session_id,
+            skip_blocks=message.skip_blocks,
+        )
+
+
+def _finished(first_token_id: int, trace: Trace) -> worker_pb2.PrefillUpdate:
+    return worker_pb2.PrefillUpdate(
+        finished=worker_pb2.PrefillFinished(
+            first_token_id=first_token_id,
+            tokens_cached_local=trace.tokens_cached_local,
+            tokens_cached_fetched=trace.tokens_cached_fetched,
+            tokens_computed=trace.tokens_computed,
+            kv_bytes_fetched=trace.kv_bytes_moved,
+            queue_ms=trace.queue_ms,
+            prefill_ms=trace.prefill_ms,
+        )
+    )
