@@ -1,0 +1,196 @@
+"""Peers that die or hang in the middle of a hand-off: the right reason, and nothing is leaked."""
+
+import asyncio
+import signal
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from kvasir_engine.worker.admission import refusal_in_time
+from kvasir_proto.errors import PEER_PARAM, Reason
+from kvasir_proto.v1 import worker_pb2
+from worker_builders import (
+    address_of,
+    make_model_dir,
+    make_request,
+    prompt,
+    started,
+    until,
+    worker_process,
+)
+
+LONG = 1000
+"""Tokens that take a while at one a step."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_dir(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def prefill_request(
+    length: int, *, session_id: int = 5, seed: int = 1
+) -> worker_pb2.PrefillRequest:
+    request = make_request(prompt(length, seed=seed))
+    return worker_pb2.PrefillRequest(
+        request_id=request.request_id,
+        token_ids=request.token_ids,
+        sampling=request.sampling,
+        session_id=session_id,
+        timeout_ms=60_000,
+    )
+
+
+async def test_prefill_worker_killed_before_the_first_token_is_named(
+    model: Path, unused_tcp_port: int
+) -> None:
+    with worker_process(
+        model, "p", "prefill", grpc_port=unused_tcp_port, max_batch_tokens=1
+    ) as process:
+        async with started(model, "d", role="decode") as decode:
+            peer = await address_of(unused_tcp_port)
+            request = make_request(prompt(LONG), prefill_peer=peer)
+            generating = asyncio.create_task(decode.generate(request))
+            await until(lambda: decode.host.state.num_in_flight == 1)
+            pool = decode.host.served().pool
+            await until(lambda: bool((pool.ready > 0).sum() > 1) or generating.done())
+            process.popen.kill()
+            result = await generating
+            assert result.error is not None
+            assert result.error.reason in (Reason.NO_WORKER, Reason.KV_TRANSFER)
+            assert result.error.param == PEER_PARAM
+            await until(lambda: decode.is_idle)
+
+
+async def test_prefill_worker_that_hangs_is_given_up(model: Path, unused_tcp_port: int) -> None:
+    with worker_process(model, "p", "prefill", grpc_port=unused_tcp_port) as process:
+        async with started(model, "d", role="decode", accept_timeout_ms=300) as decode:
+            peer = await address_of(unused_tcp_port)
+            process.popen.send_signal(signal.SIGSTOP)
+            result = await decode.generate(make_request(prompt(70), prefill_peer=peer))
+            assert (result.error.reason, result.error.param) == (Reason.NO_WORKER, PEER_PARAM)
+            await until(lambda: decode.is_idle)
+
+
+async def test_decode_worker_killed_while_it_pulls_leaves_nothing_behind(
+    model: Path, unused_tcp_port: int
+) -> None:
+    async with started(model, "p", role="prefill", max_batch_tokens=1) as prefill:
+        with worker_process(
+            model, "d", "decode", grpc_port=unused_tcp_port, local_prefill_tokens_max=0
+        ) as process:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{unused_tcp_port}") as channel:
+                generate = channel.unary_stream(
+                    "/kvasir.v1.Worker/Generate",
+                    request_serializer=worker_pb2.GenerateRequest.SerializeToString,
+                )
+                request = make_request(prompt(LONG), prefill_peer=prefill.address)
+                call = generate(request, timeout=60)
+                await until(lambda: prefill.host.state.num_in_flight == 1)
+                process.popen.kill()
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await call.read()
+        await until(lambda: prefill.is_idle)
+
+
+async def test_kv_that_nobody_pulls_is_freed_at_its_deadline(model: Path) -> None:
+    async with started(model, "p", role="prefill", handoff_hold_ms=100) as prefill:
+        call = prefill.stub.Prefill(prefill_request(100), timeout=30)
+        accepted, finished = [update async for update in call]
+        assert accepted.accepted.num_blocks == 4
+        assert finished.finished.tokens_computed == 100
+        await until(lambda: prefill.is_idle)
+        assert await prefill.metric('kvasir_worker_requests_total{reason="not_pulled"') == 1
+
+
+async def test_cancelled_prefill_frees_its_kv(model: Path) -> None:
+    async with started(model, "p", role="prefill") as prefill:
+        call = prefill.stub.Prefill(prefill_request(100), timeout=30)
+        await call.read()
+        await call.read()
+        assert not prefill.is_idle  # held
+        call.cancel()
+        await until(lambda: prefill.is_idle)
+
+
+async def test_client_that_leaves_during_a_hand_off_frees_both_sides(model: Path) -> None:
+    async with (
+        started(model, "p", role="prefill", max_batch_tokens=1) as prefill,
+        started(model, "d", role="decode") as decode,
+    ):
+        request = make_request(prompt(LONG), prefill_peer=prefill.address)
+        posting = asyncio.create_task(decode.generate(request))
+        await until(lambda: prefill.host.state.num_in_flight == 1)
+        posting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await posting
+        await until(lambda: prefill.is_idle and decode.is_idle)
+
+
+async def test_deadline_during_a_hand_off_frees_both_sides(model: Path) -> None:
+    async with (
+        started(model, "p", role="prefill", max_batch_tokens=1) as prefill,
+        started(model, "d", role="decode") as decode,
+    ):
+        request = make_request(prompt(LONG), prefill_peer=prefill.address, timeout_ms=60)
+        result = await decode.generate(request)
+        assert result.error.reason is Reason.TIMEOUT
+        await until(lambda: prefill.is_idle and decode.is_idle)
+
+
+async def test_drain_of_the_prefill_worker_hands_the_request_back(model: Path) -> None:
+    async with (
+        started(model, "p", role="prefill", max_batch_tokens=1) as prefill,
+        started(model, "d", role="decode") as decode,
+    ):
+        request = make_request(prompt(LONG), prefill_peer=prefill.address)
+        generating = asyncio.create_task(decode.generate(request))
+        await until(lambda: prefill.host.state.num_in_flight == 1)
+        drain = prefill.stub.Drain(worker_pb2.DrainRequest(timeout_ms=1), timeout=30)
+        assert [progress async for progress in drain][-1].drained
+        result = await generating
+        assert (result.error.reason, result.error.param) == (Reason.DRAINING, PEER_PARAM)
+        await until(lambda: prefill.is_idle and decode.is_idle)
+
+
+async def test_request_that_would_wait_too_long_is_handed_back_busy(model: Path) -> None:
+    async with (
+        started(model, "p", role="both", max_batch_tokens=4) as prefill,
+        started(model, "d", role="decode") as decode,
+    ):
+        await prefill.generate(make_request(prompt(100)))  # measures its speed
+        ahead = [
+            prefill.stub.Prefill(prefill_request(LONG, session_id=i, seed=i), timeout=60)
+            for i in range(1, 6)
+        ]
+        await until(lambda: prefill.host.served().engine.load().prefill_tokens_queued > 3000)
+        request = make_request(prompt(200), prefill_peer=prefill.address, ttft_slo_ms=1)
+        result = await decode.generate(request)
+        assert result.error is not None
+        assert (result.error.reason, result.error.param) == (Reason.BUSY, PEER_PARAM)
+        assert result.error.retry_after_ms > 0
+        for call in ahead:
+            call.cancel()
+        await until(lambda: prefill.is_idle and decode.is_idle)
+
+
+@pytest.mark.parametrize(
+    ("queued", "tokens", "slo_ms", "is_refused"),
+    [
+        (1000, 1000, 100, True),
+        (1000, 1000, 300, False),
+        (0, 100_000, 100, False),
+        (1000, 1000, 0, False),
+    ],
+    ids=["too-long", "in-time", "nothing-ahead", "no-slo"],
+)
+def test_busy_is_decided_by_what_is_ahead(
+    queued: int, tokens: int, slo_ms: int, is_refused: bool
+) -> None:
+    refusal = refusal_in_time(
+        prefill_tokens_queued=queued,
+        prefill_us_per_token=100.0,
+        num_tokens=tokens,
+        ttft_slo_ms=slo_ms,
+    )
+    assert (refusal is not None) == is_refused

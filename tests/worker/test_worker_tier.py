@@ -1,0 +1,109 @@
+"""Blocks of a KV node in place of computing: the same tokens, counted as fetched."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kvasir_engine.worker import rates
+from kvasir_proto.v1 import worker_pb2
+from worker_builders import Process, make_model_dir, make_request, prompt, started, until
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_dir(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def _fetching_always_looks_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "FETCH_LATENCY_MS", -1e6)
+
+
+@pytest.fixture
+def kv_node(unused_tcp_port: int) -> Iterator[str]:
+    """A KV node process; its HOST:PORT."""
+    process = Process(
+        "kvnode", "--name", "kv-0", f"--grpc-port={unused_tcp_port}", "--memory-mb", "16"
+    )
+    try:
+        process.wait_for_log("KV node kv-0 at")
+        yield f"127.0.0.1:{unused_tcp_port}"
+    finally:
+        process.stop()
+
+
+async def test_another_worker_fetches_instead_of_computing(model: Path, kv_node: str) -> None:
+    async with started(model, "a", kv_nodes=(kv_node,)) as first:
+        expected = await first.generate(make_request(prompt(200)))
+        await until(lambda: first.host.served().tier.num_offers_pending == 0)
+    async with started(model, "b", kv_nodes=(kv_node,)) as second:
+        result = await second.generate(make_request(prompt(200)))
+        assert result.tokens == expected.tokens
+        assert result.stats.tokens_cached_fetched == 192
+        assert result.stats.tokens_computed == 8
+        assert result.stats.kv_bytes_moved > 0
+        assert result.done.usage.cached_tokens == 192
+        assert await second.metric('kvasir_worker_prompt_tokens_total{source="fetched"') == 192
+        assert await second.metric('kvasir_worker_kv_bytes_total{use="fetch"') > 0
+        await until(lambda: second.is_idle)
+
+
+async def test_prefill_worker_fetches_for_a_hand_off(model: Path, kv_node: str) -> None:
+    async with started(model, "a", kv_nodes=(kv_node,)) as first:
+        expected = await first.generate(make_request(prompt(200)))
+        await until(lambda: first.host.served().tier.num_offers_pending == 0)
+    async with (
+        started(model, "p", role="prefill", kv_nodes=(kv_node,)) as prefill,
+        started(model, "d", role="decode") as decode,
+    ):
+        result = await decode.generate(make_request(prompt(200), prefill_peer=prefill.address))
+        assert result.tokens == expected.tokens
+        assert result.stats.tokens_cached_fetched == 192
+        assert result.stats.tokens_computed == 8
+        await until(lambda: prefill.is_idle and decode.is_idle)
+
+
+async def test_output_of_a_decode_worker_is_offered_too(model: Path, kv_node: str) -> None:
+    request = make_request(prompt(60), max_tokens=80)
+    async with (
+        started(model, "p", role="prefill", kv_nodes=(kv_node,)) as prefill,
+        started(model, "d", role="decode", kv_nodes=(kv_node,)) as decode,
+    ):
+        request.prefill_peer.CopyFrom(prefill.address)
+        first = await decode.generate(request)
+        await until(lambda: decode.host.served().tier.num_offers_pending == 0)
+    turn = [*prompt(60), *first.tokens, *prompt(40, seed=3)]
+    async with started(model, "b", kv_nodes=(kv_node,)) as second:
+        result = await second.generate(make_request(turn))
+        assert result.stats.tokens_cached_fetched == 128
+
+
+async def test_drain_offers_what_the_cache_holds(model: Path, kv_node: str) -> None:
+    async with started(model, "a", kv_nodes=(kv_node,)) as first:
+        await first.generate(make_request(prompt(100)))
+        drain = first.stub.Drain(worker_pb2.DrainRequest(timeout_ms=10_000), timeout=30)
+        last = [progress async for progress in drain][-1]
+        assert (last.num_blocks_left, last.drained) == (0, True)
+        held = len(first.host.hub.held)
+        assert await first.metric("kvasir_worker_blocks_offered_total") >= held
+
+
+async def test_kv_node_that_is_gone_costs_nothing_but_computing(
+    model: Path, unused_tcp_port: int
+) -> None:
+    async with started(model, "a", kv_nodes=(f"127.0.0.1:{unused_tcp_port}",)) as worker:
+        result = await worker.generate(make_request(prompt(200)))
+        assert result.stats.tokens_computed == 200
+        assert len(result.tokens) == 8
+        await until(lambda: worker.is_idle)
+
+
+async def test_tenants_do_not_share_fetched_blocks(model: Path, kv_node: str) -> None:
+    async with started(model, "a", kv_nodes=(kv_node,)) as first:
+        await first.generate(make_request(prompt(200), tenant_salt=b"tenant-1"))
+        await until(lambda: first.host.served().tier.num_offers_pending == 0)
+    async with started(model, "b", kv_nodes=(kv_node,)) as second:
+        other = await second.generate(make_request(prompt(200), tenant_salt=b"tenant-2"))
+        assert other.stats.tokens_cached_fetched == 0
+        own = await second.generate(make_request(prompt(200), tenant_salt=b"tenant-1"))
+        assert own.stats.tokens_cached_fetched == 192
