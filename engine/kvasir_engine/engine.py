@@ -9,6 +9,7 @@ import asyncio
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol, Self
 
 from kvasir_kvstore._native import BlockPool
@@ -17,7 +18,7 @@ from kvasir_proto.errors import KvasirError, Reason
 
 from kvasir_engine.core.decisions import Decision, Emitted, Ended, Granted
 from kvasir_engine.core.scheduler import Scheduler
-from kvasir_engine.core.sequence import SequenceState
+from kvasir_engine.core.sequence import Phase, SequenceState
 from kvasir_engine.core.types import (
     BlockChange,
     EngineCounters,
@@ -27,6 +28,7 @@ from kvasir_engine.core.types import (
     Refusal,
     RefusedError,
     Reservation,
+    TokenEvent,
 )
 from kvasir_engine.loop import StepLoop, now_ms
 from kvasir_engine.sessions import CLOSE_POLL_MS
@@ -88,9 +90,10 @@ class Engine:
         self._steps = StepLoop(scheduler, runner, pool, self._deliver)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_stopped = False
-        self._streams: weakref.WeakValueDictionary[str, TokenStream] = weakref.WeakValueDictionary()
-        self._grants: dict[str, asyncio.Future[Reservation]] = {}
-        self._reasons: dict[str, Reason] = {}
+        # By number of arrival: an id may come again while the end of its past life is on its way.
+        self._streams: weakref.WeakValueDictionary[int, TokenStream] = weakref.WeakValueDictionary()
+        self._grants: dict[int, asyncio.Future[Reservation]] = {}
+        self._reasons: dict[int, Reason] = {}
         self._watches: set[BlockWatch] = set()
 
     # Life
@@ -134,10 +137,8 @@ class Engine:
         Raises:
             KvasirError: INVALID_REQUEST, CONTEXT_LENGTH, BUSY or TIMEOUT: it was not taken.
         """
-        stream = self._new_stream(request.request_id)
-        self._submit(request, wants_reservation=False)
-        self._streams[request.request_id] = stream
-        return stream
+        arrival = self._submit(request, wants_reservation=False)
+        return self._new_stream(request.request_id, arrival)
 
     async def reserve(self, request: EngineRequest) -> Reservation:
         """Waits in the queue until the request has memory; activate or release it afterwards.
@@ -145,16 +146,16 @@ class Engine:
         Raises:
             KvasirError: INVALID_REQUEST, CONTEXT_LENGTH, BUSY or TIMEOUT: nothing is reserved.
         """
-        self._submit(request, wants_reservation=True)
+        arrival = self._submit(request, wants_reservation=True)
         granted = self._running_loop().create_future()
-        self._grants[request.request_id] = granted
+        self._grants[arrival] = granted
         try:
             reservation: Reservation = await granted
         except asyncio.CancelledError:
             await self.release(request.request_id)
             raise
         finally:
-            self._grants.pop(request.request_id, None)
+            self._grants.pop(arrival, None)
         return reservation
 
     def activate(
@@ -169,17 +170,16 @@ class Engine:
         Raises:
             KvasirError: cancelled, expired or not reserved; the reservation is gone.
         """
-        stream = self._new_stream(request_id)
         with self._refusals(), self._steps.changing() as scheduler:
-            num_whole = self._num_whole(scheduler.roster.reserved(request_id))
+            sequence = scheduler.roster.reserved(request_id)
+            num_whole = self._num_whole(sequence)
             scheduler.activate(
                 request_id,
                 computed_tokens=min(computed_tokens, num_whole * BLOCK_TOKENS),
                 extra_tokens=extra_tokens,
                 now_ms=now_ms(),
             )
-        self._streams[request_id] = stream
-        return stream
+        return self._new_stream(request_id, sequence.arrival)
 
     async def release(self, request_id: str) -> None:
         """Gives up a reservation to which nobody writes any more. Idempotent."""
@@ -191,10 +191,12 @@ class Engine:
 
         A reservation stays until its owner releases or activates it (which then fails).
         """
-        if request_id in self._streams or request_id in self._grants:
-            self._reasons.setdefault(request_id, reason)
         with self._steps.changing() as scheduler:
-            scheduler.cancel(request_id, now_ms=now_ms())
+            sequence = scheduler.roster.sequences.get(request_id)
+            if sequence is not None:
+                if sequence.phase is not Phase.HELD:  # else its end has been told
+                    self._reasons.setdefault(sequence.arrival, reason)
+                scheduler.cancel(request_id, now_ms=now_ms())
 
     async def finish_handoff(self, request_id: str) -> None:
         """Lets the blocks of a prefill-only request go, pulled or not. Idempotent.
@@ -234,13 +236,15 @@ class Engine:
 
     # Inside
 
-    def _submit(self, request: EngineRequest, *, wants_reservation: bool) -> None:
+    def _submit(self, request: EngineRequest, *, wants_reservation: bool) -> int:
+        """Takes a request; its number."""
         if self._is_stopped or self._steps.is_broken:
             raise KvasirError(Reason.DRAINING, "the engine has stopped")
         with self._refusals():
             sequence = self._prepare(request, wants_reservation=wants_reservation)
             with self._steps.changing() as scheduler:
                 scheduler.submit(sequence, now_ms=now_ms())
+        return sequence.arrival
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -267,14 +271,27 @@ class Engine:
         is_whole = self._pool.ready[sequence.blocks.view()] == self._pool.num_layers
         return len(is_whole) if is_whole.all() else int(is_whole.argmin())
 
-    def _new_stream(self, request_id: str) -> TokenStream:
-        return TokenStream(request_id, on_close=self.cancel, on_drop=self._cancel_dropped)
+    def _new_stream(self, request_id: str, arrival: int) -> TokenStream:
+        """Events come only after the caller has returned to the event loop."""
+        stream = TokenStream(
+            request_id,
+            on_close=partial(self._cancel_arrival, request_id, arrival),
+            on_drop=partial(self._cancel_dropped, request_id, arrival),
+        )
+        self._streams[arrival] = stream
+        return stream
 
-    def _cancel_dropped(self, request_id: str) -> None:
+    def _cancel_arrival(self, request_id: str, arrival: int) -> None:
+        with self._steps.reading() as scheduler:
+            sequence = scheduler.roster.sequences.get(request_id)
+        if sequence is not None and sequence.arrival == arrival:
+            self.cancel(request_id)
+
+    def _cancel_dropped(self, request_id: str, arrival: int) -> None:
         """The collector may run in any thread, under any lock: cancel later."""
         loop = self._loop
         if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(self.cancel, request_id)
+            loop.call_soon_threadsafe(self._cancel_arrival, request_id, arrival)
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         assert self._loop is not None, "the engine is started first"
@@ -289,39 +306,42 @@ class Engine:
     def _hand_out(self, decisions: list[Decision], change: BlockChange | None) -> None:
         for decision in decisions:
             match decision:
-                case Emitted(request_id, event):
-                    stream = self._streams.get(request_id)
-                    if stream is not None:
-                        stream.put(event)
-                    if event.finish_reason is not None:
-                        self._forget(request_id)
-                case Granted(request_id, reservation):
-                    self._grant(request_id, reservation)
-                case Ended(request_id, refusal):
-                    self._end(request_id, refusal)
+                case Emitted(_, event, arrival):
+                    self._emit(arrival, event)
+                case Granted(_, reservation, arrival):
+                    self._grant(arrival, reservation)
+                case Ended(_, refusal, arrival):
+                    self._end(arrival, refusal)
         if change is not None:
             for watch in self._watches:
                 watch.put(change)
 
-    def _grant(self, request_id: str, reservation: Reservation) -> None:
-        granted = self._grants.get(request_id)
+    def _emit(self, arrival: int, event: TokenEvent) -> None:
+        stream = self._streams.get(arrival)
+        if stream is not None:
+            stream.put(event)
+        if event.finish_reason is not None:
+            self._forget(arrival)
+
+    def _grant(self, arrival: int, reservation: Reservation) -> None:
+        granted = self._grants.get(arrival)
         if granted is not None and not granted.done():
             granted.set_result(reservation)
 
-    def _end(self, request_id: str, refusal: Refusal) -> None:
-        asked = self._reasons.get(request_id) if refusal is Refusal.CANCELLED else None
+    def _end(self, arrival: int, refusal: Refusal) -> None:
+        asked = self._reasons.get(arrival) if refusal is Refusal.CANCELLED else None
         error = _error(refusal, asked or REASONS[refusal])
-        stream = self._streams.get(request_id)
+        stream = self._streams.get(arrival)
         if stream is not None:
             stream.fail(error)
-        granted = self._grants.get(request_id)
+        granted = self._grants.get(arrival)
         if granted is not None and not granted.done():
             granted.set_exception(error)
-        self._forget(request_id)
+        self._forget(arrival)
 
-    def _forget(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
-        self._reasons.pop(request_id, None)
+    def _forget(self, arrival: int) -> None:
+        self._streams.pop(arrival, None)
+        self._reasons.pop(arrival, None)
 
 
 def _error(refusal: Refusal, reason: Reason) -> KvasirError:

@@ -91,7 +91,8 @@ class StepLoop:
                 scheduler.cancel(request_id, now_ms=now_ms())
                 self._carry_out()
             self._free_closed()
-            return self._is_stopping or not scheduler.is_computed(request_id)
+            is_over = self._is_stopping or self.is_broken
+            return is_over or not scheduler.is_computed(request_id)
 
     def load(self) -> EngineLoad:
         """How busy it is, and how fast."""
@@ -134,8 +135,8 @@ class StepLoop:
             with self._wake:
                 self.is_broken = True
                 self.problem = "the scheduler failed, see the log"
-                ids = list(self._scheduler.roster.sequences)
-                self._deliver([Ended(key, Refusal.FAILED) for key in ids], None)
+                left = self._scheduler.roster.sequences.values()
+                self._deliver([Ended(s.request_id, Refusal.FAILED, s.arrival) for s in left], None)
 
     def _next_step(self) -> Step | None:
         """The next step; None after a sleep, since something may have changed."""

@@ -21,10 +21,10 @@ class TokenStream:
         self,
         request_id: str,
         *,
-        on_close: Callable[[str], None],
-        on_drop: Callable[[str], None],
+        on_close: Callable[[], None],
+        on_drop: Callable[[], None],
     ) -> None:
-        """Called with the id before the end: `on_close` by `close`, `on_drop` by the collector."""
+        """Called before the end: `on_close` by `close`, `on_drop` by the collector."""
         self.request_id = request_id
         self._on_close = on_close
         self._on_drop = on_drop
@@ -56,7 +56,7 @@ class TokenStream:
         """No more events are wanted: a request that still runs is cancelled. Idempotent."""
         self._is_exhausted = True
         if not self.is_ended:
-            self._on_close(self.request_id)
+            self._on_close()
 
     async def aclose(self) -> None:
         """As `close`, for contextlib.aclosing."""
@@ -64,7 +64,7 @@ class TokenStream:
 
     def __del__(self) -> None:
         if not (self._is_exhausted or self.is_ended):
-            self._on_drop(self.request_id)
+            self._on_drop()
 
     def __aiter__(self) -> Self:
         return self

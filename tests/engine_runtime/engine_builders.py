@@ -23,8 +23,8 @@ VOCAB_SIZE = 512
 _ids = itertools.count(1)
 
 
-@cache
 def golden_model(name: str = MODELS[0]) -> LoadedModel:
+    """Loaded anew: a model writes to one pool."""
     return load_model(GOLDENS / name, num_threads=1)
 
 

@@ -156,14 +156,14 @@ class History:
 
     def check_decision(self, decision: Decision) -> None:
         match decision:
-            case Emitted(request_id, event):
+            case Emitted(request_id, event, _):
                 assert self.ends[request_id] == 0, "tokens after the end"
                 self.num_tokens_out[request_id] += len(event.token_ids)
                 self.ends[request_id] += event.finish_reason is not None
-            case Ended(request_id, _):
+            case Ended(request_id, _, _):
                 self.ends[request_id] += 1
                 self.reserved.pop(request_id, None)
-            case Granted(request_id, reservation):
+            case Granted(request_id, reservation, _):
                 assert self.scheduler.roster.sequences[request_id].phase is Phase.RESERVED
                 assert reservation.tokens_cached == 32 * reservation.num_blocks_cached
                 self.reserved[request_id] = None

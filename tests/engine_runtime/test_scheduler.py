@@ -37,9 +37,9 @@ def ends(scheduler: Scheduler) -> dict[str, object]:
     found: dict[str, object] = {}
     for decision in scheduler.take_decisions():
         match decision:
-            case Emitted(request_id, event) if event.finish_reason is not None:
+            case Emitted(request_id, event, _) if event.finish_reason is not None:
                 found[request_id] = event.finish_reason
-            case Ended(request_id, refusal):
+            case Ended(request_id, refusal, _):
                 found[request_id] = refusal
     return found
 

@@ -52,6 +52,8 @@ class Emitted:
 
     request_id: str
     event: TokenEvent
+    arrival: int
+    """Number of the request: ids come again, numbers do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Granted:
 
     request_id: str
     reservation: Reservation
+    arrival: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class Ended:
 
     request_id: str
     refusal: Refusal
+    arrival: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,14 +132,15 @@ class Roster:
             sequence.first_token_ms = now_ms
         self.tokens_generated += len(token_ids)
         timing = sequence.timing(now_ms) if is_first or reason is not None else None
-        self.decide(Emitted(sequence.request_id, TokenEvent(token_ids, reason, timing)))
+        event = TokenEvent(token_ids, reason, timing)
+        self.decide(Emitted(sequence.request_id, event, sequence.arrival))
         if reason is not None:
             self._leave(sequence, is_aborted=False, now_ms=now_ms)
 
     def end(self, sequence: SequenceState, refusal: Refusal, *, now_ms: float) -> None:
         """The request ends before its output does."""
         assert not sequence.is_in_flight, "blocks of a running step"
-        self.decide(Ended(sequence.request_id, refusal))
+        self.decide(Ended(sequence.request_id, refusal, sequence.arrival))
         self._leave(sequence, is_aborted=True, now_ms=now_ms)
 
     def abort_held(self, sequence: SequenceState) -> None:

@@ -248,7 +248,8 @@ class Scheduler:
                 return
             if sequence.wants_reservation:
                 roster.reserve(sequence)
-                roster.decide(Granted(sequence.request_id, sequence.reservation()))
+                reservation = sequence.reservation()
+                roster.decide(Granted(sequence.request_id, reservation, sequence.arrival))
             elif plan is not None:
                 roster.start(sequence)
                 plan.add(sequence, min(sequence.num_pending, plan.num_left))
