@@ -1,0 +1,20 @@
+"""The benchmark of the data plane, at a size that takes no time."""
+
+import json
+from pathlib import Path
+
+from kvasir_kvstore.bench import run_bench_kv
+
+
+def test_every_path_is_measured_and_written(tmp_path: Path) -> None:
+    lines: list[str] = []
+    target = tmp_path / "kv.json"
+    rows = run_bench_kv(target, sizes_bytes=[65536], bytes_per_row=1, report=lines.append)
+    written = json.loads(target.read_text())
+    assert [row["path"] for row in written] == ["memcpy", "raw-tcp", "tcp"]
+    assert len(lines) == len(rows) == 3
+    for row in written:
+        assert row["size_bytes"] == 65536
+        assert row["gb_per_s"] > 0
+        assert row["p50_us"] > 0
+        assert row["cpu_s_per_gb"] >= 0
