@@ -56,6 +56,11 @@ class Turn:
         return self.answer.stats.get(name) or 0
 
     @property
+    def is_local(self) -> bool:
+        """Whether the decode worker computed the rest of the prompt itself."""
+        return self.stat("prefill_worker") in (0, "", self.stat("decode_worker"))
+
+    @property
     def num_reused(self) -> int:
         """Prompt tokens that were not computed again, wherever their KV was."""
         return self.answer.num_cached
@@ -107,8 +112,7 @@ def check(turns: list[Turn]) -> None:
         if expected not in turn.answer.text:
             raise CommandError(f"{turn.question!r} was answered {turn.answer.text!r}")
     first, second = turns
-    workers = {first.stat("prefill_worker"), first.stat("decode_worker")}
-    if len(workers - {0, ""}) != 2 or not int(first.stat("kv_bytes_moved")):
+    if first.is_local or not int(first.stat("kv_bytes_moved")):
         raise CommandError("the first turn was not handed from a prefill to a decode worker")
     if not second.num_reused:
         raise CommandError("the second turn reused no KV of the first")
@@ -128,7 +132,7 @@ def print_table(turns: list[Turn]) -> None:
         answer = turn.answer
         table.add_row(
             str(number),
-            turn.stat("prefill_worker") or "(decode worker)",
+            "itself" if turn.is_local else turn.stat("prefill_worker"),
             turn.stat("decode_worker") or "?",
             str(answer.usage.get("prompt_tokens", "?")),
             str(turn.num_reused),

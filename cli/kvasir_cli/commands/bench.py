@@ -121,7 +121,7 @@ def _fleet(model: Path, counts: dict[str, int]) -> Any:
         kv_node_mb=1024,
         **counts,
     )
-    with temporary_fleet(options, echo=click.echo):
+    with temporary_fleet(options):
         yield options.url
 
 

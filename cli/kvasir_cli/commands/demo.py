@@ -17,13 +17,13 @@ import click
 def demo(model: Path | None, *, keep: bool) -> None:
     """Start a fleet of six processes, chat two turns, show who served them."""
     from kvasir_cli.demo import demo_options
-    from kvasir_cli.fleet.launch import start_detached, stop_fleet
+    from kvasir_cli.fleet.launch import echo_parts, start_detached, stop_fleet
 
     keep = keep or os.environ.get("KEEP", "") not in ("", "0")
     folder = model or _smollm2()
     options = demo_options(folder, max(1, len(os.sched_getaffinity(0)) // 4))
     click.secho("== starting the fleet", bold=True)
-    fleet = start_detached(options, echo=click.echo, dies_with_us=not keep)
+    fleet = start_detached(options, echo=echo_parts, dies_with_us=not keep)
     try:
         _chat(options.url)
     except BaseException:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -15,8 +16,10 @@ ROLES = {
     common_pb2.ROLE_DECODE: "decode",
     common_pb2.ROLE_BOTH: "both",
 }
-COLUMNS = ("part", "role", "state", "requests", "KV blocks", "transfers", "pid", "restarts")
+LEFT = ("part", "role", "state", "transfers")
+COLUMNS = (*LEFT, "running", "waiting", "KV blocks", "reusable", "pid", "restarts")
 GOOD, BAD = "green", "red"
+WIDTH_WITHOUT_TERMINAL = 160
 
 
 @click.command()
@@ -79,15 +82,19 @@ def _print_table(fleet: FleetState | None, view: inference_pb2.FleetView, nodes:
     parts = {part.name: part for part in fleet.parts} if fleet else {}
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in COLUMNS:
-        table.add_column(column, justify="right" if column in COLUMNS[3:5] else "left")
+        table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=True)
     if router := parts.get("router"):
-        table.add_row("router", "router", _readiness(router), "", "", "", *_process(router))
+        table.add_row("router", "router", _readiness(router), *[""] * 5, *_process(router))
     for member in view.members:
         name = member.description.address.name
         table.add_row(*_worker_cells(member), *_process(parts.get(name)))
     for node in nodes:
         table.add_row(*_kv_node_cells(node), *_process(_by_address(parts, node.address)))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL).print(table)
+    for member in view.members:
+        for problem in (member.problem, member.description.kv_transfer_error):
+            if problem:
+                click.echo(f"{member.description.address.name}: {problem}")
 
 
 def _worker_cells(member: inference_pb2.FleetMember) -> list[str]:
@@ -95,33 +102,33 @@ def _worker_cells(member: inference_pb2.FleetMember) -> list[str]:
     load = worker.load
     state = f"[{GOOD}]ready[/]"
     if not member.reachable:
-        state = f"[{BAD}]{member.problem or 'unreachable'}[/]"
+        state = f"[{BAD}]unreachable[/]"
     elif worker.draining or member.problem:
-        state = f"[yellow]{member.problem or 'draining'}[/]"
-    transfers = f"[{GOOD}]ok[/]" if worker.kv_transfer_healthy else f"[{BAD}]failing[/]"
-    if worker.kv_transfer_error:
-        transfers += f" {worker.kv_transfer_error}"
-    used = load.blocks_total - load.blocks_free
+        state = f"[yellow]{'draining' if worker.draining else 'not used'}[/]"
     return [
         worker.address.name,
         ROLES.get(worker.role, "?"),
         state,
-        f"{load.num_running} running, {load.num_waiting} waiting",
-        f"{used} of {load.blocks_total} in use, {member.blocks_known} named",
-        transfers,
+        f"[{GOOD}]ok[/]" if worker.kv_transfer_healthy else f"[{BAD}]failing[/]",
+        str(load.num_running),
+        str(load.num_waiting),
+        f"{load.blocks_total - load.blocks_free}/{load.blocks_total}",
+        str(member.blocks_known),
     ]
 
 
 def _kv_node_cells(node: Any) -> list[str]:
     found = node.description
     if found is None:
-        return [node.address, "kvnode", f"[{BAD}]does not answer[/]", "", "", ""]
-    index = f"[{GOOD}]{found.index}[/]" if found.index_healthy else f"[{BAD}]{found.index} index[/]"
+        return [node.address, "kvnode", f"[{BAD}]unreachable[/]", *[""] * 5]
     counts = f"{found.blocks_pulled} in, {found.blocks_served} out"
     if found.frames_quarantined:
         counts += f", [{BAD}]{found.frames_quarantined} bad[/]"
-    held = f"{found.blocks_used} of {found.blocks_total} held"
-    return [found.address.name, "kvnode", f"[{GOOD}]ready[/]", f"index {index}", held, counts]
+    if not found.index_healthy:
+        counts += f", [{BAD}]{found.index} index broken[/]"
+    held = f"{found.blocks_used}/{found.blocks_total}"
+    state = f"[{GOOD}]ready[/]"
+    return [found.address.name, "kvnode", state, counts, "", "", held, str(found.blocks_used)]
 
 
 def _readiness(part: PartState) -> str:

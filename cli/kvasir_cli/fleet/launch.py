@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
+
 from kvasir_cli.errors import CommandError, RefusedError
 from kvasir_cli.fleet.plan import FleetOptions
 from kvasir_cli.fleet.state import FleetState, read_state, run_folder_for, running_fleets
@@ -79,11 +81,17 @@ def start_detached(
 @contextmanager
 def temporary_fleet(options: FleetOptions, *, echo: Callable[[str], None]) -> Iterator[FleetState]:
     """A fleet for the length of a block."""
-    state = start_detached(options, echo=echo, dies_with_us=True)
+    state = start_detached(options, echo=echo_parts, dies_with_us=True)
     try:
         yield state
     finally:
         stop_fleet(state)
+
+
+def echo_parts(line: str) -> None:
+    """Print what a starting fleet says of its parts, and leave out how to use it."""
+    if " ready " in line or line.startswith("  waiting"):
+        click.echo(line)
 
 
 def stop_fleet(state: FleetState) -> None:

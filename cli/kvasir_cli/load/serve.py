@@ -125,15 +125,15 @@ def summarise(
     count = len(answers)
     return LoadResult(
         settings=settings,
-        duration_s=duration_s,
+        duration_s=round(duration_s, 3),
         num_ok=count,
         errors=dict(errors),
-        input_tokens_mean=num_input / count,
-        cached_tokens_mean=sum(answer.num_cached for answer in answers) / count,
-        output_tokens_mean=num_output / count,
-        requests_per_s=count / duration_s,
-        input_tokens_per_s=num_input / duration_s,
-        output_tokens_per_s=num_output / duration_s,
+        input_tokens_mean=round(num_input / count, 1),
+        cached_tokens_mean=round(sum(answer.num_cached for answer in answers) / count, 1),
+        output_tokens_mean=round(num_output / count, 1),
+        requests_per_s=round(count / duration_s, 3),
+        input_tokens_per_s=round(num_input / duration_s, 1),
+        output_tokens_per_s=round(num_output / duration_s, 1),
         ttft_ms=percentiles([answer.ttft_ms for answer in answers if answer.first_s]),
         tpot_ms=percentiles([answer.tpot_ms for answer in answers if answer.num_tokens > 1]),
         latency_ms=percentiles(
