@@ -13,9 +13,6 @@ from fleet_process import FleetProcess, fleet_process, kvasir, wait_gone
 from kvasir_cli.fleet.ports import free_ports
 from kvasir_cli.models.making import make_model
 
-for _part in ("kvasir_engine.worker.main", "kvasir_kvstore.node.main", "kvasir_router.main"):
-    pytest.importorskip(_part, reason="the part is not built yet")
-
 WORDS = " ".join(["cab", "dab", "fab", "gab"] * 40)
 STATUS_CALLS_MAX = 20
 SMALL = ("--kv-cache-mb", "8", "--kv-node-mb", "8", "--threads", "1")

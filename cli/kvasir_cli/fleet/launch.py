@@ -79,7 +79,7 @@ def start_detached(
 
 
 @contextmanager
-def temporary_fleet(options: FleetOptions, *, echo: Callable[[str], None]) -> Iterator[FleetState]:
+def temporary_fleet(options: FleetOptions) -> Iterator[FleetState]:
     """A fleet for the length of a block."""
     state = start_detached(options, echo=echo_parts, dies_with_us=True)
     try:
