@@ -105,8 +105,8 @@ async def test_a_lease_that_is_not_renewed_ends(make: IndexMaker) -> None:
 
 
 async def test_a_renewed_lease_lives_on(make: IndexMaker) -> None:
-    index, names = make(400), make_names(1)
-    end = time.monotonic() + 0.8
+    index, names = make(1000), make_names(1)
+    end = time.monotonic() + 1.2
     while time.monotonic() < end:
         await index.announce(names, A)
         await asyncio.sleep(0.02)
@@ -170,7 +170,7 @@ async def test_a_redis_that_hangs_delays_one_call_only() -> None:
         start = time.monotonic()
         for _ in range(50):
             assert await index.locate(make_names(3)) == []
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 6
         assert not index.healthy
         await index.close()
 

@@ -58,7 +58,7 @@ async def test_a_node_that_says_nothing_costs_one_bounded_wait() -> None:
         for _ in range(20):
             result = await tier.locate_and_fetch([os.urandom(16)], [0], timeout_ms=2000)
             assert result.num_fetched_leading == 0
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 8
         await tier.close()
 
 

@@ -129,7 +129,7 @@ def test_nobody_listening_is_unreachable_at_once() -> None:
         pair.port = free_port()
         start = time.monotonic()
         assert pair.pull_named().error == "unreachable"
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 5
 
 
 def test_a_host_that_does_not_resolve_is_unreachable() -> None:
@@ -152,7 +152,7 @@ def test_a_peer_that_says_nothing_times_out() -> None:
         pair.port = mute.getsockname()[1]
         start = time.monotonic()
         assert pair.pull_named(timeout_ms=150).error == "timeout"
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 5
 
 
 def test_something_that_is_not_a_peer_is_refused() -> None:
@@ -319,7 +319,7 @@ def test_a_cancelled_pull_ends_and_frees_the_session() -> None:
         pull = InThread(lambda: pair.pull_session(9, [4], cancel_id=123))
         wait_until(lambda: pair.target.ready[4] == 1, "one layer")
         pair.client.cancel(123)
-        result = pull.result(2)
+        result = pull.result(5)
         assert (result.error, result.blocks_ok) == ("cancelled", [False])
         assert pair.target.ready[4] == 0
         wait_until(lambda: pair.source.close_session(9), "the sender to notice")
@@ -343,8 +343,8 @@ def test_stopping_the_server_ends_running_transfers() -> None:
         wait_until(lambda: pair.server.stats()["connections"] == 2, "both pulls")
         start = time.monotonic()
         pair.server.stop()
-        assert time.monotonic() - start < 2
-        assert {pull.result(2).error for pull in pulls} == {"unreachable"}
+        assert time.monotonic() - start < 5
+        assert {pull.result(5).error for pull in pulls} == {"unreachable"}
         assert pair.source.close_session(1)
 
 
@@ -353,7 +353,7 @@ def test_closing_the_client_ends_its_pulls() -> None:
         pull = InThread(lambda: pair.pull_session(1, [0]))
         wait_until(lambda: pair.server.stats()["connections"] == 1, "the pull")
         pair.client.close()
-        assert pull.result(2).error == "cancelled"
+        assert pull.result(5).error == "cancelled"
         assert pair.pull_session(1, [0]).error == "cancelled"
 
 
