@@ -33,7 +33,7 @@ class Part:
         self.process: asyncio.subprocess.Process | None = None
         self.is_ready = False
         self.was_ready = False
-        self.problem = "starting"
+        self.problem = ""
         self.num_restarts = 0
         self._restarts_s: deque[float] = deque(maxlen=RESTARTS_MAX)
 
@@ -53,6 +53,10 @@ class Part:
             is_ready=self.is_ready,
         )
 
+    def what_is_missing(self) -> str:
+        """Its name, and what it says it waits for."""
+        return self.plan.name + (f" ({self.problem})" if self.problem else "")
+
     async def spawn(self) -> asyncio.subprocess.Process:
         """Start the process, in a session of its own: Ctrl-C reaches the supervisor alone."""
         too_long = self.log.exists() and self.log.stat().st_size > LOG_BYTES_MAX
@@ -69,7 +73,7 @@ class Part:
                 env={**os.environ, PARENT_ENV: str(os.getpid())},
             )
         self.is_ready = False
-        self.problem = "starting"
+        self.problem = ""
         return self.process
 
     async def wait_ready(self, session: aiohttp.ClientSession) -> None:

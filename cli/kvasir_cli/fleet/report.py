@@ -47,7 +47,7 @@ class TerminalReport:
 
     def line(self, text: str) -> None:
         """Print it above the spinner."""
-        self._status.console.print(text, markup=False)
+        self._status.console.print(text, markup=False, soft_wrap=True)
 
     def waiting(self, text: str) -> None:
         """Show it beside the spinner."""

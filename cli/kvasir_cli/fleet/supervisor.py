@@ -111,8 +111,8 @@ class Supervisor:
     async def _say_progress(self) -> None:
         while True:
             missing = [part for part in self._parts if not part.is_ready]
-            texts = [f"{part.plan.name} ({part.problem})" for part in missing]
-            self._report.waiting(", ".join(texts))
+            others = [part for part in missing if part.plan.role != "router"]
+            self._report.waiting(", ".join(part.what_is_missing() for part in others or missing))
             await asyncio.sleep(REPORT_INTERVAL_S)
 
     async def _stop_all(self) -> None:
