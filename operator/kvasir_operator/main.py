@@ -42,11 +42,15 @@ class Operator:
         self._drainer = Drainer(on_progress=self._queue.add)
         self._reconciler = Reconciler(self._cluster, self._drainer, default_image=settings.image)
 
+    def stop(self) -> None:
+        """End the run; drains go on at the workers."""
+        self._stop.set()
+
     async def run(self) -> None:
         """Serve health, wait for the CRDs, then watch and reconcile until told to stop."""
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, self._stop.set)
+            loop.add_signal_handler(signum, self.stop)
         settings = self._settings
         http = await start_http(
             host=settings.host, port=settings.http_port, problems=lambda: self._problems

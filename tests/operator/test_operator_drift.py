@@ -81,3 +81,11 @@ def test_what_others_own_does_not_count() -> None:
     ours = {"manager": "kvasir-operator", "operation": "Apply", "fieldsV1": {"f:spec": {}}}
     live = {"metadata": {"managedFields": [entry, ours]}, "spec": {"a": 1, "b": 2}}
     assert is_as_desired({"spec": {"a": 1}}, live)
+
+
+def test_a_field_that_is_owned_and_no_longer_desired_calls_for_an_apply() -> None:
+    owned = {"f:spec": {"f:a": {}, "f:b": {}}}
+    ours = {"manager": "kvasir-operator", "operation": "Apply", "fieldsV1": owned}
+    live = {"metadata": {"managedFields": [ours]}, "spec": {"a": 1, "b": 2}}
+    assert is_as_desired({"spec": {"a": 1, "b": 2}}, live)
+    assert not is_as_desired({"spec": {"a": 1}}, live)

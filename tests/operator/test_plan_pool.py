@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvasir_operator.core.manifests import Manifest
 from kvasir_operator.core.plan import make_plan
@@ -241,6 +241,7 @@ pods_strategy = st.lists(
 )
 
 
+@settings(deadline=None, max_examples=50)
 @given(pods=pods_strategy, wanted=st.integers(1, 6), over=st.sets(st.integers(0, 5)))
 def test_no_busy_worker_is_ever_cut_off(
     pods: list[tuple[bool, str, bool]], wanted: int, over: set[int]
