@@ -16,6 +16,7 @@ from kvasir_engine.engine import Engine
 from kvasir_engine.model import LoadedModel, load_model
 from kvasir_engine.stream import TokenStream
 from kvasir_kvstore._native import BlockPool
+from kvasir_kvstore.core.block import KvLayout
 
 GOLDENS = Path(__file__).parent.parent / "fixtures" / "goldens"
 MODELS = ("llama-gqa-tied", "llama3-rope-scaled", "mixtral-moe", "qwen2-bias", "qwen3-qknorm")
@@ -63,12 +64,12 @@ def deadline_in(timeout_ms: float) -> float:
     return time.monotonic() * 1000 + timeout_ms
 
 
-def make_pool(model: LoadedModel, num_blocks: int) -> BlockPool:
+def make_pool(layout: KvLayout, num_blocks: int) -> BlockPool:
     return BlockPool(
         num_blocks=num_blocks,
-        num_layers=model.layout.num_layers,
-        layer_bytes=model.layout.layer_bytes,
-        layout_digest=model.layout.digest,
+        num_layers=layout.num_layers,
+        layer_bytes=layout.layer_bytes,
+        layout_digest=layout.digest,
     )
 
 
@@ -135,10 +136,10 @@ async def serving(
     **limits: int,
 ) -> AsyncIterator[Served]:
     """A running engine; nothing may be left open at its end."""
-    loaded = model if isinstance(model, LoadedModel) else golden_model()
-    pool = make_pool(loaded, num_blocks)
+    loaded = model or golden_model()
+    pool = make_pool(loaded.layout, num_blocks)  # type: ignore[attr-defined]
     engine = Engine(
-        model or loaded,  # type: ignore[arg-type]
+        loaded,  # type: ignore[arg-type]
         pool,
         limits=EngineLimits(num_blocks, 2048, VOCAB_SIZE, **limits),
         eos_token_ids=eos,

@@ -70,6 +70,42 @@ def test_nobody_overtakes_a_request_that_does_not_fit_yet() -> None:
     assert [phase(scheduler, key) for key in ("big", "small")] == ["WAITING", "WAITING"]
 
 
+def test_a_newcomer_leaves_a_block_for_each_running_request() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    submit(scheduler, make_request("a", 32, max_tokens=60))
+    advance(scheduler)
+    submit(scheduler, make_request("b", 90, first=1))
+    assert set(counts(advance(scheduler))) == {"a"}
+    submit(scheduler, make_request("c", 5, first=2))
+    assert phase(scheduler, "b") == "WAITING"
+    scheduler.cancel("b", now_ms=0)
+    assert set(counts(advance(scheduler))) == {"a", "c"}
+
+
+def test_cached_blocks_that_nobody_uses_count_as_taken_when_they_are_taken() -> None:
+    scheduler = make_scheduler(num_blocks=4, max_batch_tokens=500)
+    submit(scheduler, make_request("a", 65, max_tokens=1))
+    advance(scheduler)
+    submit(scheduler, make_request("b", 20, first=5, max_tokens=60))
+    advance(scheduler)
+    submit(scheduler, make_request("again", 65))  # needs two cached blocks, a fresh one, and one
+    assert set(counts(scheduler.schedule(now_ms=0))) == {"b"}  # is left for "b": there are three
+
+
+def test_a_preempted_request_tells_what_it_found_in_the_cache_at_first() -> None:
+    scheduler = make_scheduler(num_blocks=4, max_batch_tokens=500)
+    submit(scheduler, make_request("a", 40, max_tokens=3))
+    advance(scheduler)
+    scheduler.roster.preempt(scheduler.roster.sequences["a"])
+    scheduler.take_decisions()
+    advance(scheduler)
+    advance(scheduler)
+    emitted = [d.event for d in scheduler.take_decisions() if isinstance(d, Emitted)]
+    timing = emitted[-1].timing
+    assert timing is not None
+    assert (timing.tokens_cached, timing.tokens_computed, timing.num_preemptions) == (0, 40, 1)
+
+
 def test_the_youngest_is_put_back_when_memory_runs_out_and_keeps_its_place() -> None:
     scheduler = make_scheduler(num_blocks=6, max_batch_tokens=500, max_running=6)
     requests = [make_request(f"r{i}", 32, first=i, max_tokens=60) for i in range(3)]

@@ -1,19 +1,19 @@
 """Token ids to text, piece by piece: decides which characters are final.
 
 Invariant: the pieces joined (with the flush) are the decoded text of all tokens, and no piece
-holds a U+FFFD for a character whose bytes have not all arrived. Two ways lead there: byte-level
-BPE maps each token to bytes, so an incremental UTF-8 decoder is exact; any other decoder
-(sentencepiece-like: leading spaces, byte fallback) is asked for a short window of tokens.
+holds a U+FFFD for a character whose bytes have not all arrived. Two ways lead there. Byte-level
+BPE maps each token to bytes, so an incremental UTF-8 decoder is exact. Any other decoder
+(sentencepiece-like) is asked for a short window of tokens, so that spaces between words stay; its
+byte fallback tokens take the first way. In broken UTF-8 a complete character stays what it is,
+where decoders of whole texts may give up the bytes around it as well.
 """
 
 import codecs
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"
-HELD_REPLACEMENTS_MAX = 3
-"""A UTF-8 sequence has at most four bytes: three may wait for the fourth."""
-WINDOW_TOKENS_MAX = 32
+HELD_TOKENS_MAX = 8
 """A character is complete long before: text that is still broken is broken for good."""
 
 
@@ -46,42 +46,60 @@ class ByteLevelDecoding:
 class WindowDecoding:
     """Decodes the last finished piece and what follows it, and hands out the difference."""
 
-    def __init__(self, decode: Callable[[list[int]], str], is_skipped: Callable[[int], bool]):
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        *,
+        skipped: Container[int],
+        fallback_bytes: Mapping[int, bytes],
+    ) -> None:
+        """`skipped` have no text; `fallback_bytes` are the tokens that stand for one byte."""
         self._decode = decode
-        self._is_skipped = is_skipped
+        self._skipped = skipped
+        self._fallback_bytes = fallback_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._window: list[int] = []
         self._num_done = 0  # leading tokens of the window that are out already
         self._num_chars = 0  # characters of the decoded window that are out already
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """Characters that these tokens make final."""
-        pieces = []
-        for token_id in token_ids:
-            if not self._is_skipped(token_id):
-                self._window.append(token_id)
-                pieces.append(self._advance())
-        return "".join(pieces)
+        return "".join(self._feed_one(token_id) for token_id in token_ids)
 
     def flush(self) -> str:
         """What was held back."""
-        return self._decode(self._window)[self._num_chars :] if self._window else ""
+        return self._take_window() + self._utf8.decode(b"", final=True)
+
+    def _feed_one(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
+        byte = self._fallback_bytes.get(token_id)
+        if byte is not None:
+            held = self._take_window()
+            self._forget_done([token_id])
+            return held + self._utf8.decode(byte)
+        broken = self._utf8.decode(b"", final=True)
+        self._window.append(token_id)
+        return broken + self._advance()
 
     def _advance(self) -> str:
         text = self._decode(self._window)
-        held = len(text) - len(text.rstrip(REPLACEMENT))
-        is_broken = len(self._window) - self._num_done > WINDOW_TOKENS_MAX
-        end = len(text) if is_broken else len(text) - min(held, HELD_REPLACEMENTS_MAX)
-        piece = text[self._num_chars : end]
-        self._num_chars = max(self._num_chars, end)
-        if piece and end == len(text):
-            self._forget_done()
+        num_held = len(self._window) - self._num_done
+        if text.endswith(REPLACEMENT) and num_held <= HELD_TOKENS_MAX:
+            return ""
+        piece = text[self._num_chars :]
+        if piece:
+            self._forget_done(self._window[self._num_done :])
         return piece
 
-    def _forget_done(self) -> None:
-        """The tokens just finished become the context of the next ones."""
-        del self._window[: self._num_done]
-        self._num_done = len(self._window)
-        self._num_chars = len(self._decode(self._window))
+    def _take_window(self) -> str:
+        return self._decode(self._window)[self._num_chars :] if self._window else ""
+
+    def _forget_done(self, context: list[int]) -> None:
+        """The tokens just finished are the context of the next ones."""
+        self._window = context
+        self._num_done = len(context)
+        self._num_chars = len(self._decode(context))
 
 
 def byte_of_char() -> dict[str, int]:

@@ -130,7 +130,9 @@ class Tokenizer:
         """A fresh incremental decoder, special tokens left out."""
         if self._is_byte_level:
             return ByteLevelDecoding(self._token_bytes)
-        return WindowDecoding(self._inner.decode, self._skipped_ids.__contains__)
+        return WindowDecoding(
+            self._inner.decode, skipped=self._skipped_ids, fallback_bytes=self._fallback_bytes
+        )
 
     def _eos_token_ids(self, *configs: Mapping[str, Any]) -> tuple[int, ...]:
         """The first of these configs that names them, else tokenizer_config.json's eos_token."""
@@ -147,10 +149,23 @@ class Tokenizer:
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
     @cached_property
-    def _is_byte_level(self) -> bool:
+    def _decoder_types(self) -> frozenset[str]:
+        """Names of the tokenizers library's decoders that make up this one."""
         decoder = json.loads(self._inner.to_str()).get("decoder") or {}
         parts = decoder.get("decoders", [decoder])
-        return {part.get("type") for part in parts} in ({"ByteLevel"}, {"ByteLevel", "Fuse"})
+        return frozenset(str(part.get("type")) for part in parts)
+
+    @property
+    def _is_byte_level(self) -> bool:
+        return self._decoder_types in ({"ByteLevel"}, {"ByteLevel", "Fuse"})
+
+    @cached_property
+    def _fallback_bytes(self) -> dict[int, bytes]:
+        if "ByteFallback" not in self._decoder_types:
+            return {}
+        names = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+        ids = {self._inner.token_to_id(name): byte for name, byte in names.items()}
+        return {token_id: byte for token_id, byte in ids.items() if token_id is not None}
 
     @cached_property
     def _bytes_by_id(self) -> dict[int, bytes]:
