@@ -243,6 +243,22 @@ def test_extra_tokens_can_end_a_request() -> None:
     assert scheduler.blocks.num_available == 8
 
 
+@pytest.mark.parametrize(
+    ("computed_tokens", "extra_tokens"), [(71, []), (-1, []), (70, [100]), (70, [-1])]
+)
+def test_an_activation_that_cannot_be_right_ends_the_request(
+    computed_tokens: int, extra_tokens: list[int]
+) -> None:
+    scheduler = make_scheduler()
+    submit(scheduler, make_request("a", 70), reserve=True)
+    with pytest.raises(RefusedError) as refused:
+        scheduler.activate(
+            "a", computed_tokens=computed_tokens, extra_tokens=extra_tokens, now_ms=0
+        )
+    assert refused.value.refusal is Refusal.INVALID
+    assert scheduler.blocks.num_available == 8
+
+
 def test_a_cancelled_reservation_stays_until_its_owner_lets_go() -> None:
     scheduler = make_scheduler()
     submit(scheduler, make_request("a", 70), make_request("b", 70, first=1), reserve=True)
@@ -350,6 +366,18 @@ REFUSED = {
     "top_p of 0": (make_request("x", top_p=0.0), Refusal.INVALID, "top_p"),
     "negative top_k": (make_request("x", top_k=-1), Refusal.INVALID, "top_k"),
     "seed too large": (make_request("x", seed=1 << 64), Refusal.INVALID, "seed"),
+    "temperature beyond float32": (
+        make_request("x", temperature=1e300),
+        Refusal.INVALID,
+        "temperature",
+    ),
+    "top_k beyond int32": (make_request("x", top_k=1 << 31), Refusal.INVALID, "top_k"),
+    "session beyond 64 bits": (make_request("x", session=1 << 64), Refusal.INVALID, "session_id"),
+    "more skipped than there is": (
+        make_request("x", session=1, skip_blocks=3),
+        Refusal.INVALID,
+        "skip_blocks",
+    ),
     "no tokens wanted": (make_request("x", max_tokens=0), Refusal.INVALID, "max_tokens"),
     "prompt beyond the context": (make_request("x", 200), Refusal.NEVER_FITS, "prompt"),
     "output beyond the context": (

@@ -4,7 +4,10 @@ from kvasir_kvstore.core.block import BLOCK_TOKENS
 
 from kvasir_engine.core.types import EngineLimits, EngineRequest, Refusal, RefusedError, Sampling
 
-SEED_MAX = (1 << 64) - 1
+UINT64_MAX = (1 << 64) - 1
+INT32_MAX = (1 << 31) - 1
+TEMPERATURE_MAX = 1e6
+"""Beyond it every token is as likely as any other, long before float32 ends."""
 
 
 def num_blocks_for(num_tokens: int) -> int:
@@ -20,6 +23,7 @@ def check_request(request: EngineRequest, limits: EngineLimits) -> None:
     """
     _check_tokens(request, limits.vocab_size)
     _check_sampling(request.sampling)
+    _check_session(request)
     _check_length(request, limits)
 
 
@@ -34,15 +38,27 @@ def _check_tokens(request: EngineRequest, vocab_size: int) -> None:
 
 def _check_sampling(sampling: Sampling) -> None:
     checks = (
-        ("temperature", 0 <= sampling.temperature < float("inf"), "at least 0"),
-        ("top_k", sampling.top_k >= 0, "at least 0"),
+        ("temperature", 0 <= sampling.temperature <= TEMPERATURE_MAX, "between 0 and 1000000"),
+        ("top_k", 0 <= sampling.top_k <= INT32_MAX, "between 0 and 2147483647"),
         ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
-        ("seed", 0 <= sampling.seed <= SEED_MAX, "an unsigned 64-bit number"),
+        ("seed", 0 <= sampling.seed <= UINT64_MAX, "an unsigned 64-bit number"),
         ("max_tokens", sampling.max_tokens >= 1, "at least 1"),
     )
     for name, is_fine, wanted in checks:
         if not is_fine:
             raise RefusedError(Refusal.INVALID, f"{name} must be {wanted}", param=name)
+
+
+def _check_session(request: EngineRequest) -> None:
+    """Both come from a peer."""
+    session_id = request.prefill_only_session
+    if session_id is not None and not 0 <= session_id <= UINT64_MAX:
+        message = "session_id must be an unsigned 64-bit number"
+        raise RefusedError(Refusal.INVALID, message, param="session_id")
+    num_blocks = num_blocks_for(len(request.prompt) + len(request.resume_tokens))
+    if not 0 <= request.skip_blocks <= num_blocks:
+        message = f"skip_blocks must be between 0 and {num_blocks}"
+        raise RefusedError(Refusal.INVALID, message, param="skip_blocks")
 
 
 def _check_length(request: EngineRequest, limits: EngineLimits) -> None:

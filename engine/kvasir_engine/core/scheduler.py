@@ -112,13 +112,15 @@ class Scheduler:
             RefusedError: INVALID, EXPIRED or CANCELLED; the reservation is gone.
         """
         sequence = self.roster.reserved(request_id)
-        self._check_activation(sequence, computed_tokens, now_ms)
+        self._check_activation(sequence, computed_tokens, extra_tokens, now_ms)
         num_valid = max(sequence.num_cached, computed_tokens)
         sequence.num_fetched = num_valid - sequence.num_cached
         sequence.queued_ms = now_ms
         sequence.wants_reservation = False
         self.roster.start(sequence)
-        reason = self._extend(sequence, extra_tokens)
+        reason = sequence.finish_reason(self._eos_token_ids)
+        if reason is None:
+            reason = self._extend(sequence, extra_tokens)
         # One token is computed here: its block is written again, so it has no name before.
         sequence.num_computed = min(num_valid, sequence.num_known - 1)
         self.roster.name_blocks(sequence)
@@ -304,22 +306,26 @@ class Scheduler:
 
     def _extend(self, sequence: SequenceState, token_ids: Sequence[int]) -> FinishReason | None:
         """Appends tokens until the output ends, and says why it does."""
-        reason = sequence.finish_reason(self._eos_token_ids)
         for token_id in token_ids:
-            if reason is None:
-                sequence.tokens.extend([token_id])
-                reason = sequence.finish_reason(self._eos_token_ids)
-        if reason is None and sequence.is_prefill_only and token_ids:
-            return FinishReason.LENGTH
-        return reason
+            sequence.tokens.extend([token_id])
+            reason = sequence.finish_reason(self._eos_token_ids)
+            if reason is not None:
+                return reason
+        return FinishReason.LENGTH if sequence.is_prefill_only and token_ids else None
 
     def _check_activation(
-        self, sequence: SequenceState, computed_tokens: int, now_ms: float
+        self,
+        sequence: SequenceState,
+        computed_tokens: int,
+        extra_tokens: Sequence[int],
+        now_ms: float,
     ) -> None:
+        """Extra tokens come from a peer: ids beyond the vocabulary would fail a whole step."""
         refusal = sequence.end_refusal
         if refusal is None and now_ms >= _deadline_ms(sequence):
             refusal = Refusal.EXPIRED
-        if refusal is None and not 0 <= computed_tokens <= sequence.num_initial:
+        is_known = all(0 <= token_id < self.limits.vocab_size for token_id in extra_tokens)
+        if refusal is None and not (is_known and 0 <= computed_tokens <= sequence.num_initial):
             refusal = Refusal.INVALID
         if refusal is not None:
             self.roster.end(sequence, refusal, now_ms=now_ms)

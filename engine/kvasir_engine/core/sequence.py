@@ -46,6 +46,10 @@ class IntBuffer:
         self._data[self._size : end] = values
         self._size = end
 
+    def last(self) -> int:
+        """The value appended last."""
+        return int(self._data[self._size - 1])
+
     def clear(self) -> None:
         """Forgets all values; views keep theirs."""
         self._data = np.empty(64, dtype=np.int32)
@@ -102,7 +106,7 @@ class SequenceState:
     @property
     def num_generated(self) -> int:
         """Output tokens so far, those of other workers included."""
-        return self.num_known - len(self.request.prompt)
+        return len(self.tokens) - len(self.request.prompt)
 
     @property
     def is_prefill_only(self) -> bool:
@@ -117,13 +121,13 @@ class SequenceState:
     def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Why the output ends with its last token, if it does."""
         sampling = self.request.sampling
-        if self.num_generated > 0:
-            last = int(self.tokens.view(self.num_known - 1)[0])
+        num_generated = self.num_generated
+        if num_generated > 0:
+            last = self.tokens.last()
             is_eos = not sampling.ignore_eos and last in eos_token_ids
             if is_eos or last in sampling.stop_token_ids:
                 return FinishReason.STOP
-        has_all = self.num_generated >= sampling.max_tokens
-        return FinishReason.LENGTH if has_all else None
+        return FinishReason.LENGTH if num_generated >= sampling.max_tokens else None
 
     def reservation(self) -> Reservation:
         """What the owner of a reservation needs to know."""
