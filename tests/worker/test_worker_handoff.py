@@ -1,8 +1,10 @@
 """A prompt prefilled elsewhere gives the tokens that one worker alone gives, come what may."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
+from kvasir_engine.worker.transfer import Pull, Pulled
 from kvasir_proto.errors import Reason
 from kvasir_proto.frames import FrameKind
 from worker_builders import RunningWorker, make_model_dir, make_request, prompt, started, until
@@ -54,6 +56,45 @@ async def test_handed_off_output_is_token_identical(
             assert result.stats.tokens_computed == len(p)
         await until(lambda: prefill.is_idle and decode.is_idle)
         assert await decode.metric('kvasir_worker_kv_transfers_total{error="ok"') == len(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    "golden", ["llama3-rope-scaled", "mixtral-moe", "qwen2-bias", "qwen3-qknorm"]
+)
+async def test_every_architecture_is_handed_off(tmp_path: Path, golden: str) -> None:
+    model = make_model_dir(tmp_path / "model", golden=golden)
+    prompts = [prompt(length, seed=length) for length in (33, 100)]
+    expected = await alone(model, [make_request(p) for p in prompts])
+    async with (
+        started(model, "p", role="prefill", max_batch_tokens=48) as prefill,
+        started(model, "d", role="decode") as decode,
+    ):
+        for tokens, p in zip(expected, prompts, strict=True):
+            result = await decode.generate(handed_off(make_request(p), prefill))
+            assert result.tokens == tokens
+
+
+async def test_first_token_does_not_wait_for_the_kv(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived = asyncio.Event()
+    finish = Pull.finish
+
+    async def slow_finish(pull: Pull, *, timeout_s: float) -> Pulled:
+        await arrived.wait()
+        return await finish(pull, timeout_s=timeout_s)
+
+    async with (
+        started(model, "p", role="prefill") as prefill,
+        started(model, "d", role="decode") as decode,
+    ):
+        monkeypatch.setattr(Pull, "finish", slow_finish)
+        frames = decode.frames(handed_off(make_request(prompt(70)), prefill))
+        first = await anext(frames)
+        assert len(first.token_ids()) == 1
+        arrived.set()
+        rest = [frame async for frame in frames]
+        assert sum(len(frame.token_ids()) for frame in rest) == 7
 
 
 async def test_second_turn_skips_blocks_that_are_held_at_both_ends(model: Path) -> None:

@@ -80,6 +80,17 @@ async def test_loading_worker_is_alive_not_ready_and_refuses(
             assert response.status == 200
 
 
+async def test_data_plane_that_peers_cannot_reach_kills_the_canary(model: Path) -> None:
+    elsewhere = "127.0.0.9"  # nobody listens there
+    async with started(model, host="127.0.0.1", advertise_host=elsewhere) as worker:
+        url = f"http://127.0.0.1:{worker.address.http_port}/readyz"
+        async with worker.session.get(url) as response:
+            assert response.status == 503
+            (problem,) = (await response.json())["problems"]
+        assert f"cannot be pulled from {elsewhere}:{worker.address.data_port}" in problem
+        assert not worker.host.describe().kv_transfer_healthy
+
+
 async def test_dead_canary_makes_the_worker_unready_and_it_recovers(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from kvasir_engine.core.types import EngineLimits
 from kvasir_engine.engine import Engine
 from kvasir_engine.memory import available_bytes, memory_need
 from kvasir_engine.model import LoadedModel, load_model
-from kvasir_engine.text import Tokenizer
+from kvasir_engine.text import OutputText, Tokenizer
 from kvasir_engine.worker.host import Host, Serving
 from kvasir_engine.worker.requests import Limits
 from kvasir_engine.worker.settings import WorkerSettings
@@ -49,8 +49,9 @@ async def serving(host: Host) -> AsyncIterator[Serving]:
     num_threads = settings.threads or len(os.sched_getaffinity(0))
     # 1. Weights, in a thread of their own: sockets answer meanwhile.
     _check_memory(settings, num_threads)
-    model = await _in_thread(lambda: _load_model(host, num_threads))
-    tokenizer = _load_tokenizer(settings)
+    model, tokenizer = await _in_thread(
+        lambda: (_load_model(host, num_threads), _load_tokenizer(settings))
+    )
     # 2. KV memory and data plane, then the engine, then the tier: closed in reverse order.
     pool = _new_pool(settings, model.layout)
     async with AsyncExitStack() as stack:
@@ -148,10 +149,12 @@ def _load_model(host: Host, num_threads: int) -> LoadedModel:
 
 def _load_tokenizer(settings: WorkerSettings) -> Tokenizer | None:
     try:
-        return Tokenizer.load(settings.model)
+        tokenizer = Tokenizer.load(settings.model)
     except FileNotFoundError as error:
         log.warning("%s; only token ids are served", error)
         return None
+    OutputText(tokenizer).feed((0,))  # what it builds at first use would delay a request
+    return tokenizer
 
 
 def _eos_token_ids(settings: WorkerSettings, tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from kvasir_engine.worker.handoff import Handoff
 from kvasir_engine.worker.host import Host
 from kvasir_engine.worker.http import HttpApi
 from kvasir_engine.worker.offers import Offers
-from kvasir_engine.worker.peers import MESSAGE_BYTES_MAX
+from kvasir_engine.worker.peers import MESSAGE_BYTES_MAX, grpc_target
 from kvasir_engine.worker.prefill import Prefiller
 from kvasir_engine.worker.service import WorkerService
 from kvasir_engine.worker.settings import WorkerSettings
@@ -37,6 +37,8 @@ from kvasir_engine.worker.settings import WorkerSettings
 log = logging.getLogger(__name__)
 
 SERVICE_NAME = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
+CONTROL_RPCS_MAX = 512
+"""Calls beside requests: watchers, descriptions, health."""
 HEALTH_S = 0.5
 """How often gRPC's health status follows readiness."""
 STOP_GRACE_S = 2.0
@@ -144,13 +146,15 @@ async def _start_http(parts: Parts, stack: AsyncExitStack) -> None:
 
 async def _start_grpc(parts: Parts, stack: AsyncExitStack) -> None:
     host = parts.host
-    server = grpc.aio.server(options=_GRPC_OPTIONS)
+    server = grpc.aio.server(
+        options=_GRPC_OPTIONS, maximum_concurrent_rpcs=host.settings.max_requests + CONTROL_RPCS_MAX
+    )
     service = WorkerService(host, parts.generator, parts.prefiller, parts.drain)
     worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(parts.grpc_health, server)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    target = f"{host.settings.host}:{host.settings.grpc_port}"
+    target = grpc_target(host.settings.host, host.settings.grpc_port)
     try:
         host.address.grpc_port = server.add_insecure_port(target)
     except RuntimeError as error:

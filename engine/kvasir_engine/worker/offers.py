@@ -28,7 +28,8 @@ class Offers:
         if serving.tier is None:
             return
         chain = serving.names(token_ids, tenant_salt=tenant_salt)
-        held = [name for name in chain if name in self._host.hub.held]
+        is_held = serving.engine.holds(chain)
+        held = [name for name, holds in zip(chain, is_held, strict=True) if holds]
         if held:
             self._remember(held, head=chain[0])
             for start in range(0, len(held), NAMES_PER_OFFER):

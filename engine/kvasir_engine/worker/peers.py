@@ -18,6 +18,11 @@ CHANNEL_OPTIONS = (
 )
 
 
+def grpc_target(host: str, port: int) -> str:
+    """What gRPC connects to or listens at; IPv6 addresses need brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Peers:
     """Stubs of other workers, by address. `close_grace_s`: the longest call."""
 
@@ -28,7 +33,7 @@ class Peers:
 
     def worker(self, address: common_pb2.PeerAddress) -> "worker_pb2_grpc.WorkerAsyncStub":
         """The stub of a worker; calls fail fast if nobody listens there."""
-        target = f"{address.host}:{address.grpc_port}"
+        target = grpc_target(address.host, address.grpc_port)
         channel = self._channels.pop(target, None)
         if channel is None:
             channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)

@@ -69,10 +69,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             if len(request.names) > NAMES_MAX:
                 message = f"names may hold {NAMES_MAX}"
                 raise KvasirError(Reason.INVALID_REQUEST, message, param="names")
-        held = self._host.hub.held
-        return worker_pb2.HasBlocksResponse(
-            held=[name in held for name in request.names], address=self._host.address
-        )
+        serving = self._host.serving
+        held = serving.engine.holds(request.names) if serving else [False] * len(request.names)
+        return worker_pb2.HasBlocksResponse(held=held, address=self._host.address)
 
     async def WatchEvents(  # type: ignore[override]
         self, request: worker_pb2.WatchEventsRequest, context: Context

@@ -1,8 +1,8 @@
 """What a worker takes on: its role, whether it drains, and what is in flight.
 
 Pure state, no I/O: the servers ask `admit` before they do anything for a request and call `leave`
-when its last resource is freed. Invariant: `num_in_flight` is zero only when no request holds
-engine memory, a session or a connection.
+when its last resource is freed. Invariant: `num_in_flight` is zero only when no request
+holds a session, a transfer or a connection; the engine frees its memory with the step that runs.
 """
 
 import enum
