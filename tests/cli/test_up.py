@@ -59,7 +59,9 @@ def test_one_line_per_part_as_it_becomes_ready(fleet: FleetProcess) -> None:
 
 def test_chat_is_answered_and_handed_off(fleet: FleetProcess) -> None:
     messages = [{"role": "user", "content": WORDS}]
-    body = fleet.post("/v1/chat/completions", model="tiny", messages=messages, max_tokens=5)
+    body = fleet.post(
+        "/v1/chat/completions", model="tiny", messages=messages, max_tokens=5, ignore_eos=True
+    )
     assert body["usage"]["completion_tokens"] == 5
     stats = body["kvasir"]
     assert stats["prefill_worker"].startswith("prefill-")
@@ -72,12 +74,16 @@ def test_killed_prefill_worker_is_restarted_and_requests_go_on(fleet: FleetProce
         old = fleet.part_pid(name)
         os.kill(old, signal.SIGKILL)
         text = f"{name} {WORDS}"
-        body = fleet.post("/v1/completions", model="tiny", prompt=text, max_tokens=3)
+        body = fleet.post(
+            "/v1/completions", model="tiny", prompt=text, max_tokens=3, ignore_eos=True
+        )
         assert body["usage"]["completion_tokens"] == 3
         fleet.wait_line(rf"{name} .*was killed by SIGKILL; restart 1")
         fleet.wait_line(rf"{name} .*ready again")
         assert fleet.part_pid(name) != old
-    body = fleet.post("/v1/completions", model="tiny", prompt=f"after {WORDS}", max_tokens=3)
+    body = fleet.post(
+        "/v1/completions", model="tiny", prompt=f"after {WORDS}", max_tokens=3, ignore_eos=True
+    )
     assert body["usage"]["completion_tokens"] == 3
 
 
