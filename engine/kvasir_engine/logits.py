@@ -47,7 +47,9 @@ def run_logits(
     ids = _read_ids(Path(ids_path), model.config.vocab_size)
     if chunk is not None and chunk < 1:
         raise KvasirError(Reason.INVALID_REQUEST, "chunk must be at least 1", param="chunk")
-    np.save(Path(out_path), sequence_logits(model, ids, chunk=chunk or len(ids)))
+    logits = sequence_logits(model, ids, chunk=chunk or len(ids))
+    with Path(out_path).open("wb") as file:
+        np.save(file, logits)
 
 
 def _read_ids(path: Path, vocab_size: int) -> np.ndarray:

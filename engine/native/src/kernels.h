@@ -15,7 +15,7 @@ namespace kvasir {
 inline constexpr int kPanelColumns = 32;  // columns of a weight panel
 inline constexpr int kBlockTokens = 32;   // tokens of a KV block
 inline constexpr int kGemmRowsMax = 192;  // rows of one gemm call
-inline constexpr int kGemmDepth = 512;    // rows of a panel that are expanded to float32 at once
+inline constexpr int kGemmDepth = 512;    // most rows of a panel expanded to float32 at once
 inline constexpr int kRowAlign = 16;      // hidden, head and feed-forward sizes are multiples of it
 
 // Floats of scratch that one gemm call needs: a tile of sums and an expanded piece of a panel.

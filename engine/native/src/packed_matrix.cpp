@@ -10,8 +10,11 @@ namespace {
 
 constexpr int kItemsPerThread = 8;  // enough that threads finish together
 constexpr int kPanelsPerItemMax = 8;
+constexpr size_t kBlockBytes = size_t{640} << 10;  // of activations, to stay in a core's own cache
+constexpr int kBlockRowsMin = 48;
+constexpr int kBlockRowsUnit = 12;  // whole register tiles
 
-// How a product is cut into items: row blocks times groups of panels. The cut is invisible in the
+// How a product is cut into items: groups of panels times row blocks. The cut is invisible in the
 // result, since no sum crosses items.
 struct Cut {
   int num_blocks;
@@ -21,18 +24,22 @@ struct Cut {
   int m;
   int num_panels;
 
-  Cut(int rows, int panels, int num_threads) : m(rows), num_panels(panels) {
-    num_blocks = (m + kGemmRowsMax - 1) / kGemmRowsMax;
-    block_rows = (m + num_blocks - 1) / num_blocks;
+  Cut(const PackedMatrix& weights, int rows, int num_threads)
+      : m(rows), num_panels(weights.num_panels()) {
+    const int fitting = static_cast<int>(kBlockBytes / (weights.k * sizeof(float)));
+    const int most = std::clamp(fitting, kBlockRowsMin, kGemmRowsMax);
+    num_blocks = (m + most - 1) / most;
+    block_rows = std::min(
+        most, static_cast<int>(round_up((m + num_blocks - 1) / num_blocks, kBlockRowsUnit)));
     group_panels =
-        std::clamp(panels * num_blocks / (num_threads * kItemsPerThread), 1, kPanelsPerItemMax);
-    num_groups = (panels + group_panels - 1) / group_panels;
+        std::clamp(num_panels * num_blocks / (num_threads * kItemsPerThread), 1, kPanelsPerItemMax);
+    num_groups = (num_panels + group_panels - 1) / group_panels;
   }
   int num_items() const { return num_blocks * num_groups; }
-  // Row blocks vary slowest: a block of activations stays in the cache while weights stream past.
-  int first_row(int item) const { return item / num_groups * block_rows; }
+  // Row blocks vary fastest: weights come from memory once, activations from the shared cache.
+  int first_row(int item) const { return item % num_blocks * block_rows; }
   int rows(int item) const { return std::min(block_rows, m - first_row(item)); }
-  int first_panel(int item) const { return item % num_groups * group_panels; }
+  int first_panel(int item) const { return item / num_blocks * group_panels; }
   int panels(int item) const { return std::min(group_panels, num_panels - first_panel(item)); }
 };
 
@@ -82,7 +89,7 @@ PackedMatrix pack(const std::vector<RowBlock>& sources, int k, Arena* arena, Thr
 
 void linear(const Compute& compute, const PackedMatrix& weights, Rows a, int m, Rows c,
             Store store) {
-  const Cut cut(m, weights.num_panels(), compute.pool->num_threads());
+  const Cut cut(weights, m, compute.pool->num_threads());
   compute.pool->run(cut.num_items(), [&](int item, int thread) {
     const int row = cut.first_row(item);
     GemmArgs args =
@@ -97,7 +104,7 @@ void linear(const Compute& compute, const PackedMatrix& weights, Rows a, int m, 
 
 void gated_linear(const Compute& compute, const PackedMatrix& gate, const PackedMatrix& up, Rows a,
                   int m, Rows c) {
-  const Cut cut(m, gate.num_panels(), compute.pool->num_threads());
+  const Cut cut(gate, m, compute.pool->num_threads());
   compute.pool->run(cut.num_items(), [&](int item, int thread) {
     const int row = cut.first_row(item), rows = cut.rows(item);
     float* gated = compute.scratch_of(thread) + kGemmScratch;

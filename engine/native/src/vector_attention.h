@@ -52,36 +52,44 @@ void soften_row(const Rows& rows, int row, int num_visible, int head_dim) {
   }
 }
 
+// K and V of one head in one block, and what to fetch while they are worked on.
+template <class B>
+struct Block {
+  const B* keys;
+  const B* values;
+  Ahead during_keys;
+  Ahead during_values;
+};
+
 // Rows [first, first + count) against one block, K and V as bf16 or expanded to float32.
 template <class V, class B>
 void attend_block(const Rows& rows, int first, int count, int num_visible, int head_dim,
-                  const B* keys, const B* values) {
+                  const Block<B>& block) {
   const size_t start = static_cast<size_t>(first);
   float* scores = rows.scores + start * kBlockTokens;
-  product<V>(rows.q + start * head_dim, head_dim, count, head_dim, keys, kBlockTokens, kBlockTokens,
-             scores, kBlockTokens, true);
+  product<V>(rows.q + start * head_dim, head_dim, count, head_dim, block.keys, kBlockTokens,
+             kBlockTokens, scores, kBlockTokens, true, block.during_keys);
   for (int row = first; row < first + count; ++row) {
     soften_row<V>(rows, row, num_visible, head_dim);
   }
-  product<V>(scores, kBlockTokens, count, num_visible, values, head_dim, head_dim,
-             rows.sums + start * head_dim, head_dim, false);
+  product<V>(scores, kBlockTokens, count, num_visible, block.values, head_dim, head_dim,
+             rows.sums + start * head_dim, head_dim, false, block.during_values);
 }
 
 // All rows that see the block which starts at `start`. Tokens whose own position lies in the block
 // see a part of it and go one by one; the others see it whole and go together.
 template <class V, class B>
-void attend_rows(const AttentionArgs& a, const Rows& rows, int start, const B* keys,
-                 const B* values) {
+void attend_rows(const AttentionArgs& a, const Rows& rows, int start, const Block<B>& block) {
   const int end = start + kBlockTokens;
   for (int token = 0; token < a.num_tokens; ++token) {
     const int position = a.first_position + token;
     if (position < start) continue;
     if (position >= end - 1) {
       attend_block<V>(rows, token * a.group, (a.num_tokens - token) * a.group, kBlockTokens,
-                      a.head_dim, keys, values);
+                      a.head_dim, block);
       return;
     }
-    attend_block<V>(rows, token * a.group, a.group, position - start + 1, a.head_dim, keys, values);
+    attend_block<V>(rows, token * a.group, a.group, position - start + 1, a.head_dim, block);
   }
 }
 
@@ -110,17 +118,22 @@ void attend(const AttentionArgs& a) {
   const size_t elements = static_cast<size_t>(kBlockTokens) * a.head_dim;
   const Rows rows = place_rows<V>(a);
   float* expanded = rows.totals + count;
-  const int last_position = a.first_position + a.num_tokens - 1;
-  for (int start = 0; start <= last_position; start += kBlockTokens) {
-    const size_t offset = a.block_table[start / kBlockTokens] * a.block_bytes;
+  const int last = (a.first_position + a.num_tokens - 1) / kBlockTokens;
+  for (int index = 0; index <= last; ++index) {
+    const size_t offset = a.block_table[index] * a.block_bytes;
+    const size_t next = a.block_table[index < last ? index + 1 : index] * a.block_bytes;
     const uint16_t* keys = reinterpret_cast<const uint16_t*>(a.keys + offset);
     const uint16_t* values = reinterpret_cast<const uint16_t*>(a.values + offset);
+    const Ahead its_values = {values, a.head_dim};
+    const Ahead next_keys = {a.keys + next, index < last ? a.head_dim : 0};
     if (count <= V::kRows) {
-      attend_rows<V>(a, rows, start, keys, values);
+      attend_rows<V, uint16_t>(a, rows, index * kBlockTokens,
+                               {keys, values, its_values, next_keys});
     } else {
       expand<V>(keys, elements, expanded);
       expand<V>(values, elements, expanded + elements);
-      attend_rows<V>(a, rows, start, expanded, expanded + elements);
+      attend_rows<V, float>(a, rows, index * kBlockTokens,
+                            {expanded, expanded + elements, next_keys, {}});
     }
   }
   for (int row = 0; row < count; ++row) {

@@ -7,6 +7,7 @@
 // these translation units emits must not be linked into code for lesser processors.
 #pragma once
 
+#include "arena.h"
 #include "bf16.h"
 #include "kernels.h"
 
@@ -23,10 +24,16 @@ inline typename V::F load_as_float(const uint16_t* p) {
   return V::load_bf16(p);
 }
 
+// Memory to fetch while computing: one cache line per step of a product's sum, up to `lines`.
+struct Ahead {
+  const void* data = nullptr;
+  int lines = 0;
+};
+
 // c[kR][kC * width] = (is_first ? 0 : c) + a[kR][k] * b[k][kC * width], summed in the order of k.
-template <class V, int kR, int kC, class B>
+template <class V, int kR, int kC, bool kFetches, class B>
 void product_tile(const float* a, size_t a_stride, int k, const B* b, size_t b_stride, float* c,
-                  size_t c_stride, bool is_first) {
+                  size_t c_stride, bool is_first, const char* ahead) {
   typename V::F sums[kR][kC];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
@@ -36,6 +43,7 @@ void product_tile(const float* a, size_t a_stride, int k, const B* b, size_t b_s
     }
   }
   for (int i = 0; i < k; ++i) {
+    if constexpr (kFetches) __builtin_prefetch(ahead + i * kCacheLineBytes);
     typename V::F columns[kC];
 #pragma GCC unroll 4
     for (int j = 0; j < kC; ++j) {
@@ -55,14 +63,15 @@ void product_tile(const float* a, size_t a_stride, int k, const B* b, size_t b_s
   }
 }
 
-template <class V, int kC, class B>
+template <class V, int kC, bool kFetches, class B>
 void product_rows(int rows, const float* a, size_t a_stride, int k, const B* b, size_t b_stride,
-                  float* c, size_t c_stride, bool is_first) {
-#define KVASIR_ROWS(R)                                                                   \
-  case R:                                                                                \
-    if constexpr (R <= V::kRows) {                                                       \
-      return product_tile<V, R, kC>(a, a_stride, k, b, b_stride, c, c_stride, is_first); \
-    }                                                                                    \
+                  float* c, size_t c_stride, bool is_first, const char* ahead) {
+#define KVASIR_ROWS(R)                                                                            \
+  case R:                                                                                         \
+    if constexpr (R <= V::kRows) {                                                                \
+      return product_tile<V, R, kC, kFetches>(a, a_stride, k, b, b_stride, c, c_stride, is_first, \
+                                              ahead);                                             \
+    }                                                                                             \
     break;
   switch (rows) {
     KVASIR_ROWS(1)
@@ -84,21 +93,29 @@ void product_rows(int rows, const float* a, size_t a_stride, int k, const B* b, 
 // Any m; n a multiple of 16. Rows are spread evenly over tiles: 16 rows are 8 + 8, not 12 + 4.
 template <class V, class B>
 void product(const float* a, size_t a_stride, int m, int k, const B* b, size_t b_stride, int n,
-             float* c, size_t c_stride, bool is_first) {
+             float* c, size_t c_stride, bool is_first, Ahead ahead) {
   constexpr int kWide = V::kColumns * V::kWidth;
   int num_tiles = (m + V::kRows - 1) / V::kRows;
+  int line = 0;
   for (int row = 0; row < m; --num_tiles) {
     const int rows = (m - row + num_tiles - 1) / num_tiles;
     const float* a_row = a + row * a_stride;
     float* c_row = c + row * c_stride;
-    int column = 0;
-    for (; column + kWide <= n; column += kWide) {
-      product_rows<V, V::kColumns>(rows, a_row, a_stride, k, b + column, b_stride, c_row + column,
-                                   c_stride, is_first);
-    }
-    for (; column < n; column += V::kWidth) {
-      product_rows<V, 1>(rows, a_row, a_stride, k, b + column, b_stride, c_row + column, c_stride,
-                         is_first);
+    for (int column = 0; column < n;) {
+      const char* next = static_cast<const char*>(ahead.data) + line * kCacheLineBytes;
+      const bool fetches = line < ahead.lines;
+      if (column + kWide > n) {
+        product_rows<V, 1, false>(rows, a_row, a_stride, k, b + column, b_stride, c_row + column,
+                                  c_stride, is_first, next);
+        column += V::kWidth;
+        continue;
+      }
+      const auto tile =
+          fetches ? product_rows<V, V::kColumns, true, B> : product_rows<V, V::kColumns, false, B>;
+      tile(rows, a_row, a_stride, k, b + column, b_stride, c_row + column, c_stride, is_first,
+           next);
+      if (fetches) line += k;
+      column += kWide;
     }
     row += rows;
   }
@@ -123,6 +140,14 @@ void store_panel(const GemmArgs& g, int first, const float* sums) {
   }
 }
 
+// How far a product over bf16 weights fetches ahead of itself, in rows of a panel.
+constexpr int kFetchRows = 32;
+// With few rows of activations an expanded piece should stay in the first-level cache; with many,
+// the sums' own traffic counts more.
+constexpr int kFewRows = 48;
+constexpr int kShallowDepth = 128;
+static_assert(kShallowDepth <= kGemmDepth);
+
 template <class V>
 void gemm(const GemmArgs& g) {
   float* sums = g.scratch;
@@ -131,14 +156,16 @@ void gemm(const GemmArgs& g) {
     const uint16_t* panel = g.panels + static_cast<size_t>(first) * g.k;
     if (g.m <= V::kRows) {  // one tile: convert in registers
       product<V>(g.a, g.a_stride, g.m, g.k, panel, kPanelColumns, kPanelColumns, sums,
-                 kPanelColumns, true);
+                 kPanelColumns, true, {panel + kFetchRows * kPanelColumns, g.k});
     } else {
-      for (int start = 0; start < g.k; start += kGemmDepth) {
-        const int depth = g.k - start < kGemmDepth ? g.k - start : kGemmDepth;
-        expand<V>(panel + static_cast<size_t>(start) * kPanelColumns,
-                  static_cast<size_t>(depth) * kPanelColumns, expanded);
+      const int most = g.m <= kFewRows ? kShallowDepth : kGemmDepth;
+      for (int start = 0; start < g.k; start += most) {
+        const int depth = g.k - start < most ? g.k - start : most;
+        const uint16_t* piece = panel + static_cast<size_t>(start) * kPanelColumns;
+        const size_t elements = static_cast<size_t>(depth) * kPanelColumns;
+        expand<V>(piece, elements, expanded);
         product<V>(g.a + start, g.a_stride, g.m, depth, expanded, kPanelColumns, kPanelColumns,
-                   sums, kPanelColumns, start == 0);
+                   sums, kPanelColumns, start == 0, {piece + elements, depth});
       }
     }
     store_panel<V>(g, first, sums);
