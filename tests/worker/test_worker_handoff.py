@@ -46,10 +46,13 @@ async def test_handed_off_output_is_token_identical(
         started(model, "p", role="prefill", max_batch_tokens=chunk_tokens) as prefill,
         started(model, "d", role="decode") as decode,
     ):
+        computed = decode.host.served().engine.counters
         for tokens, p in zip(expected, prompts, strict=True):
+            before = computed().tokens_computed
             result = await decode.generate(handed_off(make_request(p, **sampling), prefill))
             assert result.error is None
             assert result.tokens == tokens
+            assert computed().tokens_computed - before == 7  # all but the first, no prompt
             assert result.stats.prefill_worker == "p"
             assert result.stats.decode_worker == "d"
             assert result.stats.kv_bytes_moved > 0
@@ -222,6 +225,7 @@ async def test_unreachable_data_port_costs_time_never_tokens_and_shows(model: Pa
             request = handed_off(make_request(prompt(200, seed=seed)), prefill)
             result = await decode.generate(request)
             assert len(result.tokens) == 8
+            assert result.stats.tokens_computed >= 200
             if seed == 1:
                 assert result.tokens == expected
         status, body = await decode.get_json("/readyz")

@@ -15,7 +15,6 @@ from kvasir_kvstore.core.block import BLOCK_TOKENS
 from kvasir_proto.errors import KvasirError, Reason
 
 from kvasir_engine.core.types import EngineRequest, Reservation, TokenEvent
-from kvasir_engine.engine import Engine
 from kvasir_engine.worker.host import Host
 from kvasir_engine.worker.rates import FetchRates
 from kvasir_engine.worker.trace import Trace
@@ -81,7 +80,7 @@ class Compute:
             return None, 0  # no memory now: wait for it in the engine's queue
         try:
             num_fetched = await self._fetch(
-                tier, engine, names, reservation, timeout_ms=timeout_ms, trace=trace
+                tier, names, reservation, timeout_ms=timeout_ms, trace=trace
             )
         except BaseException:
             await engine.release(request.request_id)
@@ -91,7 +90,6 @@ class Compute:
     async def _fetch(
         self,
         tier: KvTier,
-        engine: Engine,
         names: list[bytes],
         reservation: Reservation,
         *,

@@ -216,10 +216,20 @@ class _Transfer:
             self._trace.transfer_ms = (time.monotonic() - self._finished_s) * 1000
         self._trace.kv_bytes_moved += pulled.bytes_moved
         self._host.served().puller.ended(pulled, source=self._peer)
-        if pulled.error:
-            self._host.metrics.local_prefills.labels(pulled.error).inc()
         num_whole = self._reservation.num_blocks_cached + pulled.num_leading
-        return min(num_whole * BLOCK_TOKENS, self._num_tokens)
+        num_computed = min(num_whole * BLOCK_TOKENS, self._num_tokens)
+        if num_computed < self._num_tokens:
+            self._host.metrics.local_prefills.labels(pulled.error or "incomplete").inc()
+            log.warning(
+                "computing %d tokens that were not handed off", self._num_tokens - num_computed
+            )
+        return num_computed
+
+    def _recomputed(self, num_tokens: int) -> None:
+        log.warning("computing %d tokens whose KV was not handed off", num_tokens)
+        if self._finished_s is not None:  # computed twice; else this worker's first event counts
+            self._trace.tokens_computed += num_tokens
+            self._host.metrics.prompt_tokens.labels("computed").inc(num_tokens)
 
     def _start_pull(self) -> Pull:
         num_blocks = -(-self._num_tokens // BLOCK_TOKENS)

@@ -58,7 +58,7 @@ async def serving(host: Host) -> AsyncIterator[Serving]:
         block_server = _new_block_server(host, pool)
         stack.callback(block_server.stop)
         puller = Puller(
-            pool, health=host.health, metrics=host.metrics, max_pulls=settings.max_pulls
+            pool, health=host.health, metrics=host.metrics, max_pulls=settings.max_running + 1
         )
         stack.callback(puller.close)
         eos_token_ids = _eos_token_ids(settings, tokenizer)
@@ -197,6 +197,7 @@ def _new_block_server(host: Host, pool: BlockPool) -> BlockServer:
         port=settings.data_port,
         uid=host.address.uid,
         epoch=host.address.epoch,
+        connections_max=settings.max_requests,
     )
     host.address.data_port = server.port
     return server

@@ -21,6 +21,7 @@ class WorkerSettings(BaseModel):
     name: str = Field(min_length=1)
     """Stable across restarts: the pod's name."""
     role: Literal["prefill", "decode", "both"] = "both"
+    """What it serves: prompts for decode workers, whole requests, or both."""
     uid: bytes | None = None
     """16 bytes: the pod's UID; None: random."""
 
@@ -29,10 +30,14 @@ class WorkerSettings(BaseModel):
     advertise_host: str | None = None
     """Where peers reach it; None: `host`."""
     grpc_port: int = Field(default=0, ge=0, le=65535)
+    """Control: requests, events, role, drain, health."""
     http_port: int = Field(default=0, ge=0, le=65535)
+    """Token streams for routers, /metrics, /healthz, /readyz."""
     data_port: int = Field(default=0, ge=0, le=65535)
+    """KV blocks for peers and KV nodes."""
 
     kv_cache_mb: int = Field(default=1024, ge=1)
+    """Memory for KV blocks."""
     threads: int = Field(default=0, ge=0)
     """Of the engine; 0: one per core."""
     isa: str | None = None
@@ -53,8 +58,6 @@ class WorkerSettings(BaseModel):
 
     local_prefill_tokens_max: int = Field(default=64, ge=0)
     """A decode worker computes an uncached suffix up to this length itself."""
-    max_pulls: int = Field(default=32, ge=1)
-    """Concurrent hand-offs pulled; more wait."""
     accept_timeout_ms: int = Field(default=3000, ge=1)
     """A prefill worker that has not accepted by then is taken for dead."""
     pull_grace_ms: int = Field(default=5000, ge=1)

@@ -81,6 +81,7 @@ class Puller:
         metrics: WorkerMetrics,
         max_pulls: int,
     ) -> None:
+        """`max_pulls`: more wait, behind pulls whose source may itself be waiting for its turn."""
         self._client = BlockClient(pool)
         self._health = health
         self._metrics = metrics
