@@ -310,6 +310,15 @@ async def test_a_body_of_50_mb_is_refused_in_openais_shape(
     assert await router.chat_text(max_tokens=2) == "ab"
 
 
+async def test_a_body_that_is_not_encoded_as_its_headers_say_is_refused(
+    router: RouterUnderTest,
+) -> None:
+    headers = {"Content-Encoding": "gzip"}
+    async with router.http.post(CHAT, data=b"{}", headers=headers) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["code"] == "invalid_request"
+
+
 @pytest.mark.parametrize("is_stream", [True, False], ids=["stream", "whole"])
 async def test_a_client_that_disconnects_frees_the_worker(tmp_path: Path, is_stream: bool) -> None:
     worker = FakeWorker("w0", script=Script(stall_after=3))

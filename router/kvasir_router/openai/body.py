@@ -40,6 +40,9 @@ async def _read(request: web.Request, bytes_max: int) -> bytes:
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise too_large from None
+    except web.RequestPayloadError:
+        message = "the body is not encoded as its headers say"
+        raise KvasirError(Reason.INVALID_REQUEST, message) from None
     except TimeoutError:
         raise KvasirError(Reason.TIMEOUT, "the body did not arrive in time") from None
 
