@@ -26,6 +26,7 @@ DNS_PREFIX = "dns:"
 NODES_MAX = 256
 PROBE_TIMEOUT_MS = 1000
 _CHANNEL_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),  # peers are near, whatever the environment says
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),

@@ -17,8 +17,9 @@ GONE_TIMEOUT_S = 20
 
 
 def environment(runtime: Path) -> dict[str, str]:
-    """One in which no other fleet of this machine is seen."""
-    return {**os.environ, "XDG_RUNTIME_DIR": str(runtime), "KVASIR_LOG": "info"}
+    """One in which no other fleet of this machine is seen, and a proxy that leads nowhere is."""
+    proxy = dict.fromkeys(("http_proxy", "grpc_proxy"), "http://127.0.0.1:9")
+    return {**os.environ, **proxy, "no_proxy": "", "XDG_RUNTIME_DIR": str(runtime)}
 
 
 def kvasir(runtime: Path, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -91,7 +92,8 @@ class FleetProcess:
             data=json.dumps(body).encode(),
             headers={"content-type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as response:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request, timeout=60) as response:
             return json.load(response)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from kvasir_proto.v1 import inference_pb2, inference_pb2_grpc, kvnode_pb2, kvnod
 from kvasir_cli.errors import CommandError
 
 CALL_TIMEOUT_S = 3.0
+CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ async def ask_router(address: str) -> inference_pb2.FleetView:
     Raises:
         CommandError: it does not answer.
     """
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         try:
             return await stub.Fleet(inference_pb2.FleetRequest(), timeout=CALL_TIMEOUT_S)
@@ -42,7 +43,7 @@ async def ask_kv_nodes(addresses: Sequence[str]) -> list[KvNodeView]:
 
 
 async def _ask_kv_node(address: str) -> KvNodeView:
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         stub = kvnode_pb2_grpc.KvNodeStub(channel)
         request = kvnode_pb2.DescribeKvNodeRequest()
         try:

@@ -10,6 +10,7 @@ CHANNELS_MAX = 256
 MESSAGE_BYTES_MAX = 16 << 20
 """A prompt of a million tokens is about 3 MB."""
 CHANNEL_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),  # peers are near, whatever the environment says
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),  # a restarted peer is found again at once
