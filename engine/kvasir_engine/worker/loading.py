@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 BLOCKS_MIN = 8
 """A short prompt, its output and the canary need somewhere to be."""
 PROGRESS_STEP = 0.1
+_THREAD_NAME = "kvasir-load"
 
 T = TypeVar("T")
 
@@ -87,6 +88,11 @@ async def serving(host: Host) -> AsyncIterator[Serving]:
         )
 
 
+def is_loading() -> bool:
+    """Whether a model is still being loaded, perhaps for nobody."""
+    return any(thread.name == _THREAD_NAME for thread in threading.enumerate())
+
+
 async def _in_thread(work: Callable[[], T]) -> T:
     """Runs `work` in a daemon thread: a worker told to stop does not wait for a model to load."""
     loop = asyncio.get_running_loop()
@@ -110,7 +116,7 @@ async def _in_thread(work: Callable[[], T]) -> T:
         except RuntimeError:
             log.info("the model was loaded for nobody: the worker has stopped")
 
-    threading.Thread(target=run, name="load", daemon=True).start()
+    threading.Thread(target=run, name=_THREAD_NAME, daemon=True).start()
     return await done
 
 

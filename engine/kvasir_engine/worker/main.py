@@ -7,6 +7,7 @@ process with an error; SIGTERM and SIGINT drain it and end it with status 0.
 import asyncio
 import errno
 import logging
+import os
 import secrets
 import signal
 import time
@@ -57,6 +58,9 @@ def run(settings: WorkerSettings) -> None:
         KvasirError, OSError, ValueError: it cannot start; the message says what is wrong.
     """
     uvloop.run(_serve_until_signal(settings))
+    if loading.is_loading():  # asked to stop meanwhile: its threads would hold up the exit
+        logging.shutdown()
+        os._exit(0)
 
 
 async def _serve_until_signal(settings: WorkerSettings) -> None:
