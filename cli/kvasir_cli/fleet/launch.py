@@ -17,7 +17,13 @@ import click
 
 from kvasir_cli.errors import CommandError, RefusedError
 from kvasir_cli.fleet.plan import FleetOptions
-from kvasir_cli.fleet.state import FleetState, read_state, run_folder_for, running_fleets
+from kvasir_cli.fleet.state import (
+    FleetState,
+    read_state,
+    refuse_running,
+    run_folder_for,
+    running_fleets,
+)
 from kvasir_cli.parent import PARENT_ENV
 
 POLL_S = 0.1
@@ -57,6 +63,7 @@ def start_detached(
         CommandError: it did not start.
     """
     folder = run_folder_for(options.port)
+    refuse_running(folder, options.port)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / UP_LOG
     env = dict(os.environ)

@@ -75,15 +75,22 @@ def held_run_folder(port: int) -> Iterator[Path]:
     with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RefusedError(
-                f"a fleet is already running on port {port}: see kvasir status, stop it with "
-                f"kvasir down --port {port}"
-            ) from error
+        except OSError:
+            refuse_running(folder, port)
+            raise
         try:
             yield folder
         finally:
             (folder / STATE).unlink(missing_ok=True)
+
+
+def refuse_running(folder: Path, port: int) -> None:
+    """Raises RefusedError if a fleet holds that run folder."""
+    if _is_locked(folder / LOCK):
+        raise RefusedError(
+            f"a fleet is already running on port {port}: see kvasir status, stop it with "
+            f"kvasir down --port {port}"
+        )
 
 
 def write_state(state: FleetState) -> None:
