@@ -1,6 +1,6 @@
 """Blocks of a KV node in place of computing: the same tokens, counted as fetched."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,15 +19,14 @@ def _fetching_always_looks_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "FETCH_LATENCY_MS", -1e6)
 
 
-@pytest.fixture
-def kv_node(unused_tcp_port: int) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def kv_node(unused_tcp_port_factory: Callable[[], int]) -> Iterator[str]:
     """A KV node process; its HOST:PORT."""
-    process = Process(
-        "kvnode", "--name", "kv-0", f"--grpc-port={unused_tcp_port}", "--memory-mb", "16"
-    )
+    port = unused_tcp_port_factory()
+    process = Process("kvnode", "--name", "kv-0", f"--grpc-port={port}", "--memory-mb", "16")
     try:
         process.wait_for_log("KV node kv-0 at")
-        yield f"127.0.0.1:{unused_tcp_port}"
+        yield f"127.0.0.1:{port}"
     finally:
         process.stop()
 
