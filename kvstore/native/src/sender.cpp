@@ -15,6 +15,7 @@ constexpr int64_t kHelloMs = 5'000;         // a client says at once what it wan
 constexpr int64_t kIdleMs = 60'000;         // between requests
 constexpr int64_t kRequestMsMax = 600'000;  // whatever the client asks for
 constexpr int64_t kSliceMs = 50;            // between looks at the client while a session computes
+constexpr size_t kSweepBytes = 1 << 20;     // between looks at the session, however slow the client
 
 using Status = BlockPool::SessionStatus;
 
@@ -146,14 +147,15 @@ class SessionSender {
 
   // One sweep over the blocks that are not yet wholly sent; sleeps if there was nothing to send.
   Code send_new_layers(bool& all_sent) {
+    if (deadline_.is_past()) return Code::kTimeout;
     const uint32_t seen = progress();
     const Status status = context_.pool.read_session(request_.session_id, blocks_);
     if (status == Status::kAborted) return Code::kAborted;
     if (blocks_.size() > request_.count) return Code::kRefused;
     sent_.resize(blocks_.size(), 0);
     const uint32_t num_layers = context_.pool.shape().num_layers;
-    bool any_sent = false;
-    for (size_t i = first_unsent_; i < blocks_.size(); ++i) {
+    size_t swept_bytes = 0;
+    for (size_t i = first_unsent_; i < blocks_.size() && swept_bytes < kSweepBytes; ++i) {
       const uint32_t ready = std::min(context_.pool.ready_layers(blocks_[i]), num_layers);
       if (ready <= sent_[i]) continue;
       const FrameBatch::Slice slice{.ordinal = static_cast<uint32_t>(i),
@@ -161,13 +163,13 @@ class SessionSender {
                                     .layer_first = sent_[i],
                                     .layer_end = ready};
       if (const Code code = batch_.add_layers(slice, name_); code != Code::kOk) return code;
+      swept_bytes += size_t{ready - sent_[i]} * context_.pool.shape().layer_bytes;
       sent_[i] = ready;
-      any_sent = true;
     }
     if (const Code code = batch_.flush(); code != Code::kOk) return code;
     while (first_unsent_ < blocks_.size() && sent_[first_unsent_] == num_layers) ++first_unsent_;
     all_sent = status == Status::kFinished && first_unsent_ == blocks_.size();
-    return all_sent || any_sent ? Code::kOk : pause(seen);
+    return all_sent || swept_bytes > 0 ? Code::kOk : pause(seen);
   }
 
   // Says how it ended, takes the acknowledgement and lets go of the session.
