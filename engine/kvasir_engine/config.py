@@ -19,6 +19,9 @@ from kvasir_proto.errors import KvasirError, Reason
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "mixtral")
 ROPE_TYPES = ("default", "linear", "llama3")
 SIZE_MULTIPLE = 16
+SIZE_MAX = (1 << 31) - 1
+POSITIONS_DEFAULT = 2048
+"""Longest context of a config.json that does not say: what the oldest supported models had."""
 
 
 def unsupported(text: str) -> KvasirError:
@@ -124,7 +127,7 @@ def read_config(model_dir: Path | str) -> ModelConfig:
         raise malformed(f"{model_dir} is no Hugging Face model folder: it lacks config.json")
     try:
         raw = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise malformed(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise malformed(f"{path} holds no JSON object")
@@ -141,7 +144,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     _refuse_other_arithmetic(raw)
     num_heads = _integer(raw, "num_attention_heads")
     hidden_size = _integer(raw, "hidden_size")
-    has_bias = bool(raw.get("attention_bias", False))
+    has_bias = _boolean(raw, "attention_bias")
     is_mixture = model_type == "mixtral"
     config = ModelConfig(
         model_type=model_type,
@@ -152,12 +155,12 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         head_dim=_integer(raw, "head_dim", default=hidden_size // num_heads),
         intermediate_size=_integer(raw, "intermediate_size"),
         vocab_size=_integer(raw, "vocab_size"),
-        max_position=_integer(raw, "max_position_embeddings", default=2048),
+        max_position=_integer(raw, "max_position_embeddings", default=POSITIONS_DEFAULT),
         rms_norm_eps=_number(raw, "rms_norm_eps", default=1e-6),
         rope=_parse_rope(raw),
         num_experts=_integer(raw, "num_local_experts") if is_mixture else 0,
         num_experts_per_token=_integer(raw, "num_experts_per_tok") if is_mixture else 0,
-        has_tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        has_tied_embeddings=_boolean(raw, "tie_word_embeddings"),
         has_qkv_bias=model_type == "qwen2" or has_bias,
         has_output_bias=model_type in ("llama", "qwen3") and has_bias,
         has_qk_norm=model_type == "qwen3",
@@ -172,16 +175,17 @@ def _refuse_other_arithmetic(raw: Mapping[str, Any]) -> None:
     if activation not in ("silu", "swish"):
         raise unsupported(f"hidden_act {activation!r} is not supported, only silu")
     for name in ("mlp_bias", "use_sliding_window"):
-        if raw.get(name):
+        if _boolean(raw, name):
             raise unsupported(f"{name} is not supported")
     if raw.get("quantization_config"):
         raise unsupported("quantization_config is not supported: weights must be bf16, f16 or f32")
-    window = raw.get("sliding_window")
-    if raw["model_type"] == "mixtral" and window and window < raw.get("max_position_embeddings", 0):
-        raise unsupported("sliding_window is not supported")
-    kinds = set(raw.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        raise unsupported(f"layer_types {sorted(kinds)} are not supported, only full_attention")
+    if raw["model_type"] == "mixtral" and raw.get("sliding_window") is not None:
+        longest = _integer(raw, "max_position_embeddings", default=POSITIONS_DEFAULT)
+        if _integer(raw, "sliding_window") < longest:
+            raise unsupported("sliding_window is not supported")
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise unsupported(f"layer_types {kinds!r} is not supported, only full_attention")
     if raw.get("partial_rotary_factor", 1.0) != 1.0:
         raise unsupported("partial_rotary_factor is not supported")
     if raw["model_type"] == "mixtral" and raw.get("attention_bias"):
@@ -193,6 +197,8 @@ def _parse_rope(raw: Mapping[str, Any]) -> Rope:
     values = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(values, Mapping):
         raise malformed("rope_parameters is no object in config.json")
+    if any(isinstance(value, Mapping) for value in values.values()):
+        raise unsupported("rope_parameters that differ between layers are not supported")
     kind = values.get("rope_type", values.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise unsupported(
@@ -204,12 +210,15 @@ def _parse_rope(raw: Mapping[str, Any]) -> Rope:
     factor = _number(values, "factor")
     if kind == "linear":
         return Rope(type=kind, theta=theta, factor=factor)
+    low, high = _number(values, "low_freq_factor"), _number(values, "high_freq_factor")
+    if low >= high:
+        raise malformed("config.json: low_freq_factor must be below high_freq_factor")
     return Rope(
         type=kind,
         theta=theta,
         factor=factor,
-        low_freq_factor=_number(values, "low_freq_factor"),
-        high_freq_factor=_number(values, "high_freq_factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_max_position=_integer(values, "original_max_position_embeddings"),
     )
 
@@ -233,7 +242,17 @@ def _integer(raw: Mapping[str, Any], name: str, *, default: int | None = None) -
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise malformed(f"config.json: {name} must be a positive integer, not {value!r}")
+    if value > SIZE_MAX:
+        raise malformed(f"config.json: {name} must be at most {SIZE_MAX}, not {value}")
     return value
+
+
+def _boolean(raw: Mapping[str, Any], name: str) -> bool:
+    """A true or false field; an absent or null one is false."""
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise malformed(f"config.json: {name} must be true or false, not {value!r}")
+    return bool(value)
 
 
 def _number(raw: Mapping[str, Any], name: str, *, default: float | None = None) -> float:

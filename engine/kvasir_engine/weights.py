@@ -131,7 +131,7 @@ def _shards(folder: Path) -> list[Path]:
     """Paths of the shards that the index names."""
     try:
         names = sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise malformed(f"{folder / INDEX_NAME} has no usable weight_map: {error}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
@@ -149,7 +149,7 @@ def _open_file(path: Path) -> WeightFile:
             raise malformed(f"{path} is no safetensors file: its header length is {length} bytes")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise malformed(f"{path}: its header is not JSON: {error}") from error
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if not isinstance(header, dict):

@@ -100,6 +100,10 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "quantization_config": {"quantization_config": {"quant_method": "awq"}},
     "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
     "layer_types": {"layer_types": ["sliding_attention"]},
+    "layer_types of no list": {"layer_types": 5},
+    "layer_types nested": {"layer_types": [["full_attention"]]},
+    "rope per layer": {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
+    "sliding_window": {"sliding_window": 64, "model_type": "mixtral"},
     "partial_rotary_factor": {"partial_rotary_factor": 0.5},
     "multiple of 16": {"intermediate_size": 161},
     "head_dim 24": {"head_dim": 24},
@@ -121,9 +125,21 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "hidden_size": {"hidden_size": "64"},
     "num_hidden_layers": {"num_hidden_layers": 0},
     "vocab_size": {"vocab_size": True},
+    "vocab_size must be at most": {"vocab_size": 1 << 40},
+    "tie_word_embeddings": {"tie_word_embeddings": "false"},
+    "sliding_window": {"model_type": "mixtral", "sliding_window": "64"},
     "rms_norm_eps": {"rms_norm_eps": float("nan")},
     "num_key_value_heads": {"num_key_value_heads": 3},
     "factor": {"rope_parameters": {"rope_type": "linear"}},
+    "low_freq_factor": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 4.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        }
+    },
 }
 
 
@@ -161,6 +177,15 @@ def garbled_header(folder: Path) -> None:
     data = bytearray(path.read_bytes())
     data[8:12] = b"\xff\xfe\x00{"
     path.write_bytes(data)
+
+
+def bottomless_header(folder: Path) -> None:
+    header = b"[" * 100_000
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def bottomless_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
 
 
 def missing_tensor(folder: Path) -> None:
@@ -204,6 +229,8 @@ BROKEN: dict[Callable[[Path], None], str] = {
     empty_file: "header length",
     huge_header: "header length",
     garbled_header: "not JSON",
+    bottomless_header: "not JSON",
+    bottomless_config: "not JSON",
     missing_tensor: r"lack the tensor model\.norm\.weight",
     misshapen_tensor: r"model\.norm\.weight has shape \[63\] .* \[64\]",
     integer_tensor: "is I8",
