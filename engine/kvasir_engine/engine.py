@@ -168,8 +168,10 @@ class Engine:
         tokens: they were sampled elsewhere, and are part of the stream.
 
         Raises:
-            KvasirError: cancelled, expired or not reserved; the reservation is gone.
+            KvasirError: cancelled, expired or not reserved; the reservation is gone. DRAINING: the
+                engine has stopped, and the reservation is still to be released.
         """
+        self._check_serves()
         with self._refusals(), self._steps.changing() as scheduler:
             sequence = scheduler.roster.reserved(request_id)
             num_whole = self._num_whole(sequence)
@@ -238,13 +240,16 @@ class Engine:
 
     def _submit(self, request: EngineRequest, *, wants_reservation: bool) -> int:
         """Takes a request; its number."""
-        if self._is_stopped or self._steps.is_broken:
-            raise KvasirError(Reason.DRAINING, "the engine has stopped")
+        self._check_serves()
         with self._refusals():
             sequence = self._prepare(request, wants_reservation=wants_reservation)
             with self._steps.changing() as scheduler:
                 scheduler.submit(sequence, now_ms=now_ms())
         return sequence.arrival
+
+    def _check_serves(self) -> None:
+        if self._is_stopped or self._steps.is_broken:
+            raise KvasirError(Reason.DRAINING, "the engine has stopped")
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:

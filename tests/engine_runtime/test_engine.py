@@ -176,6 +176,18 @@ async def test_a_broken_scheduler_ends_everything_and_says_so(
             served.engine.generate(make_request(prompt(40)))
 
 
+async def test_a_reservation_cannot_be_activated_once_the_engine_has_stopped() -> None:
+    async with serving() as served:
+        request = make_request(prompt(100))
+        await served.engine.reserve(request)
+        await served.engine.stop()
+        with pytest.raises(KvasirError) as stopped:
+            served.engine.activate(request.request_id, computed_tokens=0)
+        assert stopped.value.reason is Reason.DRAINING
+        await served.engine.release(request.request_id)
+        await served.until_empty()
+
+
 async def test_memory_returns_when_a_reservation_is_released() -> None:
     async with serving() as served:
         request = make_request(prompt(100))
