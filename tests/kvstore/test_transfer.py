@@ -292,27 +292,6 @@ def test_an_aborted_session_ends_the_pull_and_can_be_closed() -> None:
         assert pair.pull_session(9, [4]).error == "aborted"
 
 
-def test_an_abort_is_noticed_between_the_blocks_of_a_slow_transfer() -> None:
-    with make_pair(32, layer_bytes=1 << 19) as pair:
-        for block in range(32):
-            pair.source.ready[block] = pair.source.num_layers
-        pair.source.open_session(9)
-        pair.source.extend_session(9, list(range(32)))
-        pair.source.finish_session(9)
-
-        def abort(offset: int, data: bytes) -> bytes:
-            if offset >= 40 and pair.source.num_sessions:  # the hello has passed
-                pair.source.abort_session(9)
-            return data
-
-        with Wire(pair.server.port, abort) as wire:
-            pair.port = wire.port
-            result = pair.pull_session(9, list(range(32)))
-        assert result.error == "aborted"
-        assert result.bytes_moved < pair.source.data.nbytes / 2
-        wait_until(lambda: pair.source.close_session(9), "the sender to let go")
-
-
 def test_a_session_with_fewer_blocks_than_asked_for_is_not_whole() -> None:
     with make_pair() as pair:
         fill(pair.source, 0, seed=1)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from kvasir_kvstore._native import crc32c, crc32c_reference
-from kvstore_builders import Pair, Wire, make_pair
+from kvstore_builders import Pair, Wire, make_pair, wait_until
 
 NUM_BLOCKS = 4
 LAYERS = 3
@@ -146,6 +146,27 @@ def test_a_session_with_a_wrong_payload_is_not_acknowledged() -> None:
 
 
 ORDINAL_AT = 8
+
+
+def test_an_abort_is_noticed_between_the_blocks_of_a_slow_transfer() -> None:
+    with make_pair(32, layer_bytes=1 << 19) as pair:
+        for block in range(32):
+            pair.source.ready[block] = pair.source.num_layers
+        pair.source.open_session(9)
+        pair.source.extend_session(9, list(range(32)))
+        pair.source.finish_session(9)
+
+        def abort(offset: int, data: bytes) -> bytes:
+            if offset >= 40 and pair.source.num_sessions:  # the hello has passed
+                pair.source.abort_session(9)
+            return data
+
+        with Wire(pair.server.port, abort) as wire:
+            pair.port = wire.port
+            result = pair.pull_session(9, list(range(32)))
+        assert result.error == "aborted"
+        assert result.bytes_moved < pair.source.data.nbytes / 2
+        wait_until(lambda: pair.source.close_session(9), "the sender to let go")
 
 
 def test_no_bit_of_a_frames_header_can_change_unnoticed() -> None:
