@@ -113,7 +113,7 @@ def kubectl(cluster: Cluster) -> Kubectl:
 
 
 @pytest.fixture(scope="session")
-def system(cluster: Cluster) -> Kubectl:
+def operator(cluster: Cluster) -> Kubectl:
     """kubectl in the operator's namespace."""
     return Kubectl(cluster.kubeconfig, SYSTEM_NAMESPACE, cache=cluster.cache)
 
@@ -123,7 +123,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """When a step fails, what the cluster has to say is collected."""
     outcome: Any = yield
     report = outcome.get_result()
-    clients = [getattr(item, "funcargs", {}).get(name) for name in ("kubectl", "system")]
+    clients = [getattr(item, "funcargs", {}).get(name) for name in ("kubectl", "operator")]
     if report.failed and call.when == "call" and clients[0] is not None:
         say(f"{item.name} FAILED: {call.excinfo.value if call.excinfo else ''}")
         for client in clients:

@@ -10,6 +10,8 @@ from typing import Any
 
 from e2e_shell import CommandError, say
 
+Message = dict[str, str]
+
 QUESTION = "What is the capital of France?"
 
 
@@ -25,11 +27,21 @@ class Answer:
     ttft_s: float = 0.0
 
 
-def chat(url: str, question: str = QUESTION, *, limit_s: float = 60, **params: Any) -> Answer:
+def user(text: str) -> Message:
+    """What the user says."""
+    return {"role": "user", "content": text}
+
+
+def system(text: str) -> Message:
+    """What the model is told in advance; long enough to be handed from worker to worker."""
+    return {"role": "system", "content": text}
+
+
+def chat(url: str, *messages: Message, limit_s: float = 60, **params: Any) -> Answer:
     """One streamed chat request; fails unless it ends properly."""
     body = {
         "model": "smollm2",
-        "messages": [{"role": "user", "content": question}],
+        "messages": messages or [user(QUESTION)],
         "temperature": 0,
         "max_tokens": 24,
         "stream": True,
@@ -76,7 +88,11 @@ def tell(answer: Answer) -> None:
     say(f"answer in {answer.num_chunks} chunks, first after {answer.ttft_s:.2f} s: {answer.text!r}")
     say(
         f"prefill by {stats.get('prefill_worker')}, decode by {stats.get('decode_worker')}, "
-        f"{stats.get('kv_bytes_moved')} KV bytes moved, usage {answer.usage}"
+        f"{stats.get('kv_bytes_moved')} KV bytes moved, "
+        f"prompt of {answer.usage.get('prompt_tokens')} tokens: "
+        f"{stats.get('tokens_cached_decode')} held by the decode worker, "
+        f"{stats.get('tokens_cached_local')} by the prefill worker, "
+        f"{stats.get('tokens_cached_fetched')} fetched, {stats.get('tokens_computed')} computed"
     )
 
 
@@ -94,7 +110,7 @@ class Load:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                chat(self._url, f"Tell me story {self.num_done}.", **self._params)
+                chat(self._url, user(f"Tell me story {self.num_done}."), **self._params)
                 self.num_done += 1
             except (CommandError, OSError) as error:
                 self.failures.append(str(error))

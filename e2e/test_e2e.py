@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import NAMESPACE, ROOT, SYSTEM_NAMESPACE, Cluster, Images
-from e2e_chat import Load, chat, tell
+from e2e_chat import QUESTION, Load, chat, system, tell, user
 from e2e_shell import Kubectl, port_forward, run, say, wait_for
+from kvasir_cli.demo import SYSTEM
 
 SERVICE = "msvc/smollm2"
 DECODE = "dcp/smollm2-decode"
@@ -20,6 +21,7 @@ CRDS = tuple(
     f"crd/{plural}.kvasir.dev"
     for plural in ("modelservices", "prefillpools", "decodepools", "kvcachepools")
 )
+OPERATOR = "app.kubernetes.io/name=kvasir-operator"
 OURS = "app.kubernetes.io/managed-by=kvasir-operator"
 
 SOURCE = "{hostPath: {path: /nowhere}}"
@@ -40,9 +42,9 @@ def router(kubectl: Kubectl) -> Iterator[str]:
         yield url
 
 
-def operator_metric(system: Kubectl, name: str) -> float:
+def operator_metric(operator: Kubectl, name: str) -> float:
     """The sum of one counter of the operator over its labels."""
-    with port_forward(system, "deployment/kvasir-operator", 8080) as url:
+    with port_forward(operator, "deployment/kvasir-operator", 8080) as url:
         text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
     values = re.findall(rf"^{name}{{.*}} (.+)$", text, re.MULTILINE)
     return sum(float(value) for value in values)
@@ -68,7 +70,7 @@ def test_images_are_built_and_loaded(images: Images) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_helm_install(cluster: Cluster, images: Images, system: Kubectl) -> None:
+def test_helm_install(cluster: Cluster, images: Images, operator: Kubectl) -> None:
     repository, tag = images.kvasir.rsplit(":", 1)
     run(
         *("helm", "install", "kvasir", str(ROOT / "helm/kvasir")),
@@ -78,11 +80,11 @@ def test_helm_install(cluster: Cluster, images: Images, system: Kubectl) -> None
         *("--wait", "--timeout", "180s"),
         limit_s=200,
     )
-    system("wait", "--for=condition=Established", *CRDS, quiet=True)
-    system("get", "pods")
-    system("create", "namespace", NAMESPACE)
-    system("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
-    assert "restricted" in system("get", "namespace", NAMESPACE, "--show-labels")
+    operator("wait", "--for=condition=Established", *CRDS, quiet=True)
+    operator("get", "pods")
+    operator("create", "namespace", NAMESPACE)
+    operator("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
+    assert "restricted" in operator("get", "namespace", NAMESPACE, "--show-labels")
 
 
 @pytest.mark.timeout(60)
@@ -153,8 +155,8 @@ def test_sample_becomes_ready(kubectl: Kubectl, images: Images) -> None:
     sample = (ROOT / "docs/samples/smollm2.yaml").read_text()
     sample = sample.replace("kvasir-model-smollm2:dev", images.model)
     kubectl("apply", "-f", "-", stdin=sample)
-    kubectl("wait", "--for=condition=Available", SERVICE, "--timeout=300s", limit_s=310)
-    wait_until_settled(kubectl, limit_s=120)
+    wait_until_settled(kubectl, limit_s=360)
+    kubectl("wait", "--for=condition=Available", SERVICE, "--timeout=10s")
     kubectl("get", KINDS)
     kubectl("get", "pods")
     assert kubectl.json(SERVICE)["status"]["decode"]["summary"] == "2/2"
@@ -169,16 +171,32 @@ def test_streamed_chat_through_the_service(router: str) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_idle_operator_writes_nothing(kubectl: Kubectl, system: Kubectl) -> None:
-    writes = operator_metric(system, "kvasir_operator_api_writes_total")
-    reconciles = operator_metric(system, "kvasir_operator_reconciles_total")
+def test_long_prompt_is_handed_over_and_reused(router: str) -> None:
+    first = chat(router, system(SYSTEM), user(QUESTION))
+    tell(first)
+    assert "Paris" in first.text
+    assert first.stats["prefill_worker"].startswith("smollm2-prefill-")
+    assert first.stats["decode_worker"].startswith("smollm2-decode-")
+    assert first.stats["kv_bytes_moved"] > 0
+    answered = {"role": "assistant", "content": first.text}
+    asked = user("What is the capital of Italy?")
+    second = chat(router, system(SYSTEM), user(QUESTION), answered, asked)
+    tell(second)
+    assert "Rome" in second.text
+    assert second.usage["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+@pytest.mark.timeout(120)
+def test_idle_operator_writes_nothing(kubectl: Kubectl, operator: Kubectl) -> None:
+    writes = operator_metric(operator, "kvasir_operator_api_writes_total")
+    reconciles = operator_metric(operator, "kvasir_operator_reconciles_total")
     kubectl("annotate", KINDS, "--all", f"e2e/touched={time.time_ns()}")
     wait_for(
         "four more reconciles",
-        lambda: operator_metric(system, "kvasir_operator_reconciles_total") >= reconciles + 4,
+        lambda: operator_metric(operator, "kvasir_operator_reconciles_total") >= reconciles + 4,
         limit_s=30,
     )
-    assert operator_metric(system, "kvasir_operator_api_writes_total") == writes
+    assert operator_metric(operator, "kvasir_operator_api_writes_total") == writes
     say(f"writes before and after: {writes:.0f}")
 
 
@@ -249,29 +267,45 @@ def test_scale_out(kubectl: Kubectl, router: str) -> None:
 @pytest.mark.timeout(180)
 def test_deleted_prefill_worker_is_not_missed(kubectl: Kubectl, router: str) -> None:
     kubectl("delete", "pod", "smollm2-prefill-0", "--force", "--grace-period=0")
-    answer = chat(router, "Name the capital of France, please.")
+    answer = chat(router, system("Be brief. " + SYSTEM), user(QUESTION))
     tell(answer)
     assert "Paris" in answer.text
+    assert answer.stats["prefill_worker"] == "smollm2-prefill-1"
     wait_until_settled(kubectl, limit_s=120)
 
 
-@pytest.mark.timeout(180)
-def test_restarted_parts_serve_again(kubectl: Kubectl, router: str) -> None:
-    kubectl("delete", "pod", "smollm2-decode-0", "smollm2-kv-0", "--wait=false")
+def restart(kubectl: Kubectl, *pods: str) -> None:
+    """Delete pods as a node does that is emptied, and wait until they are missed."""
+    kubectl("delete", *pods, "--wait=false")
     wait_for(
-        "the pods to be away",
+        "the pods to be missed",
         lambda: kubectl.condition(SERVICE, "Progressing")["status"] == "True",
         limit_s=60,
     )
-    answer = chat(router)
+
+
+@pytest.mark.timeout(240)
+def test_kv_outlives_the_workers(kubectl: Kubectl, router: str) -> None:
+    workers = kubectl.names("pods", "-l", "kvasir.dev/role in (prefill, decode)")
+    restart(kubectl, *workers)
+    wait_until_settled(kubectl, limit_s=180)
+    answer = chat(router, system(SYSTEM), user(QUESTION))
     tell(answer)
     assert "Paris" in answer.text
-    wait_until_settled(kubectl, limit_s=120)
-    assert "Paris" in chat(router).text
+    assert answer.stats["tokens_cached_fetched"] > 0, "nothing came from the KV node"
 
 
 @pytest.mark.timeout(180)
-def test_uninstall_leaves_nothing(cluster: Cluster, kubectl: Kubectl, system: Kubectl) -> None:
+def test_requests_pass_without_the_kv_node(kubectl: Kubectl, router: str) -> None:
+    restart(kubectl, "pod/smollm2-kv-0")
+    answer = chat(router, system("Be polite. " + SYSTEM), user(QUESTION))
+    tell(answer)
+    assert "Paris" in answer.text
+    wait_until_settled(kubectl, limit_s=120)
+
+
+@pytest.mark.timeout(180)
+def test_uninstall_leaves_nothing(cluster: Cluster, kubectl: Kubectl, operator: Kubectl) -> None:
     kubectl("delete", SERVICE)
     wait_for(
         "pools and children to be gone",
@@ -282,9 +316,13 @@ def test_uninstall_leaves_nothing(cluster: Cluster, kubectl: Kubectl, system: Ku
     run(*helm, "--namespace", SYSTEM_NAMESPACE, "--wait", limit_s=120)
     left = [
         name
-        for name in system.names("crd,clusterroles,clusterrolebindings")
+        for name in operator.names("crd,clusterroles,clusterrolebindings")
         if "kvasir" in name.rsplit("/", 1)[1]
     ]
     assert left == []
-    assert system.names("deployments,pods,services") == []
-    system("delete", "namespace", NAMESPACE, SYSTEM_NAMESPACE, limit_s=90)
+    wait_for(
+        "the operator to be gone",
+        lambda: not operator.names("deployments,pods", "-l", OPERATOR),
+        limit_s=40,
+    )
+    operator("delete", "namespace", NAMESPACE, SYSTEM_NAMESPACE, limit_s=90)

@@ -6,6 +6,7 @@ import signal
 import time
 
 import kopf
+from aiohttp import web
 
 from kvasir_operator import metrics
 from kvasir_operator.api import KINDS
@@ -48,28 +49,37 @@ class Operator:
 
     async def run(self) -> None:
         """Serve health, wait for the CRDs, then watch and reconcile until told to stop."""
-        loop = asyncio.get_running_loop()
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, self.stop)
+        self._handle_signals()
         settings = self._settings
         http = await start_http(
             host=settings.host, port=settings.http_port, problems=lambda: self._problems
         )
         try:
             if await self._wait_for_crds():
-                await self._serve()
+                await self._serve(http)
         finally:
             await self._drainer.close()
             await self._cluster.close()
             await http.cleanup()
 
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self.stop)
+
     async def _wait_for_crds(self) -> bool:
-        """kopf looks at the served resources once, so they must all be there; False: stopped."""
+        """kopf looks at the served resources once, so they must all be there; False: stopped.
+
+        A new CRD is discovered a moment before its objects can be listed.
+        """
         wanted = {kind.kind for kind in KINDS}
+        namespace = (*self._settings.namespaces, "default")[0]
         while not self._stop.is_set():
             try:
                 missing = wanted - await self._cluster.served_kinds()
                 text = f"CRDs are not installed: {', '.join(sorted(missing))}"
+                for kind in wanted - missing:
+                    await self._cluster.list(kind, namespace)
             except ClusterError as error:
                 missing, text = wanted, f"the API server cannot be used: {error}"
             if not missing:
@@ -87,7 +97,8 @@ class Operator:
         except TimeoutError:
             return
 
-    async def _serve(self) -> None:
+    async def _serve(self, http: web.AppRunner) -> None:
+        """Until the stop; then kopf is the last to end, for it waits for tasks that it sees."""
         ready = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(self._watch(ready), name="watches")
@@ -101,6 +112,8 @@ class Operator:
             self._problems = ["stopping"]
             for task in (*reconcilers, announcing):
                 task.cancel()
+            await self._drainer.close()
+            await http.cleanup()
             await watching
 
     async def _watch(self, ready: asyncio.Event) -> None:
@@ -119,6 +132,7 @@ class Operator:
 
     async def _announce(self, ready: asyncio.Event) -> None:
         await ready.wait()
+        self._handle_signals()  # kopf has put its own handlers in their place
         self._problems = []
         logger.info("watching %s", ", ".join(self._settings.namespaces) or "all namespaces")
 

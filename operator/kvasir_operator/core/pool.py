@@ -256,5 +256,5 @@ def _draining(draining: Sequence[PodView]) -> Finding:
             ConditionType.DRAINING, False, Reason.NOT_DRAINING, "no worker is being removed"
         )
     names = ", ".join(pod.name for pod in draining)
-    text = f"{names} finish their requests before they are removed"
+    text = f"requests of {names} are finished first"
     return Finding(ConditionType.DRAINING, True, Reason.DRAINING, text)
