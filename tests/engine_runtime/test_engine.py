@@ -214,6 +214,17 @@ async def test_memory_returns_when_an_activation_fails() -> None:
         assert unknown.value.reason is Reason.INVALID_REQUEST
 
 
+async def test_a_session_is_given_up_when_its_activation_fails() -> None:
+    async with serving() as served:
+        request = make_request(prompt(100), session=3, deadline_ms=deadline_in(30))
+        await served.engine.reserve(request)
+        assert served.pool.num_sessions == 1
+        await asyncio.sleep(0.04)
+        with pytest.raises(KvasirError):
+            served.engine.activate(request.request_id, computed_tokens=0)
+        await served.until_empty()
+
+
 async def test_a_reservation_waits_for_memory() -> None:
     async with serving(num_blocks=4) as served:
         first, second = make_request(prompt(100)), make_request(prompt(100, seed=2))
@@ -324,6 +335,17 @@ async def test_an_id_can_be_used_again_at_once() -> None:
             served.engine.generate(request)
         assert twice.value.reason is Reason.INVALID_REQUEST
         assert len((await collect(stream)).tokens) == 5
+
+
+async def test_closing_an_old_stream_leaves_a_new_request_of_the_same_id_alone() -> None:
+    async with serving() as served:
+        request = make_request(prompt(40), max_tokens=300)
+        old = served.engine.generate(request)
+        await anext(old)
+        await served.until_empty()  # computed to its end, though not yet read
+        new = served.engine.generate(request)
+        old.close()
+        assert len((await collect(new)).tokens) == 300
 
 
 async def test_block_events_tell_what_the_cache_holds() -> None:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kvasir_engine.core.types import BlockChange, FinishReason, TokenEvent
+from kvasir_engine.core.types import BlockChange, FinishReason, RequestTiming, TokenEvent
 from kvasir_engine.stream import BlockWatch, TokenStream
 from kvasir_proto.errors import KvasirError, Reason
 
@@ -36,6 +36,18 @@ async def test_tokens_that_wait_are_merged() -> None:
     assert await anext(stream) == TokenEvent((4,), FinishReason.LENGTH)
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
+
+
+async def test_a_merged_event_keeps_the_newest_timing() -> None:
+    first, last = (RequestTiming(1.0, prefill_ms, 0, 0, 5, 0) for prefill_ms in (2.0, 3.0))
+    stream = Closings().stream()
+    stream.put(TokenEvent((1,), timing=first))
+    stream.put(TokenEvent((2,)))
+    assert (await anext(stream)).timing == first
+    stream.put(TokenEvent((3,)))
+    assert (await anext(stream)).timing is None
+    stream.put(TokenEvent((4,), FinishReason.STOP, last))
+    assert (await anext(stream)).timing == last
 
 
 async def test_an_error_comes_after_the_tokens_made_before_it() -> None:
