@@ -338,14 +338,18 @@ async def test_an_id_can_be_used_again_at_once() -> None:
 
 
 async def test_closing_an_old_stream_leaves_a_new_request_of_the_same_id_alone() -> None:
-    async with serving() as served:
-        request = make_request(prompt(40), max_tokens=300)
+    gate = Gate()
+    async with serving(gate, max_running=1) as served:
+        other = served.engine.generate(make_request(prompt(9, seed=2), max_tokens=1))
+        await asyncio.to_thread(gate.is_computing.wait)
+        request = make_request(prompt(40), max_tokens=5)
         old = served.engine.generate(request)
-        await anext(old)
-        await served.until_empty()  # computed to its end, though not yet read
+        old.close()
         new = served.engine.generate(request)
         old.close()
-        assert len((await collect(new)).tokens) == 300
+        gate.open()
+        assert len((await collect(new)).tokens) == 5
+        other.close()
 
 
 async def test_block_events_tell_what_the_cache_holds() -> None:
