@@ -282,10 +282,11 @@ async def test_one_request_too_many_is_busy_and_says_when_to_come_again() -> Non
         (EngineRequest("x", ()), Reason.INVALID_REQUEST, "prompt"),
         (EngineRequest("x", (512,)), Reason.INVALID_REQUEST, "prompt"),
         (make_request(prompt(5), temperature=-1.0), Reason.INVALID_REQUEST, "temperature"),
+        (make_request(prompt(5), top_p=1e-50), Reason.INVALID_REQUEST, "top_p"),
         (make_request(prompt(5), max_tokens=4096), Reason.CONTEXT_LENGTH, "max_tokens"),
         (make_request(prompt(2048)), Reason.CONTEXT_LENGTH, "prompt"),
     ],
-    ids=["empty", "vocabulary", "temperature", "output", "prompt"],
+    ids=["empty", "vocabulary", "temperature", "top_p", "output", "prompt"],
 )
 async def test_what_cannot_be_served_is_refused(
     request_: EngineRequest, reason: Reason, param: str

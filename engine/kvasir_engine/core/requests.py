@@ -8,6 +8,8 @@ UINT64_MAX = (1 << 64) - 1
 INT32_MAX = (1 << 31) - 1
 TEMPERATURE_MAX = 1e6
 """Beyond it every token is as likely as any other, long before float32 ends."""
+TOP_P_MIN = 1e-37
+"""Below it the sampler's float32 ends in 0, which would fail the step of everybody in it."""
 
 
 def num_blocks_for(num_tokens: int) -> int:
@@ -40,7 +42,7 @@ def _check_sampling(sampling: Sampling) -> None:
     checks = (
         ("temperature", 0 <= sampling.temperature <= TEMPERATURE_MAX, "between 0 and 1000000"),
         ("top_k", 0 <= sampling.top_k <= INT32_MAX, "between 0 and 2147483647"),
-        ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+        ("top_p", TOP_P_MIN <= sampling.top_p <= 1, "above 0 and at most 1"),
         ("seed", 0 <= sampling.seed <= UINT64_MAX, "an unsigned 64-bit number"),
         ("max_tokens", sampling.max_tokens >= 1, "at least 1"),
     )
