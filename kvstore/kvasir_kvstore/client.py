@@ -7,6 +7,7 @@ nothing writes to the blocks any more.
 """
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from kvasir_kvstore.core.placement import leading_runs, rank_nodes
 from kvasir_kvstore.index import Location, RedisIndex
 from kvasir_kvstore.metrics import TierMetrics
 from kvasir_kvstore.nodes import NodeSet
-from kvasir_kvstore.pulls import NamedPuller
+from kvasir_kvstore.pulls import NamedPuller, can_pull_from
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,10 @@ class KvTier:
         if self._index is None or not self._index.healthy:
             runs, problem = await self._ask_nodes(names, chain_head, end_s=end_s)
         self._metrics.locate_seconds.observe(time.monotonic() - started_s)
-        return runs, problem
+        usable = list(itertools.takewhile(lambda run: can_pull_from(run.holder), runs))
+        if len(usable) < len(runs):
+            log.warning("block index: a holder's address is incomplete; it is not asked")
+        return usable, problem
 
     async def _ask_nodes(
         self, names: Sequence[bytes], chain_head: bytes, *, end_s: float

@@ -14,6 +14,14 @@ from kvasir_proto.v1 import common_pb2
 
 from kvasir_kvstore._native import BlockClient, BlockPool, PullResult
 
+UID_BYTES = 16
+
+
+def can_pull_from(source: common_pb2.PeerAddress) -> bool:
+    """Whether the address, which comes from others, is complete: pulls from another raise."""
+    has_port = 0 < source.data_port < 65536
+    return bool(source.host) and has_port and len(source.uid) == UID_BYTES
+
 
 class NamedPuller:
     """Pulls into one pool, at most `pulls_max` at a time; more wait."""

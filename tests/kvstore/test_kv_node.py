@@ -162,6 +162,22 @@ async def test_workers_find_blocks_by_redis_in_one_look_up(shared_redis: RedisSe
         await index.close()
 
 
+@pytest.mark.parametrize(
+    "change", [{"data_port": 70_000}, {"uid": b"short"}, {"host": ""}], ids=["port", "uid", "host"]
+)
+async def test_an_index_entry_that_cannot_be_pulled_from_is_a_miss(
+    shared_redis: RedisServer, change: dict[str, object]
+) -> None:
+    names = make_names(2)
+    fields = {"uid": bytes(16), "epoch": 1, "host": "127.0.0.1", "data_port": 1} | change
+    index = RedisIndex(shared_redis.url, timeout_ms=5000)
+    assert await index.announce(names, common_pb2.PeerAddress(**fields))  # type: ignore[arg-type]
+    async with make_holder([], redis_url=shared_redis.url) as worker:
+        result = await worker.tier.locate_and_fetch(names, [0, 1], timeout_ms=10_000)
+    assert result.num_fetched_leading == 0
+    await index.close()
+
+
 async def test_redis_away_degrades_and_its_return_restores_the_entries(
     own_redis: RedisServer,
 ) -> None:
@@ -229,7 +245,15 @@ async def test_two_nodes_share_the_chains_and_both_are_asked() -> None:
         ({"names": [bytes(16)] * 8193}, Reason.TOO_LARGE),
         ({"source": common_pb2.PeerAddress(host="127.0.0.1")}, Reason.INVALID_REQUEST),
         (
+            {"source": common_pb2.PeerAddress(uid=bytes(16), host="127.0.0.1", data_port=70_000)},
+            Reason.INVALID_REQUEST,
+        ),
+        (
             {"layout": common_pb2.KvLayout(digest=b"x" * 16, num_layers=4, block_bytes=4094)},
+            Reason.INVALID_REQUEST,
+        ),
+        (
+            {"layout": common_pb2.KvLayout(digest=b"x" * 16, num_layers=5000, block_bytes=5000)},
             Reason.INVALID_REQUEST,
         ),
         ({"layout": common_pb2.KvLayout()}, Reason.INVALID_REQUEST),
@@ -238,7 +262,7 @@ async def test_two_nodes_share_the_chains_and_both_are_asked() -> None:
             Reason.UNSUPPORTED,
         ),
     ],
-    ids=["name", "names", "source", "layout", "no layout", "block too large"],
+    ids=["name", "names", "source", "port", "layout", "layers", "no layout", "block too large"],
 )
 async def test_a_malformed_offer_is_refused_with_its_reason(
     shared_node: NodeProcess, change: dict[str, object], reason: Reason

@@ -17,6 +17,9 @@ from kvasir_kvstore.node.settings import KvNodeSettings
 from kvasir_kvstore.pulls import NamedPuller
 
 MIB = 1 << 20
+LAYERS_MAX = 4096
+LAYER_BYTES_MAX = 1 << 28
+"""What a BlockPool takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +54,11 @@ class Arena:
         """
         self.layout = layout
         num_slots = settings.memory_mb * MIB // layout.block_bytes
-        if num_slots < 1:
+        if num_slots < 1 or layout.block_bytes // layout.num_layers > LAYER_BYTES_MAX:
             raise KvasirError(
                 Reason.UNSUPPORTED,
-                f"a block of {layout.block_bytes} bytes does not fit into {settings.memory_mb} MiB",
+                f"blocks of {layout.num_layers} layers and {layout.block_bytes} bytes do not fit"
+                f" into {settings.memory_mb} MiB with layers of at most {LAYER_BYTES_MAX} bytes",
                 param="layout",
             )
         self.cache = BlockCache(num_slots)
@@ -115,6 +119,6 @@ class Arena:
 
 def check_layout(layout: common_pb2.KvLayout) -> None:
     """Raises KvasirError if the layout is malformed."""
-    is_whole = layout.num_layers > 0 and layout.block_bytes % layout.num_layers == 0
+    is_whole = 0 < layout.num_layers <= LAYERS_MAX and layout.block_bytes % layout.num_layers == 0
     if not is_whole or layout.block_bytes == 0 or len(layout.digest) != 16:
         raise KvasirError(Reason.INVALID_REQUEST, "the layout is malformed", param="layout")

@@ -19,6 +19,7 @@ from kvasir_kvstore.index import BlockIndex, Location
 from kvasir_kvstore.metrics import NodeMetrics
 from kvasir_kvstore.node.arena import Arena, Filled, check_layout
 from kvasir_kvstore.node.settings import KvNodeSettings
+from kvasir_kvstore.pulls import can_pull_from
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ class NodeStore:
         _check_names(names)
         if self.is_draining:
             raise KvasirError(Reason.DRAINING, "the KV node is stopping")
-        if not source.host or not source.data_port or len(source.uid) != 16:
+        if not can_pull_from(source):
             raise KvasirError(Reason.INVALID_REQUEST, "the address is incomplete", param="source")
         arena = self._arena_of(layout)
         self.counts.blocks_offered += len(names)
