@@ -16,6 +16,7 @@ from kvasir_router.tenants import Tenants
 from router_fixtures import running_router
 
 HI = [{"role": "user", "content": "hi"}]
+ALIEN = inference_pb2.ChatMessage(role="alien", content="hi")
 
 
 def ask(**fields) -> inference_pb2.InferenceRequest:
@@ -65,6 +66,16 @@ async def test_chat_and_token_ids_are_taken_too(served) -> None:
         ({"prompt": "x" * 600}, Reason.CONTEXT_LENGTH, "prompt"),
         ({"tokens": inference_pb2.TokenIds(ids=[999])}, Reason.INVALID_REQUEST, "tokens.ids"),
         ({"chat": inference_pb2.ChatMessages()}, Reason.INVALID_REQUEST, "chat.messages"),
+        (
+            {"chat": inference_pb2.ChatMessages(messages=[ALIEN])},
+            Reason.INVALID_REQUEST,
+            "chat.messages[0].role",
+        ),
+        (
+            {"sampling": common_pb2.SamplingParams(stop_token_ids=[999])},
+            Reason.INVALID_REQUEST,
+            "sampling.stop_token_ids",
+        ),
         (
             {"sampling": common_pb2.SamplingParams(temperature=-1)},
             Reason.INVALID_REQUEST,

@@ -13,6 +13,8 @@ STOP_MAX = 4
 STOP_CHARS_MAX = 256
 MESSAGES_MAX = 4_096
 
+Role = Literal["system", "developer", "user", "assistant"]
+
 
 def _text_of(content: Any) -> str:
     """A message's content: a string, or parts of type text."""
@@ -65,7 +67,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Role
     content: Annotated[str, BeforeValidator(_text_of)]
 
     def for_template(self) -> dict[str, str]:

@@ -1,12 +1,13 @@
 """An InferenceRequest to a `Call`: the checks of HTTP, with this message's field names."""
 
 import math
+from typing import get_args
 
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2, inference_pb2, worker_pb2
 
 from kvasir_router.intake import Caller, Intake, Wanted, random_seed
-from kvasir_router.openai.schema import STOP_CHARS_MAX, STOP_MAX
+from kvasir_router.openai.schema import STOP_CHARS_MAX, STOP_MAX, Message, Role
 from kvasir_router.upstream.call import Call
 
 TEMPERATURE_MAX = 2.0
@@ -16,6 +17,7 @@ async def call_of(request: inference_pb2.InferenceRequest, intake: Intake, calle
     """Raises KvasirError naming the field."""
     intake.check_model(request.model)
     kind = request.WhichOneof("input")
+    intake.check_ids(request.sampling.stop_token_ids, param="sampling.stop_token_ids")
     wanted = Wanted(
         sampling=_sampling(request.sampling),
         max_tokens=request.sampling.max_tokens or None,
@@ -36,13 +38,24 @@ async def _token_ids(request: inference_pb2.InferenceRequest, intake: Intake) ->
             intake.check_ids(request.tokens.ids, param="tokens.ids")
             return list(request.tokens.ids)
         case "chat":
-            messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
-            if not messages:
-                raise KvasirError(Reason.INVALID_REQUEST, "no messages", param="chat.messages")
-            return await intake.encode_chat(messages)
+            return await intake.encode_chat(_messages(request.chat))
         case _:
             message = "one of prompt, tokens and chat is needed"
             raise KvasirError(Reason.INVALID_REQUEST, message, param="input")
+
+
+def _messages(chat: inference_pb2.ChatMessages) -> list[dict[str, str]]:
+    """The conversation as chat templates know it."""
+    if not chat.messages:
+        raise KvasirError(Reason.INVALID_REQUEST, "no messages", param="chat.messages")
+    roles = get_args(Role)
+    for index, message in enumerate(chat.messages):
+        if message.role not in roles:
+            param = f"chat.messages[{index}].role"
+            text = f"{param} must be one of {', '.join(roles)}"
+            raise KvasirError(Reason.INVALID_REQUEST, text, param=param)
+    plain = ({"role": m.role, "content": m.content} for m in chat.messages)
+    return [Message.model_validate(message).for_template() for message in plain]
 
 
 def _sampling(asked: common_pb2.SamplingParams) -> common_pb2.SamplingParams:
