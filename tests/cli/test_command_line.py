@@ -3,9 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from kvasir_cli.commands.status import _worker_cells
+from kvasir_cli.commands.talk import default_url
+from kvasir_cli.errors import RefusedError
 from kvasir_cli.main import ENTRIES, LazyGroup, cli
+from kvasir_proto.v1 import inference_pb2
 
 
 def kvasir(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -94,3 +99,24 @@ def test_missing_setting_is_named() -> None:
     result = kvasir("router", "--model", "m")
     assert result.returncode == 2
     assert "--model-name" in result.stderr
+
+
+def test_which_fleet_is_meant_is_asked_if_there_are_several(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fleets = [SimpleNamespace(url="http://127.0.0.1:1"), SimpleNamespace(url="http://127.0.0.1:2")]
+    monkeypatch.setattr("kvasir_cli.fleet.state.running_fleets", lambda: fleets)
+    with pytest.raises(RefusedError, match=r"127.0.0.1:1, .*127.0.0.1:2\): choose one with --url"):
+        default_url()
+    monkeypatch.setattr("kvasir_cli.fleet.state.running_fleets", lambda: fleets[1:])
+    assert default_url() == "http://127.0.0.1:2"
+
+
+def test_status_says_nothing_old_of_a_worker_that_is_gone() -> None:
+    member = inference_pb2.FleetMember(reachable=False, blocks_known=3)
+    member.description.address.name = "decode-0"
+    member.description.load.num_running = 7
+    cells = _worker_cells(member)
+    assert cells[0] == "decode-0"
+    assert "unreachable" in cells[2]
+    assert cells[3:] == [""] * 5

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from kvasir_cli.commands.fleet import up
 from kvasir_cli.errors import RefusedError
-from kvasir_cli.fleet.checks import check_memory, check_model
+from kvasir_cli.fleet.checks import check_memory, check_model, check_redis
 from kvasir_cli.fleet.plan import FleetOptions, plan_fleet
 from kvasir_cli.fleet.ports import free_ports, refuse_taken
 from kvasir_cli.fleet.state import (
@@ -95,6 +95,15 @@ def test_missing_folder_and_gguf_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").touch()
     with pytest.raises(RefusedError, match="kvasir model import"):
         check_model(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("redis://127.0.0.1:1", "does not answer"), ("nonsense", "is not a URL of Redis")],
+)
+def test_redis_that_cannot_be_used_is_refused(url: str, message: str) -> None:
+    with pytest.raises(RefusedError, match=f"--redis: .*{message}"):
+        check_redis(url)
 
 
 def test_taken_port_is_refused_with_its_flag() -> None:

@@ -105,10 +105,11 @@ def _worker_cells(member: inference_pb2.FleetMember) -> list[str]:
         state = f"[{BAD}]unreachable[/]"
     elif worker.draining or member.problem:
         state = f"[yellow]{'draining' if worker.draining else 'not used'}[/]"
+    cells = [worker.address.name, ROLES.get(worker.role, "?"), state]
+    if not member.reachable:  # what it said last is no longer true
+        return [*cells, *[""] * 5]
     return [
-        worker.address.name,
-        ROLES.get(worker.role, "?"),
-        state,
+        *cells,
         f"[{GOOD}]ok[/]" if worker.kv_transfer_healthy else f"[{BAD}]failing[/]",
         str(load.num_running),
         str(load.num_waiting),

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kvasir_cli.endpoint import DEFAULT_URL, Answer, Endpoint
-from kvasir_cli.errors import CommandError
+from kvasir_cli.errors import CommandError, RefusedError
 
 HELP = "/exit leaves, /reset forgets the conversation, Ctrl-C stops an answer."
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -129,11 +129,17 @@ async def with_endpoint(url: str, api_key: str, use: Callable[[Endpoint], Any]) 
 
 
 def default_url() -> str:
-    """The running fleet if there is exactly one, else the default."""
+    """The running fleet if there is exactly one, else the default.
+
+    Raises:
+        RefusedError: several run, none of them at the default.
+    """
     from kvasir_cli.fleet.state import running_fleets
 
-    fleets = running_fleets()
-    return fleets[0].url if len(fleets) == 1 else DEFAULT_URL
+    urls = [fleet.url for fleet in running_fleets()]
+    if len(urls) > 1 and DEFAULT_URL not in urls:
+        raise RefusedError(f"several fleets are running ({', '.join(urls)}): choose one with --url")
+    return urls[0] if len(urls) == 1 else DEFAULT_URL
 
 
 def request_body(sampling: dict[str, Any]) -> dict[str, Any]:

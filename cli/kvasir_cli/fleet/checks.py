@@ -1,10 +1,12 @@
 """Whether this machine can run the fleet that was asked for; if not, why not, before it starts."""
 
+import asyncio
 from pathlib import Path
 
 from kvasir_engine.config import read_config
 from kvasir_engine.memory import MemoryNeed, available_bytes, memory_need
 from kvasir_engine.worker.settings import WorkerSettings
+from kvasir_kvstore.index import make_index
 from kvasir_proto.errors import KvasirError
 
 from kvasir_cli.errors import RefusedError
@@ -23,6 +25,8 @@ def check_fleet(options: FleetOptions) -> None:
     if options.grpc_port:
         refuse_taken(options.host, options.grpc_port, flag="--grpc-port")
     check_memory(options, available_bytes())
+    if options.redis:
+        check_redis(options.redis)
 
 
 def check_model(model: Path) -> None:
@@ -53,8 +57,27 @@ def check_memory(options: FleetOptions, num_bytes_available: int) -> None:
             f"not enough memory: {size_text(needed)} are needed, {size_text(num_bytes_available)} "
             f"are available; each of {options.num_workers} workers takes {worker.describe()}, each "
             f"of {options.num_kv_nodes} KV nodes {size_text(per_kv_node)}: use fewer, or a "
-            "smaller --kv-cache-mb"
+            "smaller --kv-cache-mb or --kv-node-mb"
         )
+
+
+def check_redis(url: str) -> None:
+    """Raises RefusedError unless a Redis answers at `url`."""
+
+    async def problem() -> str:
+        index = make_index(url)
+        try:
+            return "" if await index.ping() else index.problem
+        finally:
+            await index.close()
+
+    try:
+        found = asyncio.run(problem())
+    except ValueError:
+        message = f"--redis: {url!r} is not a URL of Redis (redis://HOST:PORT)"
+        raise RefusedError(message) from None
+    if found:
+        raise RefusedError(f"--redis: {url} does not answer: {found}")
 
 
 def worker_need(options: FleetOptions) -> MemoryNeed:
