@@ -92,7 +92,9 @@ def build(settings_class: type, values: dict[str, Any]) -> Any:
 
 def fields_of(settings_class: type) -> list[SettingField]:
     """The fields of a pydantic model or a dataclass."""
-    texts = _field_texts(settings_class)
+    texts: dict[str, str] = {}
+    for part in reversed(settings_class.__mro__[:-1]):
+        texts |= _field_texts(part)
     hints = typing.get_type_hints(settings_class)
     found = []
     for name, default, required in _raw_fields(settings_class):

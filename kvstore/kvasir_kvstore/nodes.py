@@ -19,10 +19,10 @@ from kvasir_proto.v1 import common_pb2, kvnode_pb2, kvnode_pb2_grpc
 
 from kvasir_kvstore.core.placement import Run
 from kvasir_kvstore.index import Location
+from kvasir_kvstore.peers import join_target, parse_spec
 
 log = logging.getLogger(__name__)
 
-DNS_PREFIX = "dns:"
 NODES_MAX = 256
 PROBE_TIMEOUT_MS = 1000
 _CHANNEL_OPTIONS = (
@@ -32,31 +32,6 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
 _NODE_IS_AWAY = frozenset({Reason.NO_WORKER, Reason.TIMEOUT, Reason.CANCELLED, Reason.DRAINING})
-
-
-@dataclass(frozen=True, slots=True)
-class NodeSpec:
-    """Where KV nodes are found: one address, or all addresses behind a name."""
-
-    host: str
-    port: int
-    is_dns: bool
-
-
-def parse_spec(text: str) -> NodeSpec:
-    """The spec of HOST:PORT or dns:HOST:PORT.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    host, _, port = text.removeprefix(DNS_PREFIX).rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"KV node {text!r} is neither HOST:PORT nor dns:HOST:PORT")
-    return NodeSpec(host.strip("[]"), int(port), text.startswith(DNS_PREFIX))
-
-
-def _target(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @dataclass(slots=True)
@@ -179,7 +154,7 @@ class NodeSet:
         self._resolve_problem = ""
         for spec in self._specs:
             if not spec.is_dns:
-                targets.add(_target(spec.host, spec.port))
+                targets.add(join_target(spec.host, spec.port))
                 continue
             try:
                 async with asyncio.timeout(PROBE_TIMEOUT_MS / 1000):
@@ -189,7 +164,7 @@ class NodeSet:
             except (OSError, TimeoutError) as error:
                 self._resolve_problem = f"{spec.host} does not resolve: {error}"
                 return targets | set(self._nodes)
-            targets |= {_target(str(address[0]), spec.port) for *_, address in found}
+            targets |= {join_target(str(address[0]), spec.port) for *_, address in found}
         return targets
 
     async def _probe(self, target: str, node: _Node) -> None:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
+from kvasir_kvstore.peers import parse_spec
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-
-DNS_PREFIX = "dns:"
 
 
 class RouterSettings(BaseModel):
@@ -77,17 +76,5 @@ class RouterSettings(BaseModel):
     @classmethod
     def _check_workers(cls, workers: tuple[str, ...]) -> tuple[str, ...]:
         for spec in workers:
-            parse_address(spec)
+            parse_spec(spec)
         return workers
-
-
-def parse_address(spec: str) -> tuple[str, int, bool]:
-    """(host, port, is_dns) of a worker's address.
-
-    Raises:
-        ValueError: it is neither HOST:PORT nor dns:HOST:PORT.
-    """
-    host, _, port = spec.removeprefix(DNS_PREFIX).rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError(f"worker address {spec!r} is neither HOST:PORT nor dns:HOST:PORT")
-    return host.strip("[]"), int(port), spec.startswith(DNS_PREFIX)

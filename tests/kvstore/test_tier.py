@@ -10,7 +10,7 @@ from conftest import RedisServer
 from kv_fleet import PROTO_LAYOUT, make_holder
 from kvasir_kvstore.client import KvTier
 from kvasir_kvstore.index import RedisIndex
-from kvasir_kvstore.nodes import NodeSpec, parse_spec
+from kvasir_kvstore.peers import PeerSpec, parse_spec
 from kvasir_proto.v1 import common_pb2
 from kvstore_builders import free_port, make_pool
 from prometheus_client import CollectorRegistry
@@ -19,19 +19,19 @@ from prometheus_client import CollectorRegistry
 @pytest.mark.parametrize(
     ("text", "spec"),
     [
-        ("kv:7000", NodeSpec("kv", 7000, False)),
-        ("dns:kv.ns.svc:7000", NodeSpec("kv.ns.svc", 7000, True)),
-        ("[::1]:7000", NodeSpec("::1", 7000, False)),
+        ("kv:7000", PeerSpec("kv", 7000, False)),
+        ("dns:kv.ns.svc:7000", PeerSpec("kv.ns.svc", 7000, True)),
+        ("[::1]:7000", PeerSpec("::1", 7000, False)),
     ],
     ids=["host", "dns", "ipv6"],
 )
-def test_specs(text: str, spec: NodeSpec) -> None:
+def test_specs(text: str, spec: PeerSpec) -> None:
     assert parse_spec(text) == spec
 
 
 @pytest.mark.parametrize("text", ["kv", ":7000", "kv:", "kv:x", "kv:0", "kv:70000", "dns:kv"])
 def test_a_malformed_spec_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="KV node"):
+    with pytest.raises(ValueError, match="neither HOST:PORT"):
         parse_spec(text)
 
 

@@ -8,7 +8,7 @@ import openai
 import pytest
 from fake_worker import FakeWorker, random_name
 from kvasir_router.membership import discovery
-from kvasir_router.settings import RouterSettings, parse_address
+from kvasir_router.settings import RouterSettings
 from pydantic import ValidationError
 from router_fixtures import running_router
 
@@ -164,9 +164,3 @@ async def test_resolve_finds_loopback_and_tells_no_name_from_no_answer(
 def test_malformed_worker_addresses_are_refused(spec: str) -> None:
     with pytest.raises(ValidationError, match="neither HOST:PORT"):
         RouterSettings(model=Path("m"), model_name="m", workers=(spec,))
-
-
-def test_worker_addresses() -> None:
-    assert parse_address("h:1") == ("h", 1, False)
-    assert parse_address("dns:h.svc:7000") == ("h.svc", 7000, True)
-    assert parse_address("[::1]:5") == ("::1", 5, False)

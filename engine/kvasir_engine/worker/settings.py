@@ -1,40 +1,21 @@
 """Settings of one worker process: what it serves, where it listens and what bounds it."""
 
-import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from kvasir_kvstore.peers import PeerSettings, parse_spec
+from pydantic import Field, field_validator
 
-_KV_NODE = re.compile(r"^(dns:)?[^:\s]+:\d{1,5}$")
 
-
-class WorkerSettings(BaseModel):
-    """One worker. Ports of 0 are chosen by the system (and shown in the log)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+class WorkerSettings(PeerSettings):
+    """One worker."""
 
     model: Path
     """Hugging Face folder."""
     model_name: str = Field(min_length=1)
     """The name that clients use."""
-    name: str = Field(min_length=1)
-    """Stable across restarts: the pod's name."""
     role: Literal["prefill", "decode", "both"] = "both"
     """What it serves: prompts for decode workers, whole requests, or both."""
-    uid: bytes | None = None
-    """16 bytes: the pod's UID; None: random."""
-
-    host: str = "127.0.0.1"
-    """Where it listens."""
-    advertise_host: str | None = None
-    """Where peers reach it; None: `host`."""
-    grpc_port: int = Field(default=0, ge=0, le=65535)
-    """Control: requests, events, role, drain, health."""
-    http_port: int = Field(default=0, ge=0, le=65535)
-    """Token streams for routers, /metrics, /healthz, /readyz."""
-    data_port: int = Field(default=0, ge=0, le=65535)
-    """KV blocks for peers and KV nodes."""
 
     kv_cache_mb: int = Field(default=1024, ge=1)
     """Memory for KV blocks."""
@@ -79,33 +60,9 @@ class WorkerSettings(BaseModel):
     watch_queue_max: int = Field(default=1024, ge=1)
     """Events waiting for one watcher; it must reconnect if it falls further behind."""
 
-    @field_validator("uid")
-    @classmethod
-    def _check_uid(cls, value: bytes | None) -> bytes | None:
-        if value is not None and len(value) != 16:
-            raise ValueError("must be 16 bytes")
-        return value
-
     @field_validator("kv_nodes")
     @classmethod
     def _check_kv_nodes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for node in value:
-            if not _KV_NODE.match(node):
-                raise ValueError(f"{node!r} is neither HOST:PORT nor dns:HOST:PORT")
+            parse_spec(node)
         return value
-
-    @model_validator(mode="after")
-    def _check_addresses(self) -> Self:
-        if self.host in ("0.0.0.0", "::") and self.advertise_host is None:
-            raise ValueError(
-                f"advertise_host is needed: peers cannot reach the worker at {self.host}"
-            )
-        ports = [port for port in (self.grpc_port, self.http_port, self.data_port) if port]
-        if len(set(ports)) != len(ports):
-            raise ValueError("grpc_port, http_port and data_port must differ")
-        return self
-
-    @property
-    def peer_host(self) -> str:
-        """Where peers reach this worker."""
-        return self.advertise_host or self.host

@@ -5,7 +5,7 @@ import logging
 import socket
 from collections.abc import Callable, Iterable
 
-from kvasir_router.settings import parse_address
+from kvasir_kvstore.peers import join_target, parse_spec
 
 log = logging.getLogger(__name__)
 
@@ -16,19 +16,12 @@ TARGETS_MAX = 4_096
 
 def static_targets(specs: Iterable[str]) -> frozenset[str]:
     """Targets of the specs that name one address each."""
-    parsed = (parse_address(spec) for spec in specs)
-    return frozenset(join_target(host, port) for host, port, is_dns in parsed if not is_dns)
+    return frozenset(spec.target for spec in map(parse_spec, specs) if not spec.is_dns)
 
 
 def dns_names(specs: Iterable[str]) -> tuple[tuple[str, int], ...]:
     """(host, port) of the specs that stand for every address behind a name."""
-    parsed = (parse_address(spec) for spec in specs)
-    return tuple((host, port) for host, port, is_dns in parsed if is_dns)
-
-
-def join_target(host: str, port: int) -> str:
-    """What gRPC dials."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return tuple((spec.host, spec.port) for spec in map(parse_spec, specs) if spec.is_dns)
 
 
 async def resolve(host: str, port: int) -> frozenset[str] | None:

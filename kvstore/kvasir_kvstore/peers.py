@@ -1,0 +1,85 @@
+"""How a process that peers connect to is configured, and how peers are written on a command line.
+
+Workers, KV nodes and routers share these: one syntax of addresses, one check of host and ports.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+DNS_PREFIX = "dns:"
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSpec:
+    """Where peers are found: one address, or all addresses behind a name."""
+
+    host: str
+    port: int
+    is_dns: bool
+
+    @property
+    def target(self) -> str:
+        """What gRPC dials."""
+        return join_target(self.host, self.port)
+
+
+def parse_spec(text: str) -> PeerSpec:
+    """The spec of HOST:PORT or dns:HOST:PORT.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    host, _, port = text.removeprefix(DNS_PREFIX).rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r} is neither HOST:PORT nor dns:HOST:PORT")
+    return PeerSpec(host.strip("[]"), int(port), text.startswith(DNS_PREFIX))
+
+
+def join_target(host: str, port: int) -> str:
+    """What gRPC dials; IPv6 addresses get brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class PeerSettings(BaseModel):
+    """A process with an address. Ports of 0 are chosen by the system (and shown in the log)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    name: str = Field(min_length=1)
+    """Stable across restarts: the pod's name."""
+    uid: bytes | None = None
+    """16 bytes: the pod's UID; none: random."""
+
+    host: str = "127.0.0.1"
+    """Where it listens."""
+    advertise_host: str | None = None
+    """Where peers reach it; none: the host it listens on."""
+    grpc_port: int = Field(default=0, ge=0, le=65535)
+    """gRPC: control, health, reflection."""
+    http_port: int = Field(default=0, ge=0, le=65535)
+    """/metrics, /healthz, /readyz; a worker's token streams."""
+    data_port: int = Field(default=0, ge=0, le=65535)
+    """KV blocks for peers."""
+
+    @field_validator("uid")
+    @classmethod
+    def _check_uid(cls, value: bytes | None) -> bytes | None:
+        if value is not None and len(value) != 16:
+            raise ValueError("must be 16 bytes")
+        return value
+
+    @model_validator(mode="after")
+    def _check_addresses(self) -> Self:
+        if self.host in ("0.0.0.0", "::") and self.advertise_host is None:
+            raise ValueError(f"advertise_host is needed: peers cannot reach {self.host}")
+        ports = [port for port in (self.grpc_port, self.http_port, self.data_port) if port]
+        if len(set(ports)) != len(ports):
+            raise ValueError("grpc_port, http_port and data_port must differ")
+        return self
+
+    @property
+    def peer_host(self) -> str:
+        """Where peers reach this process."""
+        return self.advertise_host or self.host
