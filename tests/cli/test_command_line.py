@@ -76,7 +76,7 @@ def test_other_wheel_is_refused(tmp_path: Path) -> None:
     [
         (("--http-port", "x"), "'--http-port': 'x' is not a valid integer"),
         (("--stall-timeout-ms", "0"), "--stall-timeout-ms: Input should be greater than"),
-        (("--worker", "here"), "--worker: worker address 'here' is neither"),
+        (("--worker", "here"), "--worker: 'here' is neither"),
         (("--no-such-flag", "1"), "--no-such-flag"),
     ],
     ids=["type", "range", "address", "unknown"],
