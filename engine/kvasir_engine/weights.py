@@ -57,7 +57,7 @@ class WeightFile:
         raw = self.data[entry.start : entry.end]
         values: np.ndarray = np.frombuffer(raw, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
         if entry.dtype == "BF16":
-            return values
+            return np.require(values, requirements="A")  # copies where a header's length is odd
         return bf16_from_float32(values.astype(np.float32, copy=False))
 
 

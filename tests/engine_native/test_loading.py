@@ -59,6 +59,18 @@ def test_shards_compute_what_the_single_file_computes(tmp_path: Path) -> None:
     assert np.array_equal(logits_of(folder), expected)
 
 
+def test_weights_at_odd_addresses_compute_the_same(tmp_path: Path) -> None:
+    folder = copy_folder(NAME, tmp_path / "model")
+    expected = logits_of(folder)
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip() + b" "
+    header += b" " * (1 - len(header) % 2)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    assert np.array_equal(logits_of(folder), expected)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["f32", "f16"])
 def test_wider_weights_are_rounded_to_bf16(tmp_path: Path, dtype: type) -> None:
     folder = copy_folder(NAME, tmp_path / "model")

@@ -66,6 +66,8 @@ class PyModel {
     TensorMap tensors;
     for (const auto& [name, value] : weights) {
       const Weight weight = nb::cast<Weight>(value, false);
+      require(reinterpret_cast<uintptr_t>(weight.data()) % alignof(uint16_t) == 0,
+              "a weight's memory is not aligned");
       Tensor tensor{weight.data(), {}};
       for (size_t i = 0; i < weight.ndim(); ++i) tensor.dims.push_back(weight.shape(i));
       tensors.emplace(nb::cast<std::string>(name), std::move(tensor));
