@@ -48,6 +48,9 @@ class RouterSettings(BaseModel):
     stall_timeout_ms: int = Field(default=30_000, ge=1)
     """Likewise between two tokens."""
 
+    lost_timeout_ms: int = Field(default=5_000, ge=1)
+    """Likewise, before or after the first token, once a worker has left the rings."""
+
     connect_timeout_ms: int = Field(default=1_000, ge=1)
     """Workers are near: whoever takes longer to accept a connection is down."""
 

@@ -82,6 +82,36 @@ async def test_failure_in_mid_stream_continues_elsewhere_unseen(
         assert "kvasir_router_continuations_total{" in await text.text()
 
 
+@pytest.mark.parametrize("num_tokens", [0, 7], ids=["before-the-first-token", "mid-stream"])
+async def test_a_worker_that_falls_silent_with_its_machine_is_given_up_early(
+    tmp_path: Path, num_tokens: int
+) -> None:
+    workers = [FakeWorker(name, script=Script(stall_after=num_tokens, times=1)) for name in "ab"]
+    workers[1].script = workers[0].script
+    patience = {"silence_timeout_ms": 300, "lost_timeout_ms": 200}
+    async with running_router(tmp_path, *workers, **patience) as router:
+        answer = asyncio.create_task(router.chat_text(max_tokens=20))
+        await router.until(lambda: bool(router.requests()))
+        (worker,) = (w for w in workers if w.requests)
+        worker.mute = True
+        async with asyncio.timeout(10):
+            assert await answer == TWENTY
+        assert router.served_by() == ["a", "b"]
+
+
+async def test_a_prefill_peer_that_falls_silent_is_given_up_early(tmp_path: Path) -> None:
+    decode = FakeWorker("d", "decode", script=Script(stall_after=0, times=1))
+    peers = {name: FakeWorker(name, "prefill") for name in ("p0", "p1")}
+    patience = {"silence_timeout_ms": 300, "lost_timeout_ms": 200}
+    async with running_router(tmp_path, decode, *peers.values(), **patience) as router:
+        answer = asyncio.create_task(router.chat_text(max_tokens=20))
+        await router.until(lambda: bool(decode.requests))
+        peers[decode.requests[0].prefill_peer.name].mute = True
+        async with asyncio.timeout(10):
+            assert await answer == TWENTY
+        assert sorted(r.prefill_peer.name for r in decode.requests) == ["p0", "p1"]
+
+
 async def test_mid_stream_with_a_single_worker_goes_back_to_it(tmp_path: Path) -> None:
     worker = FakeWorker("a", script=Script(die_after=5, times=2))
     async with running_router(tmp_path, worker) as router:

@@ -142,6 +142,12 @@ class Fleet:
         assert about is not None, worker
         return about.address
 
+    def is_lost(self, worker: str) -> bool:
+        """Whether a member is unreachable. Who has left the fleet may still finish its streams."""
+        self.view()
+        member = self._by_name.get(worker)
+        return member is not None and not member.reachable
+
     def context_length(self) -> int | None:
         """Tokens that every worker of the view can hold; None while there is none."""
         names = self.view().workers

@@ -6,7 +6,7 @@ talks nonsense (WorkerLostError, which is one too). What follows from either is 
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
 import aiohttp
@@ -37,6 +37,8 @@ class Patience:
 
     first_frame_ms: int
     next_frame_ms: int
+    lost_ms: int
+    """Once it is known to be lost."""
 
 
 class WorkerClient:
@@ -56,31 +58,47 @@ class WorkerClient:
         await self._session.close()
 
     async def frames(
-        self, address: common_pb2.PeerAddress, body: bytes, patience: Patience
+        self,
+        address: common_pb2.PeerAddress,
+        body: bytes,
+        patience: Patience,
+        lost: "asyncio.Future[KvasirError]",
     ) -> AsyncGenerator[list[Frame], None]:
         """TOKENS frames, then DONE last; those that arrived together come together.
 
         Leaving early closes the connection: the worker sees it.
 
+        Args:
+            lost: done once a worker that the stream needs is known to be lost, and which.
+
         Raises:
-            KvasirError: the worker refused the request or failed it.
+            KvasirError: the worker refused the request or failed it, or `lost` is why it is silent.
             WorkerLostError: it is unreachable, silent, or its stream was cut off.
         """
         url = f"http://{_netloc(address)}/internal/generate"
         try:
-            async with asyncio.timeout(patience.first_frame_ms / 1_000) as limit:
-                async with self._session.post(url, data=body) as response:
-                    if response.status != 200:
-                        raise await _refusal(response)
-                    async for frames in self._read(response, limit, patience):
-                        yield frames
+            async with (
+                asyncio.timeout(patience.first_frame_ms / 1_000) as limit,
+                _hastened(limit, lost, patience),
+                self._session.post(url, data=body) as response,
+            ):
+                if response.status != 200:
+                    raise await _refusal(response)
+                async for frames in self._read(response, limit, patience, lost):
+                    yield frames
+        except TimeoutError:  # an OSError too
+            if lost.done():
+                raise lost.result() from None
+            raise WorkerLostError("silent for too long") from None
         except (aiohttp.ClientError, OSError, FrameError) as error:
             raise WorkerLostError(f"{type(error).__name__}: {error}") from error
-        except TimeoutError:
-            raise WorkerLostError("silent for too long") from None
 
     async def _read(
-        self, response: aiohttp.ClientResponse, limit: asyncio.Timeout, patience: Patience
+        self,
+        response: aiohttp.ClientResponse,
+        limit: asyncio.Timeout,
+        patience: Patience,
+        lost: "asyncio.Future[KvasirError]",
     ) -> AsyncGenerator[list[Frame], None]:
         decoder, clock = FrameDecoder(), asyncio.get_running_loop().time
         async for data in response.content.iter_any():
@@ -95,8 +113,28 @@ class WorkerClient:
                 raise _error_of(frames[-1].payload) or WorkerLostError("an unreadable error")
             if frames:
                 yield frames
-            limit.reschedule(clock() + patience.next_frame_ms / 1_000)
+            wait_ms = patience.lost_ms if lost.done() else patience.next_frame_ms
+            limit.reschedule(clock() + wait_ms / 1_000)
         raise WorkerLostError("the stream was cut off")
+
+
+@contextlib.asynccontextmanager
+async def _hastened(
+    limit: asyncio.Timeout, lost: "asyncio.Future[KvasirError]", patience: Patience
+) -> AsyncIterator[None]:
+    """Shortens a wait that has begun to `lost_ms` when a worker is lost."""
+
+    def hasten(_: "asyncio.Future[KvasirError]") -> None:
+        latest_s = asyncio.get_running_loop().time() + patience.lost_ms / 1_000
+        when_s = limit.when()
+        if when_s is not None and when_s > latest_s and not limit.expired():
+            limit.reschedule(latest_s)
+
+    lost.add_done_callback(hasten)
+    try:
+        yield
+    finally:
+        lost.remove_done_callback(hasten)
 
 
 async def _read_to_end(response: aiohttp.ClientResponse) -> None:

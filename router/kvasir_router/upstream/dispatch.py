@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 
 from kvasir_kvstore.core import block
-from kvasir_proto.errors import KvasirError, Reason
+from kvasir_proto.errors import PEER_PARAM, KvasirError, Reason
 from kvasir_proto.frames import Frame, FrameKind
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
@@ -25,13 +25,16 @@ from kvasir_router.membership.fleet import Fleet, now_ms
 from kvasir_router.metrics import RouterMetrics
 from kvasir_router.settings import RouterSettings
 from kvasir_router.upstream.call import Call, Progress, Sink, generate_request
-from kvasir_router.upstream.client import Patience, WorkerClient
+from kvasir_router.upstream.client import Patience, WorkerClient, WorkerLostError
 from kvasir_router.upstream.retry import Attempts, after_failure
 
 log = logging.getLogger(__name__)
 
 RETRY_PAUSE_MS = 100
 """Before going back to a worker that failed, for want of another; doubles each time."""
+
+LOSS_CHECK_MS = 500
+"""How often a request looks whether its workers are still there."""
 
 REASON_OF = {
     RejectReason.NO_DECODE_WORKER: Reason.NO_WORKER,
@@ -159,8 +162,8 @@ class Dispatcher:
         progress.num_attempts += 1
         if not progress.has_output:
             progress.sent_ms = now_ms()
-        with self._accounted(request, route):
-            async with contextlib.aclosing(self._frames(call, route, progress)) as batches:
+        with self._accounted(request, route), self._watched(route, progress) as lost:
+            async with contextlib.aclosing(self._frames(call, route, progress, lost)) as batches:
                 async for frames in batches:
                     is_done = bool(frames) and frames[-1].kind is FrameKind.DONE
                     tokens = frames[:-1] if is_done else frames
@@ -186,15 +189,38 @@ class Dispatcher:
             await sink.send(payloads)
 
     def _frames(
-        self, call: Call, route: Route, progress: Progress
+        self, call: Call, route: Route, progress: Progress, lost: "asyncio.Future[KvasirError]"
     ) -> AsyncGenerator[list[Frame], None]:
         peer = self._fleet.address(route.prefill) if route.prefill else None
         body = generate_request(call, progress, peer, now_ms=now_ms())
         patience = Patience(
             first_frame_ms=self._settings.first_token_timeout_ms,
             next_frame_ms=self._settings.stall_timeout_ms,
+            lost_ms=self._settings.lost_timeout_ms,
         )
-        return self._client.frames(self._fleet.address(route.decode), body, patience)
+        return self._client.frames(self._fleet.address(route.decode), body, patience, lost)
+
+    @contextlib.contextmanager
+    def _watched(self, route: Route, progress: Progress) -> Iterator["asyncio.Future[KvasirError]"]:
+        """Done when a worker of the route is lost while the stream needs it.
+
+        A stopped machine resets no connection: only its events tell.
+        """
+        watch = asyncio.create_task(self._loss(route, progress))
+        try:
+            yield watch
+        finally:
+            watch.cancel()
+
+    async def _loss(self, route: Route, progress: Progress) -> KvasirError:
+        while True:
+            await asyncio.sleep(LOSS_CHECK_MS / 1_000)
+            if self._fleet.is_lost(route.decode):
+                return WorkerLostError(f"{route.decode} is unreachable")
+            prefill = None if progress.has_output else route.prefill
+            if prefill and self._fleet.is_lost(prefill):
+                message = f"prefill worker {prefill} is unreachable"
+                return KvasirError(Reason.NO_WORKER, message, param=PEER_PARAM)
 
     @contextlib.contextmanager
     def _accounted(self, request: Request, route: Route) -> Iterator[None]:
