@@ -70,8 +70,10 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.built: $(VENV)/bin/python pyproject.toml CMakeLists.txt $(NATIVE)
-	@echo '== installing Python packages (a minute or two)'
-	@$(BIN)/python -m pip install --progress-bar off -q 'scikit-build-core>=0.10' 'nanobind>=2.4' 'cmake>=3.18' ninja
-	@echo '== compiling the native parts (one to three minutes)'
-	@$(BIN)/python -m pip install --progress-bar off -q --no-build-isolation -e '.[dev]'
+	@echo '== installing Python packages and compiling the native parts (log: build/install.log)'
+	@mkdir -p build && set -o pipefail && { \
+	  $(BIN)/python -m pip install --progress-bar off 'scikit-build-core>=0.10' 'nanobind>=2.4' 'cmake>=3.18' ninja && \
+	  $(BIN)/python -m pip install --progress-bar off -v --no-build-isolation -e '.[dev]'; } 2>&1 \
+	  | tee build/install.log | sed -unE 's/^ *Collecting ([^ <>=!;]+).*/  \1/p; s/^ *(\[[0-9]+\/[0-9]+\]) [A-Z].*\/([^/ ]+)$$/  \1 \2/p' \
+	  || { tail -40 build/install.log; exit 1; }
 	@touch $@
