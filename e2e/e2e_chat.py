@@ -97,30 +97,35 @@ def tell(answer: Answer) -> None:
 
 
 class Load:
-    """Requests one after another in the background, until stopped; counts failures."""
+    """Clients that each ask one thing after another, until stopped; counts failures."""
 
-    def __init__(self, url: str, **params: Any) -> None:
+    def __init__(self, url: str, *, num_clients: int, **params: Any) -> None:
         self._url = url
         self._params = params
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run, args=(name,), daemon=True)
+            for name in "abcdefgh"[:num_clients]
+        ]
         self.num_done = 0
         self.failures: list[str] = []
 
-    def _run(self) -> None:
+    def _run(self, name: str) -> None:
         while not self._stop.is_set():
             try:
-                chat(self._url, user(f"Tell me story {self.num_done}."), **self._params)
+                chat(self._url, user(f"Tell me story {name}{self.num_done}."), **self._params)
                 self.num_done += 1
             except (CommandError, OSError) as error:
                 self.failures.append(str(error))
                 self._stop.wait(0.2)
 
     def __enter__(self) -> "Load":
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(90)
+        for thread in self._threads:
+            thread.join(90)
         say(f"load: {self.num_done} requests done, {len(self.failures)} failed")

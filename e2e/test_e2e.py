@@ -126,24 +126,34 @@ def test_bad_resource_is_refused(
 
 
 MISSING = {
-    "folder in the image": ('{image: {reference: "MODEL", path: /nowhere}}', "/nowhere"),
-    "volume claim": ("{pvc: {claimName: nowhere}}", '"nowhere" not found'),
+    "folder in the image": (
+        '{image: {reference: "MODEL", path: /nowhere}}',
+        "ModelUnavailable",
+        "/nowhere",
+    ),
+    "model in the folder": (
+        '{image: {reference: "MODEL", path: /usr/share}}',
+        "ContainerFailed",
+        "it lacks config.json",
+    ),
+    "volume claim": ("{pvc: {claimName: nowhere}}", "ModelUnavailable", '"nowhere" not found'),
+    "right to mount it": (SOURCE, "PodsRefused", "violates PodSecurity"),
 }
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("source", "words"), MISSING.values(), ids=MISSING)
+@pytest.mark.parametrize(("source", "reason", "words"), MISSING.values(), ids=MISSING)
 def test_missing_model_is_told_in_a_condition(
-    kubectl: Kubectl, images: Images, source: str, words: str
+    kubectl: Kubectl, images: Images, source: str, reason: str, words: str
 ) -> None:
     kubectl("apply", "-f", "-", stdin=CR % (source.replace("MODEL", images.model), ""))
 
     def told() -> str:
         condition = kubectl.condition("msvc/bad", "Degraded")
-        is_told = condition.get("reason") == "ModelUnavailable" and words in condition["message"]
+        is_told = condition.get("reason") == reason and words in condition["message"]
         return condition["message"] if is_told else ""
 
-    say(wait_for("condition Degraded, ModelUnavailable", told, limit_s=90))
+    say(wait_for(f"condition Degraded, {reason}", told, limit_s=90))
     assert kubectl.condition("msvc/bad", "Available")["status"] == "False"
     kubectl("get", "msvc")
     kubectl("delete", "msvc", "bad")
@@ -226,7 +236,7 @@ def test_bad_change_is_refused(kubectl: Kubectl) -> None:
 @pytest.mark.timeout(240)
 def test_scale_in_drains_under_load(kubectl: Kubectl, router: str) -> None:
     long = {"max_tokens": 160, "ignore_eos": True}
-    with Load(router, **long) as load, ThreadPoolExecutor(1) as pool:
+    with Load(router, num_clients=2, **long) as load, ThreadPoolExecutor(1) as pool:
         wait_for("a first answer under load", lambda: load.num_done, limit_s=60)
         watch = pool.submit(_watch_drain, kubectl)
         kubectl("scale", DECODE, "--replicas=1")
@@ -302,6 +312,17 @@ def test_requests_pass_without_the_kv_node(kubectl: Kubectl, router: str) -> Non
     tell(answer)
     assert "Paris" in answer.text
     wait_until_settled(kubectl, limit_s=120)
+
+
+@pytest.mark.timeout(60)
+def test_operator_had_no_trouble(operator: Kubectl) -> None:
+    log = operator("logs", "deployment/kvasir-operator", "--tail=-1", quiet=True)
+    trouble = [line for line in log.splitlines() if " ERROR " in line or "Traceback" in line]
+    assert trouble == []
+    assert "forbidden" not in log.lower()
+    [pod] = operator.json("pods", "-l", OPERATOR)["items"]
+    assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
+    say(f"{len(log.splitlines())} lines of the operator's log, no error")
 
 
 @pytest.mark.timeout(180)

@@ -28,7 +28,7 @@ from kvasir_operator.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
-WARNING_PODS_MAX = 16  # pods whose events are read in one reconcile
+WARNING_OBJECTS_MAX = 16  # pods and workloads whose events are read in one reconcile
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +84,15 @@ class Reconciler:
             world,
             live=live,
             pods=pods,
-            warnings=await self._warnings(world.owner.namespace, pods),
+            warnings=await self._warnings(world.owner.namespace, [*live.values(), *pods]),
             drains=self._drainer.views(),
         )
 
-    async def _warnings(self, namespace: str, pods: list[Manifest]) -> Mapping[str, str]:
-        """The latest warning event of each pod that waits for something."""
-        waiting = [pod for pod in pods if _is_waiting(pod)][:WARNING_PODS_MAX]
+    async def _warnings(self, namespace: str, objects: list[Manifest]) -> Mapping[str, str]:
+        """The latest warning event of each object that waits for something."""
         warnings = {}
-        for pod in waiting:
-            uid = pod["metadata"]["uid"]
+        for obj in [obj for obj in objects if _is_waiting(obj)][:WARNING_OBJECTS_MAX]:
+            uid = obj["metadata"]["uid"]
             fields = f"involvedObject.uid={uid},type=Warning"
             events = await self._cluster.list("Event", namespace, fields=fields)
             if events:
@@ -152,8 +151,11 @@ def _pod_ref(world: World, pod: PodView) -> Ref:
     return Ref("Pod", world.owner.namespace, pod.name)
 
 
-def _is_waiting(pod: Manifest) -> bool:
-    status = pod.get("status", {})
+def _is_waiting(obj: Manifest) -> bool:
+    """Whether a StatefulSet lacks pods, or a pod's container has not been made yet."""
+    status = obj.get("status", {})
+    if obj.get("kind") == "StatefulSet":
+        return bool(status.get("replicas", 0) < obj["spec"].get("replicas", 1))
     containers = [*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())]
     return any(
         container.get("state", {}).get("waiting", {}).get("reason")

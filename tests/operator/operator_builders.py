@@ -77,6 +77,7 @@ def make_stateful_set(name: str, *, replicas: int, ready: int | None = None) -> 
         "metadata": {
             "name": name,
             "namespace": "default",
+            "uid": f"uid-of-{name}-workload",
             "generation": 1,
             "ownerReferences": [{"uid": f"uid-of-{name}", "controller": True}],
         },

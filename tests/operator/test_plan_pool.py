@@ -207,6 +207,19 @@ def test_unavailable_pool_says_what_its_worker_said() -> None:
     assert plan.requeue_after_ms is not None
 
 
+def test_refused_pods_are_a_problem() -> None:
+    live = make_stateful_set(NAME, replicas=1) | {"status": {}}
+    warnings = {f"uid-of-{NAME}-workload": "FailedCreate: forbidden: violates PodSecurity"}
+    degraded = condition_of(
+        plan_for(make_decode_pool(), live, warnings=warnings).status, "Degraded"
+    )
+    assert degraded["reason"] == "PodsRefused"
+    assert "violates PodSecurity" in degraded["message"]
+    live = make_stateful_set(NAME, replicas=1)
+    settled = plan_for(make_decode_pool(), live, warnings=warnings)
+    assert condition_of(settled.status, "Degraded")["status"] == "False"
+
+
 def test_name_of_a_foreign_object_is_not_taken_over() -> None:
     foreign = make_stateful_set(NAME, replicas=1)
     foreign["metadata"]["ownerReferences"] = []

@@ -160,6 +160,14 @@ def test_problem_of_a_pool_shows_in_the_service() -> None:
     assert degraded["message"].endswith("pod chat-prefill-0: no such folder")
 
 
+def test_router_whose_pods_are_refused_is_a_problem() -> None:
+    router = make_router(ready=0)
+    router["status"] = {"conditions": [{"type": "ReplicaFailure", "message": "exceeded quota"}]}
+    degraded = condition_of(plan_for(make_service(), router).status, "Degraded")
+    assert degraded["reason"] == "PodsRefused"
+    assert "exceeded quota" in degraded["message"]
+
+
 def test_router_copies_no_weights() -> None:
     model = {"name": "tiny", "source": {"image": {"reference": "models:1"}}}
     plan = plan_for(make_service(model=model))

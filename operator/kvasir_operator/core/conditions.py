@@ -44,6 +44,7 @@ class Reason(enum.StrEnum):
     IMAGE_UNAVAILABLE = "ImageUnavailable"
     UNSCHEDULABLE = "Unschedulable"
     POD_NOT_STARTING = "PodNotStarting"
+    PODS_REFUSED = "PodsRefused"  # no pod may be made: a quota, the namespace's Pod Security
     CONTAINER_FAILED = "ContainerFailed"
     NAME_CONFLICT = "NameConflict"  # a child's name is taken by an object of somebody else
     INVALID_SPEC = "InvalidSpec"

@@ -72,7 +72,8 @@ class Removal:
 def plan_pool(world: World, spec: PoolSpec) -> Plan:
     """The plan for one pool."""
     owner, labels = world.owner, pool_labels(world.owner)
-    workload = workload_view(world.live.get(Ref("StatefulSet", owner.namespace, owner.name)))
+    ref = Ref("StatefulSet", owner.namespace, owner.name)
+    workload = workload_view(world.live.get(ref))
     pods = pod_views(world.pods, world.warnings)
     removal = _plan_removal(world, spec, workload, pods)
     part = _part(world, spec)
@@ -85,7 +86,12 @@ def plan_pool(world: World, spec: PoolSpec) -> Plan:
             make.stateful_set(owner, owner.name, labels, part, replicas=removal.replicas),
         ],
     )
-    problems = (*world.problems, *conflicts, *(p.problem for p in pods if p.problem))
+    problems = (
+        *world.problems,
+        *conflicts,
+        *world.workload_problems(ref),
+        *(pod.problem for pod in pods if pod.problem),
+    )
     status = _status(world, spec, workload, removal, problems)
     is_settled = workload is not None and workload.is_settled and not problems
     requeue = REQUEUE_DRAINING_MS if removal.draining else REQUEUE_UNSETTLED_MS

@@ -82,6 +82,18 @@ def _mount_problem(pod: str, status: Manifest, warning: str) -> Problem | None:
     return Problem(reason, f"pod {pod} is not starting: {warning}")
 
 
+def workload_problem(workload: Manifest, warning: str) -> Problem | None:
+    """Why a Deployment or StatefulSet has fewer pods than it wants; None: it has them."""
+    status = workload.get("status", {})
+    if status.get("replicas", 0) >= workload["spec"].get("replicas", 1):
+        return None
+    failures = (c for c in status.get("conditions", ()) if c.get("type") == "ReplicaFailure")
+    message = next((c.get("message", "") for c in failures), "") or warning
+    name = f"{workload['kind']} {workload['metadata']['name']}"
+    text = f"{name} cannot make its pods: {message}"
+    return Problem(Reason.PODS_REFUSED, text) if message else None
+
+
 def last_words(message: str) -> str:
     """The last line of a termination message that says something, shortened in its middle."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]

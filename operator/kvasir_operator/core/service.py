@@ -82,6 +82,7 @@ def plan_service(world: World, spec: ModelServiceSpec) -> Plan:
     problems = (
         *world.problems,
         *conflicts,
+        *world.workload_problems(*(ref for ref in world.live if ref.kind == "Deployment")),
         *(pod.problem for pod in pods if pod.problem),
         *_pool_problems(world),
     )

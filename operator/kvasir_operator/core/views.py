@@ -71,7 +71,7 @@ def workload_view(obj: Manifest | None) -> WorkloadView | None:
 
 
 def pod_views(pods: Iterable[Manifest], warnings: Mapping[str, str]) -> tuple[PodView, ...]:
-    """Pods as views, by ordinal; `warnings` holds the latest warning event by pod UID."""
+    """Pods as views, by ordinal; `warnings` holds the latest warning event by UID."""
     views = (pod_view(pod, warnings.get(pod["metadata"]["uid"], "")) for pod in pods)
     return tuple(sorted(views, key=lambda view: (view.ordinal, view.name)))
 

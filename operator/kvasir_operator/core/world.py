@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from kvasir_operator.core.conditions import Problem, Reason
 from kvasir_operator.core.manifests import Manifest, Owner, Ref, is_owned_by, ref_of
+from kvasir_operator.core.problems import workload_problem
 from kvasir_operator.core.views import DrainView, PodView
 
 REQUEUE_DRAINING_MS = 1_000
@@ -20,7 +21,7 @@ class World:
     pods: Sequence[Manifest]
     default_image: str
     now_ms: int
-    warnings: Mapping[str, str] = field(default_factory=dict)  # latest warning by pod UID
+    warnings: Mapping[str, str] = field(default_factory=dict)  # latest one by UID of its object
     drains: Mapping[str, DrainView] = field(default_factory=dict)  # by pod UID
     problems: tuple[Problem, ...] = ()  # met while the plan was carried out
 
@@ -35,6 +36,14 @@ class World:
             name=metadata["name"],
             uid=metadata["uid"],
         )
+
+    def workload_problems(self, *refs: Ref) -> list[Problem]:
+        """Why these Deployments and StatefulSets have fewer pods than they want."""
+        found = []
+        for workload in (self.live[ref] for ref in refs if ref in self.live):
+            warning = self.warnings.get(workload["metadata"]["uid"], "")
+            found.append(workload_problem(workload, warning))
+        return [problem for problem in found if problem is not None]
 
     @property
     def generation(self) -> int:
