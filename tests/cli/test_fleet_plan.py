@@ -58,6 +58,7 @@ def test_router_knows_every_worker_and_workers_know_every_kv_node() -> None:
         assert flag_values(part.arguments, "--role") == [part.role]
         assert flag_values(part.arguments, "--redis") == ["redis://r"]
     router = plan[-1]
+    assert flag_values(router.arguments, "--ttft-slo-ms") == ["30000"]
     assert router.role == "router"
     assert flag_values(router.arguments, "--worker") == [part.grpc_address for part in workers]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kvasir_cli.fleet.plan import FleetOptions
+from kvasir_cli.fleet.plan import TTFT_SLO_MS, FleetOptions
 
 COUNT = click.IntRange(min=1)
 PORT = click.IntRange(min=1, max=65535)
@@ -49,6 +49,13 @@ PORT = click.IntRange(min=1, max=65535)
 )
 @click.option(
     "--kv-node-mb", type=COUNT, default=512, show_default=True, help="Memory of each KV node."
+)
+@click.option(
+    "--ttft-slo-ms",
+    type=COUNT,
+    default=TTFT_SLO_MS,
+    show_default=True,
+    help="Time to first token to aim at; a request that cannot meet it is refused with 429.",
 )
 @click.option("--detach", is_flag=True, help="Return when the fleet serves; it runs on.")
 def up(*, detach: bool, **values: Any) -> None:

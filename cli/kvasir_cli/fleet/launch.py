@@ -45,6 +45,7 @@ def up_arguments(options: FleetOptions) -> list[str]:
         ("--threads", options.num_threads),
         ("--kv-cache-mb", options.kv_cache_mb),
         ("--kv-node-mb", options.kv_node_mb),
+        ("--ttft-slo-ms", options.ttft_slo_ms),
     ):
         arguments += [flag, str(value)]
     return arguments + (["--redis", options.redis] if options.redis else [])

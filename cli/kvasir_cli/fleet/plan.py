@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
+TTFT_SLO_MS = 30_000
+"""Above what the router assumes in a cluster: all parts share a few cores, and an answer that comes
+late is worth more at a terminal than a 429."""
 DRAIN_MS = 3000
 """On Ctrl-C running requests get this long; a person at a terminal waits no longer."""
 
@@ -29,6 +32,7 @@ class FleetOptions:
     num_threads: int  # of each worker's engine
     kv_cache_mb: int  # of each worker
     kv_node_mb: int  # of each KV node
+    ttft_slo_ms: int = TTFT_SLO_MS
 
     @property
     def num_workers(self) -> int:
@@ -133,7 +137,7 @@ def _worker(
 def _router(options: FleetOptions, grpc_port: int, workers: Sequence[PartPlan]) -> PartPlan:
     arguments = ["router", "--model", str(options.model), "--model-name", options.model_name]
     arguments += _listen(options.host, grpc_port, options.port)
-    arguments += ["--drain-timeout-ms", str(DRAIN_MS)]
+    arguments += ["--drain-timeout-ms", str(DRAIN_MS), "--ttft-slo-ms", str(options.ttft_slo_ms)]
     for worker in workers:
         arguments += ["--worker", worker.grpc_address]
     host = options.url.removeprefix("http://").rpartition(":")[0]
