@@ -34,6 +34,20 @@ def test_the_end_of_sequence_is_found(
     assert Tokenizer.load(make_folder(tmp_path, **files)).eos_token_ids == expected
 
 
+def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(tmp_path: Path) -> None:
+    config = {"max_position_embeddings": 4, "vocab_size": 300}
+    tokenizer = Tokenizer.load(make_folder(tmp_path, config=config))
+    longest = "<|begin|>"
+    assert len(tokenizer.encode(4 * longest)) == 4
+    assert len(tokenizer.encode("x" * 20)) == 20, "refused by its tokens, later, where it can fit"
+    with pytest.raises(KvasirError, match="4 tokens") as refused:
+        tokenizer.encode(5 * "added word")
+    assert (refused.value.reason, refused.value.param) == (Reason.CONTEXT_LENGTH, "prompt")
+    with pytest.raises(KvasirError) as refused:
+        tokenizer.encode_chat([{"role": "user", "content": "x" * 50}])
+    assert refused.value.param == "messages"
+
+
 def test_limits_come_from_the_model(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, config={"max_position_embeddings": 8192, "vocab_size": 300})
     tokenizer = Tokenizer.load(folder)

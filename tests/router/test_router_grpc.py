@@ -135,6 +135,22 @@ async def test_fleet_lists_every_member(served) -> None:
     assert fleet.ring_version == router.server.fleet.view().rings.version
 
 
+async def test_a_fault_of_the_router_is_internal_and_counted(
+    served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router, stub, _ = served
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("kvasir_router.rpc.service.pick", fail)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stub.Route(ask(), timeout=10)
+    assert error_from_rpc(refused.value).reason == Reason.INTERNAL
+    async with router.http.get("/metrics") as response:
+        assert 'reason="internal"' in await response.text()
+
+
 async def test_health_and_reflection(served) -> None:
     _, _, channel = served
     watch = health_pb2_grpc.HealthStub(channel).Watch(

@@ -25,6 +25,9 @@ from kvasir_engine.text.detokenizer import (
 
 CONTEXT_LENGTH_DEFAULT = 2048
 """For folders whose config.json does not say: what the oldest supported models had."""
+
+NFC_SHRINKS_MAX = 4
+"""Composing a text (Unicode NFC) makes it at most this many times shorter, in bytes."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -87,9 +90,36 @@ class Tokenizer:
         """bos_token, eos_token, ... of tokenizer_config.json, as text."""
         return self._special_tokens
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; with False, no BOS is put before it (chat templates hold it)."""
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
+    ) -> list[int]:
+        """Token ids of `text`; without special tokens, no BOS is put before it (templates hold it).
+
+        Raises:
+            KvasirError: CONTEXT_LENGTH, naming `param`, for a text that no tokenisation could make
+                fit: it is refused at once, for tokenising megabytes takes seconds.
+        """
+        if self._bytes_max is not None and len(text) > self._bytes_max:
+            raise KvasirError(
+                Reason.CONTEXT_LENGTH,
+                f"this model's maximum context length is {self.context_length} tokens; "
+                f"{len(text)} characters of text are more",
+                param=param,
+            )
         return list(self._inner.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    @cached_property
+    def _bytes_max(self) -> int | None:
+        """A longer text has too many tokens; None: unknown, the text is changed beforehand."""
+        normalizer = self._inner.normalizer
+        factor = NFC_SHRINKS_MAX if isinstance(normalizer, tokenizers.normalizers.NFC) else 1
+        added = self._inner.get_added_tokens_decoder().values()
+        takes_spaces = any(token.lstrip or token.rstrip for token in added)
+        is_changed = normalizer is not None and factor == 1
+        if not self._is_byte_level or is_changed or takes_spaces:
+            return None
+        per_token = max(len(token.encode()) for token in self._inner.get_vocab())
+        return self.context_length * per_token * factor
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The whole text of `token_ids` at once."""
@@ -121,10 +151,10 @@ class Tokenizer:
         """Token ids of the prompt for `messages`.
 
         Raises:
-            KvasirError: as `apply_chat_template`.
+            KvasirError: as `apply_chat_template` and `encode`.
         """
         text = self.apply_chat_template(messages, **variables)
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=False, param="messages")
 
     def start_decoding(self) -> Decoding:
         """A fresh incremental decoder, special tokens left out."""

@@ -1,6 +1,7 @@
 """kvasir.v1.Inference. Generate forwards the workers' serialised chunks as they are."""
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -21,6 +22,8 @@ from kvasir_router.upstream.call import Progress
 from kvasir_router.upstream.dispatch import Dispatcher, error_of
 
 SERVICE = "kvasir.v1.Inference"
+log = logging.getLogger(__name__)
+
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
@@ -143,6 +146,10 @@ class InferenceService:
         except asyncio.CancelledError:
             self._metrics.answered("grpc", status=499, reason=Reason.CANCELLED)
             raise
+        except Exception:
+            log.exception("a gRPC request failed")
+            self._metrics.answered("grpc", status=500, reason=Reason.INTERNAL)
+            await abort(context, KvasirError(Reason.INTERNAL, "the router failed"))
         self._metrics.answered("grpc", status=200, reason="ok")
         return result
 
