@@ -178,6 +178,7 @@ def test_streamed_chat_through_the_service(router: str) -> None:
     tell(answer)
     assert "Paris" in answer.text
     assert answer.num_chunks > 3, "the answer came in one piece"
+    tell(chat(router, max_tokens=None))  # bounded by the model and the workers' memory
 
 
 @pytest.mark.timeout(120)

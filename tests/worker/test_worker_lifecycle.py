@@ -1,6 +1,7 @@
 """Start, readiness, roles, drain and stop of a worker."""
 
 import asyncio
+import json
 import signal
 import socket
 from pathlib import Path
@@ -37,6 +38,22 @@ async def test_worker_says_what_it_is(model: Path) -> None:
         assert about.context_length == 1024
         assert about.kv_transfer_healthy
         assert about.load.blocks_total == about.load.blocks_free > 0
+
+
+async def test_context_is_bounded_by_kv_memory(tmp_path: Path) -> None:
+    model = make_model_dir(tmp_path / "long")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
+    async with started(model, kv_cache_mb=1) as worker:
+        about = await worker.stub.Describe(worker_pb2.DescribeRequest(), timeout=10)
+        assert about.context_length == about.load.blocks_total * 32 + 1
+        ids, max_tokens = prompt(5), about.context_length - 5
+        first = (await worker.generate(make_request(ids, max_tokens=1))).tokens
+        longest = make_request(ids, max_tokens=max_tokens, stop_token_ids=first)
+        assert (await worker.generate(longest)).done is not None
+        refused = (await worker.generate(make_request(ids, max_tokens=max_tokens + 1))).error
+        assert refused is not None
+        assert (refused.reason, refused.param) == (Reason.CONTEXT_LENGTH, "max_tokens")
 
 
 async def test_ready_worker_says_so_everywhere(model: Path) -> None:

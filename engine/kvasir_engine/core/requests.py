@@ -69,9 +69,7 @@ def _check_length(request: EngineRequest, limits: EngineLimits) -> None:
     if request.prefill_only_session is not None:
         num_total = num_known + 1
     _check_fits(num_known, num_total, limits.context_length, "the context")
-    # The token drawn last needs no KV.
-    num_kv_max = limits.num_blocks * BLOCK_TOKENS + 1
-    _check_fits(num_known, num_total, num_kv_max, "this worker's KV memory")
+    _check_fits(num_known, num_total, limits.kv_tokens_max, "this worker's KV memory")
 
 
 def _check_fits(num_known: int, num_total: int, num_tokens_max: int, limit: str) -> None:

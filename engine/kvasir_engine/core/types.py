@@ -163,6 +163,16 @@ class EngineLimits:
                 raise ValueError(f"{name} must be at least 1, not {value}")
 
     @property
+    def kv_tokens_max(self) -> int:
+        """Tokens of a request that has all KV memory; the token drawn last needs none."""
+        return self.num_blocks * BLOCK_TOKENS + 1
+
+    @property
+    def request_tokens_max(self) -> int:
+        """Tokens, prompt and output together, of the longest request that can be served."""
+        return min(self.context_length, self.kv_tokens_max)
+
+    @property
     def num_running_max(self) -> int:
         """Every running request can have a token in every step."""
         return min(self.max_running, self.max_batch_tokens)

@@ -153,7 +153,7 @@ def _add_model(description: worker_pb2.WorkerDescription, serving: Serving) -> N
     load = serving.engine.load()
     description.fingerprint = serving.fingerprint
     description.layout.CopyFrom(proto_layout(serving.layout))
-    description.context_length = serving.limits.context_length
+    description.context_length = serving.engine.limits.request_tokens_max
     description.isa = serving.isa
     description.num_threads = serving.num_threads
     description.load.CopyFrom(

@@ -87,7 +87,7 @@ class WorkerDescription(_message.Message):
     fingerprint: _builtins.bytes
     """16 bytes: weights and KV layout; the root of block names"""
     context_length: _builtins.int
-    """tokens, prompt and output together"""
+    """tokens, prompt and output together, that model and KV memory allow"""
     draining: _builtins.bool
     kv_transfer_healthy: _builtins.bool
     """false: hand-offs fail and prompts are computed again"""
