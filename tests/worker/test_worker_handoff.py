@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from kvasir_engine.worker import handoff
 from kvasir_engine.worker.transfer import Pull, Pulled
 from kvasir_proto.errors import Reason
 from kvasir_proto.frames import FrameKind
@@ -234,6 +235,21 @@ async def test_unreachable_data_port_costs_time_never_tokens_and_shows(model: Pa
         assert not decode.host.describe().kv_transfer_healthy
         assert await decode.metric('kvasir_worker_kv_transfers_total{error="unreachable"') == 2
         await until(lambda: prefill.is_idle and decode.is_idle)
+
+
+async def test_what_is_computed_again_after_a_failed_transfer_is_counted(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handoff, "PEER_VERDICT_S", 30.0)  # the peer always finishes first
+    async with (
+        started(model, "p", role="prefill") as prefill,
+        started(model, "d", role="decode") as decode,
+    ):
+        prefill.host.served().block_server.stop()
+        result = await decode.generate(handed_off(make_request(prompt(200)), prefill))
+        assert result.stats.prefill_worker == "p"
+        assert result.stats.tokens_computed == 400, "200 at the peer, and again here"
+        assert await decode.metric('kvasir_worker_prompt_tokens_total{source="computed"') == 200
 
 
 async def test_transfer_that_breaks_in_the_middle_keeps_what_arrived(model: Path) -> None:

@@ -220,12 +220,11 @@ class _Transfer:
         num_computed = min(num_whole * BLOCK_TOKENS, self._num_tokens)
         if num_computed < self._num_tokens:
             self._host.metrics.local_prefills.labels(pulled.error or "incomplete").inc()
-            log.warning(
-                "computing %d tokens that were not handed off", self._num_tokens - num_computed
-            )
+            self._recomputed(self._num_tokens - num_computed)
         return num_computed
 
     def _recomputed(self, num_tokens: int) -> None:
+        """Says and counts what has to be computed here although a peer was asked to."""
         log.warning("computing %d tokens whose KV was not handed off", num_tokens)
         if self._finished_s is not None:  # computed twice; else this worker's first event counts
             self._trace.tokens_computed += num_tokens
