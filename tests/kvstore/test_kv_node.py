@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import RedisServer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from kv_fleet import (
     LAYOUT,
     PROTO_LAYOUT,
@@ -331,6 +332,12 @@ async def test_health_reflection_and_a_clean_stop() -> None:
                 health_pb2.HealthCheckRequest(service="kvasir.v1.KvNode"), timeout=5
             )
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            ask_for = reflection_pb2.ServerReflectionRequest(list_services="")
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            listed = stub.ServerReflectionInfo(iter([ask_for]), timeout=5)
+            services = {s.name for s in (await listed.read()).list_services_response.service}
+            assert "kvasir.v1.KvNode" in services
+            listed.cancel()
         assert node.terminate() == 0
         assert "Traceback" not in node.log()
 

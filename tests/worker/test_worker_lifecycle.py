@@ -9,6 +9,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from kvasir_engine.worker import main
 from kvasir_engine.worker.settings import WorkerSettings
 from kvasir_proto.errors import KvasirError, Reason
@@ -67,6 +68,17 @@ async def test_ready_worker_says_so_everywhere(model: Path) -> None:
                 while (await health.Check(request, timeout=10)).status != SERVING:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
         assert await worker.metric("kvasir_worker_ready") == 1
+
+
+async def test_reflection_lists_the_workers_services(model: Path) -> None:
+    async with started(model) as worker:
+        ask_for = reflection_pb2.ServerReflectionRequest(list_services="")
+        listed = reflection_pb2_grpc.ServerReflectionStub(worker.channel).ServerReflectionInfo(
+            iter([ask_for]), timeout=10
+        )
+        services = {s.name for s in (await listed.read()).list_services_response.service}
+        assert services >= {"kvasir.v1.Worker", "grpc.health.v1.Health"}
+        listed.cancel()
 
 
 async def test_loading_worker_is_alive_not_ready_and_refuses(
