@@ -5,6 +5,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,10 +100,21 @@ def tell(answer: Answer) -> None:
 class Load:
     """Clients that each ask one thing after another, until stopped; counts failures."""
 
-    def __init__(self, url: str, *, num_clients: int, **params: Any) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        num_clients: int,
+        ask: Callable[[str], Sequence[Message]] = lambda name: [user(f"Tell me story {name}.")],
+        limit_s: float = 60,
+        **params: Any,
+    ) -> None:
         self._url = url
+        self._ask = ask
+        self._limit_s = limit_s
         self._params = params
         self._stop = threading.Event()
+        self._lock = threading.Lock()
         self._threads = [
             threading.Thread(target=self._run, args=(name,), daemon=True)
             for name in "abcdefgh"[:num_clients]
@@ -112,9 +124,11 @@ class Load:
 
     def _run(self, name: str) -> None:
         while not self._stop.is_set():
+            messages = self._ask(f"{name}{self.num_done}")
             try:
-                chat(self._url, user(f"Tell me story {name}{self.num_done}."), **self._params)
-                self.num_done += 1
+                chat(self._url, *messages, limit_s=self._limit_s, **self._params)
+                with self._lock:
+                    self.num_done += 1
             except (CommandError, OSError) as error:
                 self.failures.append(str(error))
                 self._stop.wait(0.2)
@@ -127,5 +141,5 @@ class Load:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(90)
+            thread.join(self._limit_s + 10)
         say(f"load: {self.num_done} requests done, {len(self.failures)} failed")

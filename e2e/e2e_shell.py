@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
+import select
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 POLL_INTERVAL_S = 0.5
 OUTPUT_LINES_MAX = 60
+PORT_FORWARD_LIMIT_S = 30
 
 
 class CommandError(AssertionError):
@@ -104,27 +109,34 @@ class Kubectl:
 
 
 def wait_for(what: str, probe: Callable[[], Any], *, limit_s: float) -> Any:
-    """Ask until the answer is true; tells every 10 s that it still waits."""
+    """Ask until the answer is true; tells every 10 s that it still waits.
+
+    A question that fails is asked again: an API server on a busy machine does not answer always.
+    """
     say(f"waiting for {what}")
     started_s = time.monotonic()
     told_s = started_s
     while True:
-        answer = probe()
+        answer, trouble = None, ""
+        try:
+            answer = probe()
+        except (CommandError, OSError) as error:
+            trouble = f"; the last question failed: {error}"
         now_s = time.monotonic()
         if answer:
             say(f"{what}: after {now_s - started_s:.1f} s")
             return answer
         if now_s - started_s > limit_s:
-            raise CommandError(f"waited {limit_s:.0f} s for {what}")
+            raise CommandError(f"waited {limit_s:.0f} s for {what}{trouble}")
         if now_s - told_s > 10:
             told_s = now_s
-            say(f"  still waiting for {what} ({now_s - started_s:.0f} s)")
+            say(f"  still waiting for {what} ({now_s - started_s:.0f} s){trouble}")
         time.sleep(POLL_INTERVAL_S)
 
 
 @contextmanager
 def port_forward(kubectl: Kubectl, target: str, port: int) -> Iterator[str]:
-    """The base URL of a Service or Deployment on this machine."""
+    """The base URL of a Service, Deployment or pod on this machine."""
     process = subprocess.Popen(
         (*kubectl.prefix, "port-forward", target, f":{port}"),
         stdout=subprocess.PIPE,
@@ -133,8 +145,9 @@ def port_forward(kubectl: Kubectl, target: str, port: int) -> Iterator[str]:
     )
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()  # "Forwarding from 127.0.0.1:41234 -> 8000"
-        if "Forwarding" not in line:
+        is_told, _, _ = select.select([process.stdout], [], [], PORT_FORWARD_LIMIT_S)
+        line = process.stdout.readline() if is_told else "no word from it"
+        if "Forwarding" not in line:  # "Forwarding from 127.0.0.1:41234 -> 8000"
             raise CommandError(f"port-forward to {target}: {line}")
         local = line.split("127.0.0.1:")[1].split(" ")[0]
         yield f"http://127.0.0.1:{local}"
@@ -143,3 +156,27 @@ def port_forward(kubectl: Kubectl, target: str, port: int) -> Iterator[str]:
         process.wait(10)
         if process.stdout is not None:
             process.stdout.close()
+
+
+@contextmanager
+def followed_log(kubectl: Kubectl, pod: str, folder: Path) -> Iterator[Path]:
+    """A file that a pod's log is written to as it comes; it outlives the pod."""
+    path = folder / f"{pod}.log"
+    with path.open("w") as log:
+        command = (*kubectl.prefix, "logs", "--follow", "--tail=1", pod)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield path
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def metric(url: str, name: str, **labels: str) -> float:
+    """One metric of a process, summed over the labels that are not given; 0 if it is not there."""
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=20).read().decode()
+    total = 0.0
+    for found in re.finditer(rf"^{name}({{.*}})? (.+)$", text, re.MULTILINE):
+        if all(f'{key}="{value}"' in (found[1] or "") for key, value in labels.items()):
+            total += float(found[2])
+    return total

@@ -3,14 +3,15 @@
 import json
 import re
 import time
-import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import NAMESPACE, ROOT, SYSTEM_NAMESPACE, Cluster, Images
-from e2e_chat import QUESTION, Load, chat, system, tell, user
-from e2e_shell import Kubectl, port_forward, run, say, wait_for
+from e2e_chat import QUESTION, Load, Message, chat, system, tell, user
+from e2e_shell import Kubectl, followed_log, metric, port_forward, run, say, wait_for
 from kvasir_cli.demo import SYSTEM
 
 SERVICE = "msvc/smollm2"
@@ -21,6 +22,7 @@ CRDS = tuple(
     f"crd/{plural}.kvasir.dev"
     for plural in ("modelservices", "prefillpools", "decodepools", "kvcachepools")
 )
+DRAINS = "kvasir_operator_drains_total"
 OPERATOR = "app.kubernetes.io/name=kvasir-operator"
 OURS = "app.kubernetes.io/managed-by=kvasir-operator"
 
@@ -42,16 +44,54 @@ def router(kubectl: Kubectl) -> Iterator[str]:
         yield url
 
 
-def operator_metric(operator: Kubectl, name: str) -> float:
-    """The sum of one counter of the operator over its labels."""
-    with port_forward(operator, "deployment/kvasir-operator", 8080) as url:
-        text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
-    values = re.findall(rf"^{name}{{.*}} (.+)$", text, re.MULTILINE)
-    return sum(float(value) for value in values)
+def operator_metric(operator: Kubectl, name: str, **labels: str) -> float:
+    """One counter of the operator, summed over its pods and the labels that are not given."""
+    pods = operator.json("pods", "-l", OPERATOR)["items"]
+    total = 0.0
+    for pod in pods:
+        with port_forward(operator, f"pod/{pod['metadata']['name']}", 8080) as url:
+            total += metric(url, name, **labels)
+    return total
+
+
+def ready_pods(kubectl: Kubectl, role: str) -> list[str]:
+    """Names of the pods of a role that are ready and not on their way out."""
+    pods = kubectl.json("pods", "-l", f"kvasir.dev/role={role}")["items"]
+    return sorted(pod["metadata"]["name"] for pod in pods if _is_ready(pod))
+
+
+def pod_uids(kubectl: Kubectl, *roles: str) -> dict[str, str]:
+    """The UIDs of the ready pods of these roles, by name."""
+    pods = kubectl.json("pods", "-l", f"kvasir.dev/role in ({','.join(roles)})")["items"]
+    return {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in pods if _is_ready(pod)}
+
+
+def _is_ready(pod: dict[str, Any]) -> bool:
+    conditions = pod.get("status", {}).get("conditions", [])
+    is_ready = any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+    return is_ready and "deletionTimestamp" not in pod["metadata"]
+
+
+def wait_until_replaced(
+    kubectl: Kubectl, before: dict[str, str], *names: str, limit_s: float
+) -> None:
+    """Wait until other pods under these names are ready and the service is settled."""
+    roles = ("router", "prefill", "decode", "kv")
+
+    def is_replaced() -> bool:
+        now = pod_uids(kubectl, *roles)
+        return all(name in now and now[name] != before[name] for name in names)
+
+    wait_for(f"{len(names)} pods to be replaced", is_replaced, limit_s=limit_s)
+    wait_until_settled(kubectl, limit_s=60)
 
 
 def wait_until_settled(kubectl: Kubectl, *, limit_s: float) -> None:
-    """Wait until the service is available and nothing is under way."""
+    """Wait until the service is available and nothing is under way.
+
+    A change that the operator has not seen yet leaves the conditions as they were: callers first
+    wait for what the change brings.
+    """
 
     def is_settled() -> bool:
         service = kubectl.json(SERVICE)
@@ -197,18 +237,26 @@ def test_long_prompt_is_handed_over_and_reused(router: str) -> None:
     assert second.usage["prompt_tokens_details"]["cached_tokens"] > 0
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 def test_idle_operator_writes_nothing(kubectl: Kubectl, operator: Kubectl) -> None:
+    """Three tries: a probe that fails once on a busy machine is a change that must be written."""
+    writes = [_writes_of_four_reconciles(kubectl, operator)]
+    while writes[-1] and len(writes) < 3:
+        writes.append(_writes_of_four_reconciles(kubectl, operator))
+    say(f"writes in four reconciles: {writes}")
+    assert writes[-1] == 0
+
+
+def _writes_of_four_reconciles(kubectl: Kubectl, operator: Kubectl) -> float:
     writes = operator_metric(operator, "kvasir_operator_api_writes_total")
     reconciles = operator_metric(operator, "kvasir_operator_reconciles_total")
-    kubectl("annotate", KINDS, "--all", f"e2e/touched={time.time_ns()}")
+    kubectl("annotate", KINDS, "--all", "--overwrite", f"e2e/touched={time.time_ns()}")
     wait_for(
         "four more reconciles",
         lambda: operator_metric(operator, "kvasir_operator_reconciles_total") >= reconciles + 4,
-        limit_s=30,
+        limit_s=50,
     )
-    assert operator_metric(operator, "kvasir_operator_api_writes_total") == writes
-    say(f"writes before and after: {writes:.0f}")
+    return operator_metric(operator, "kvasir_operator_api_writes_total") - writes
 
 
 @pytest.mark.timeout(60)
@@ -234,85 +282,96 @@ def test_bad_change_is_refused(kubectl: Kubectl) -> None:
     assert "replicas must not be greater than maxReplicas" in answer
 
 
-@pytest.mark.timeout(240)
-def test_scale_in_drains_under_load(kubectl: Kubectl, router: str) -> None:
+@pytest.mark.timeout(360)
+def test_scale_in_drains_under_load(
+    kubectl: Kubectl, operator: Kubectl, router: str, tmp_path: Path
+) -> None:
+    """What is asserted lasts: a drain may be over before anybody sees the condition Draining."""
+    drained = operator_metric(operator, DRAINS, outcome="drained")
     long = {"max_tokens": 160, "ignore_eos": True}
-    with Load(router, num_clients=2, **long) as load, ThreadPoolExecutor(1) as pool:
-        wait_for("a first answer under load", lambda: load.num_done, limit_s=60)
-        watch = pool.submit(_watch_drain, kubectl)
+    with Load(router, num_clients=6, limit_s=120, **long) as load, ExitStack() as stack:
+        pods = ready_pods(kubectl, "decode")
+        logs = {pod: stack.enter_context(followed_log(kubectl, pod, tmp_path)) for pod in pods}
+        urls = [stack.enter_context(port_forward(kubectl, f"pod/{pod}", 8080)) for pod in pods]
+        wait_for(
+            "requests on both decode workers",
+            lambda: all(metric(url, "kvasir_worker_running") >= 1 for url in urls),
+            limit_s=90,
+        )
         kubectl("scale", DECODE, "--replicas=1")
-        seen = watch.result(120)
+        wait_for("one decode worker to be left", lambda: _num_pods(kubectl) == 1, limit_s=150)
         done = load.num_done
-        wait_for("an answer after the removal", lambda: load.num_done > done, limit_s=60)
+        wait_for("answers after the removal", lambda: load.num_done > done + 1, limit_s=90)
     assert load.failures == []
-    assert seen, "the pod went without a drain"
-    kubectl("get", DECODE)
+    assert operator_metric(operator, DRAINS, outcome="drained") == drained + 1
+    [gone] = set(pods) - set(ready_pods(kubectl, "decode"))
+    words = logs[gone].read_text()
+    begun = re.search(r"draining: (\d+) requests in flight", words)
+    assert begun, f"{gone} did not drain: {words[-2000:]}"
+    assert int(begun[1]) >= 1, f"{gone} had nothing to drain: {words[-2000:]}"
+    assert "drained: 0 requests" in words, f"{gone} did not finish: {words[-2000:]}"
+    say(f"{gone} finished {begun[1]} requests before it went")
     assert kubectl.json(DECODE)["spec"]["replicas"] == 1
 
 
-def _watch_drain(kubectl: Kubectl) -> list[str]:
-    """The conditions Draining seen until one decode worker is left."""
-    seen: list[str] = []
-
-    def is_removed() -> bool:
-        condition = kubectl.condition(DECODE, "Draining")
-        message = condition.get("message", "")
-        if condition.get("status") == "True" and message not in seen:
-            seen.append(message)
-            say(f"Draining: {message} {kubectl.json(DECODE)['status'].get('drainingPods')}")
-        return kubectl.names("pods", "-l", "kvasir.dev/role=decode") == ["pod/smollm2-decode-0"]
-
-    wait_for("smollm2-decode-1 to be removed", is_removed, limit_s=110)
-    return seen
-
-
-@pytest.mark.timeout(180)
-def test_scale_out(kubectl: Kubectl, router: str) -> None:
-    kubectl("scale", DECODE, "--replicas=2")
-    kubectl("rollout", "status", "statefulset/smollm2-decode", "--timeout=120s", limit_s=130)
-    wait_until_settled(kubectl, limit_s=60)
-    kubectl("get", KINDS)
-    tell(chat(router))
-
-
-@pytest.mark.timeout(180)
-def test_deleted_prefill_worker_is_not_missed(kubectl: Kubectl, router: str) -> None:
-    kubectl("delete", "pod", "smollm2-prefill-0", "--force", "--grace-period=0")
-    answer = chat(router, system("Be brief. " + SYSTEM), user(QUESTION))
-    tell(answer)
-    assert "Paris" in answer.text
-    assert answer.stats["prefill_worker"] == "smollm2-prefill-1"
-    wait_until_settled(kubectl, limit_s=120)
-
-
-def restart(kubectl: Kubectl, *pods: str) -> None:
-    """Delete pods as a node does that is emptied, and wait until they are missed."""
-    kubectl("delete", *pods, "--wait=false")
-    wait_for(
-        "the pods to be missed",
-        lambda: kubectl.condition(SERVICE, "Progressing")["status"] == "True",
-        limit_s=60,
-    )
+def _num_pods(kubectl: Kubectl) -> int:
+    return len(kubectl.names("pods", "-l", "kvasir.dev/role=decode"))
 
 
 @pytest.mark.timeout(240)
-def test_kv_outlives_the_workers(kubectl: Kubectl, router: str) -> None:
-    workers = kubectl.names("pods", "-l", "kvasir.dev/role in (prefill, decode)")
-    restart(kubectl, *workers)
-    wait_until_settled(kubectl, limit_s=180)
-    answer = chat(router, system(SYSTEM), user(QUESTION))
+def test_scale_out(kubectl: Kubectl, router: str) -> None:
+    kubectl("scale", DECODE, "--replicas=2")
+    wait_for("two decode workers", lambda: len(ready_pods(kubectl, "decode")) == 2, limit_s=180)
+    wait_until_settled(kubectl, limit_s=60)
+    kubectl("get", KINDS)
+    answer = chat(router)
     tell(answer)
     assert "Paris" in answer.text
-    assert answer.stats["tokens_cached_fetched"] > 0, "nothing came from the KV node"
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
+def test_killed_prefill_worker_is_not_missed(kubectl: Kubectl, router: str) -> None:
+    before = pod_uids(kubectl, "prefill")
+    with Load(router, num_clients=2, limit_s=120, ask=_uncached) as load:
+        wait_for("an answer under load", lambda: load.num_done, limit_s=90)
+        kubectl("delete", "pod", "smollm2-prefill-0", "--force", "--grace-period=0")
+        done = load.num_done
+        wait_for("answers after the kill", lambda: load.num_done > done + 2, limit_s=90)
+    assert load.failures == []
+    wait_until_replaced(kubectl, before, "smollm2-prefill-0", limit_s=180)
+
+
+def _uncached(name: str) -> list[Message]:
+    """A long prompt of which no worker has the beginning."""
+    return [system(f"This is talk {name}. {SYSTEM}"), user(QUESTION)]
+
+
+@pytest.mark.timeout(360)
+def test_kv_outlives_the_workers(kubectl: Kubectl, router: str) -> None:
+    """Several prompts: a worker that has just started may compute rather than fetch."""
+    prompts = [system(f"Be {manner}. {SYSTEM}") for manner in ("kind", "calm", "exact")]
+    for prompt in prompts:
+        chat(router, prompt, user(QUESTION))
+    before = pod_uids(kubectl, "prefill", "decode")
+    kubectl("delete", "pods", *before, "--wait=false")
+    wait_until_replaced(kubectl, before, *before, limit_s=240)
+    num_fetched = 0
+    for prompt in prompts:
+        answer = chat(router, prompt, user(QUESTION))
+        tell(answer)
+        assert "Paris" in answer.text
+        num_fetched += answer.stats["tokens_cached_fetched"]
+    assert num_fetched > 0, "nothing came from the KV node"
+
+
+@pytest.mark.timeout(240)
 def test_requests_pass_without_the_kv_node(kubectl: Kubectl, router: str) -> None:
-    restart(kubectl, "pod/smollm2-kv-0")
+    before = pod_uids(kubectl, "kv")
+    kubectl("delete", "pod", "smollm2-kv-0", "--wait=false")
     answer = chat(router, system("Be polite. " + SYSTEM), user(QUESTION))
     tell(answer)
     assert "Paris" in answer.text
-    wait_until_settled(kubectl, limit_s=120)
+    wait_until_replaced(kubectl, before, "smollm2-kv-0", limit_s=150)
 
 
 @pytest.mark.timeout(60)
