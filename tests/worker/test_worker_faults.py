@@ -6,9 +6,8 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
-from kvasir_engine.worker.admission import refusal_in_time
 from kvasir_proto.errors import PEER_PARAM, Reason
-from kvasir_proto.v1 import worker_pb2
+from kvasir_proto.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from worker_builders import (
     address_of,
     make_model_dir,
@@ -39,6 +38,16 @@ def prefill_request(
         session_id=session_id,
         timeout_ms=60_000,
     )
+
+
+async def begun(stub: worker_pb2_grpc.WorkerStub, request: worker_pb2.PrefillRequest):
+    """A Prefill call as a decode worker makes it, as far as `start`."""
+    call = stub.Prefill(timeout=60)
+    await call.write(worker_pb2.PrefillCommand(request=request))
+    assert (await call.read()).HasField("accepted")
+    assert (await call.read()).HasField("turn")
+    await call.write(worker_pb2.PrefillCommand(start=worker_pb2.PrefillStart()))
+    return call
 
 
 async def test_prefill_worker_killed_before_the_first_token_is_named(
@@ -95,9 +104,9 @@ async def test_decode_worker_killed_while_it_pulls_leaves_nothing_behind(
 
 async def test_kv_that_nobody_pulls_is_freed_at_its_deadline(model: Path) -> None:
     async with started(model, "p", role="prefill", handoff_hold_ms=100) as prefill:
-        call = prefill.stub.Prefill(prefill_request(100), timeout=30)
-        accepted, finished = [update async for update in call]
-        assert accepted.accepted.num_blocks == 4
+        call = await begun(prefill.stub, prefill_request(100))
+        finished = await call.read()
+        assert await call.read() is grpc.aio.EOF
         assert finished.finished.tokens_computed == 100
         await until(lambda: prefill.is_idle)
         assert await prefill.metric('kvasir_worker_requests_total{reason="not_pulled"') == 1
@@ -105,8 +114,7 @@ async def test_kv_that_nobody_pulls_is_freed_at_its_deadline(model: Path) -> Non
 
 async def test_cancelled_prefill_frees_its_kv(model: Path) -> None:
     async with started(model, "p", role="prefill") as prefill:
-        call = prefill.stub.Prefill(prefill_request(100), timeout=30)
-        await call.read()
+        call = await begun(prefill.stub, prefill_request(100))
         await call.read()
         assert not prefill.is_idle  # held
         call.cancel()
@@ -160,37 +168,19 @@ async def test_request_that_would_wait_too_long_is_handed_back_busy(model: Path)
     ):
         await prefill.generate(make_request(prompt(100)))  # measures its speed
         ahead = [
-            prefill.stub.Prefill(prefill_request(LONG, session_id=i, seed=i), timeout=60)
+            asyncio.create_task(
+                decode.generate(make_request(prompt(LONG, seed=i), prefill_peer=prefill.address))
+            )
             for i in range(1, 6)
         ]
-        await until(lambda: prefill.host.served().engine.load().prefill_tokens_queued > 3000)
-        request = make_request(prompt(200), prefill_peer=prefill.address, ttft_slo_ms=1)
+        await until(lambda: prefill.host.load().prefill_tokens_queued > 3000)
+        request = make_request(
+            prompt(200), prefill_peer=prefill.address, terms=common_pb2.QueueTerms(ttft_left_ms=1)
+        )
         result = await decode.generate(request)
         assert result.error is not None
         assert (result.error.reason, result.error.param) == (Reason.BUSY, PEER_PARAM)
         assert result.error.retry_after_ms > 0
-        for call in ahead:
-            call.cancel()
+        for task in ahead:
+            task.cancel()
         await until(lambda: prefill.is_idle and decode.is_idle)
-
-
-@pytest.mark.parametrize(
-    ("queued", "tokens", "slo_ms", "is_refused"),
-    [
-        (1000, 1000, 100, True),
-        (1000, 1000, 300, False),
-        (0, 100_000, 100, False),
-        (1000, 1000, 0, False),
-    ],
-    ids=["too-long", "in-time", "nothing-ahead", "no-slo"],
-)
-def test_busy_is_decided_by_what_is_ahead(
-    queued: int, tokens: int, slo_ms: int, is_refused: bool
-) -> None:
-    refusal = refusal_in_time(
-        prefill_tokens_queued=queued,
-        prefill_us_per_token=100.0,
-        num_tokens=tokens,
-        ttft_slo_ms=slo_ms,
-    )
-    assert (refusal is not None) == is_refused

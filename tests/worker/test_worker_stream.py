@@ -165,7 +165,8 @@ def test_text_needs_a_tokenizer(format_: int, stop: list[str], param: str) -> No
     ("changes", "param"),
     [
         ({"session_id": 0}, "session_id"),
-        ({"skip_blocks": 4}, "skip_blocks"),
+        ({"terms": {"priority": 101}}, "terms.priority"),
+        ({"terms": {"tenant_weight": -1.0}}, "terms.tenant_weight"),
         ({"token_ids": [1] * 1024}, "token_ids"),
     ],
 )

@@ -160,7 +160,7 @@ class RunningWorker:
         served = self.host.served()
         load = served.engine.load()
         return (
-            self.host.state.num_in_flight == 0
+            self.host.state.num_in_flight == self.host.admission.num_waiting == 0
             and load.num_running == load.num_waiting == load.num_reserved == load.num_handoffs == 0
             and load.blocks_free == load.blocks_total
             and served.pool.num_sessions == 0

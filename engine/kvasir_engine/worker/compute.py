@@ -15,6 +15,7 @@ from kvasir_kvstore.core.block import BLOCK_TOKENS
 from kvasir_proto.errors import KvasirError, Reason
 
 from kvasir_engine.core.types import EngineRequest, Reservation, TokenEvent
+from kvasir_engine.worker.admission import Turn
 from kvasir_engine.worker.host import Host
 from kvasir_engine.worker.rates import FetchRates
 from kvasir_engine.worker.trace import Trace
@@ -30,9 +31,9 @@ class Compute:
         self._rates = FetchRates()
 
     async def events(
-        self, request: EngineRequest, *, trace: Trace
+        self, request: EngineRequest, *, turn: Turn, trace: Trace
     ) -> AsyncGenerator[TokenEvent, None]:
-        """The engine's events for this request.
+        """The engine's events for this request, whose turn it is.
 
         Raises:
             KvasirError: the engine refuses or ends it.
@@ -48,11 +49,12 @@ class Compute:
                 request.request_id,
                 computed_tokens=reservation.tokens_cached + num_fetched * BLOCK_TOKENS,
             )
+        turn.entered()
         async with aclosing(events):
             is_first = True
             async for event in events:
                 if is_first and event.timing is not None:
-                    trace.prefilled_here(event.timing, self._host.metrics)
+                    trace.prefilled_here(event.timing, self._host.metrics, waited_ms=turn.waited_ms)
                 is_first = False
                 yield event
 

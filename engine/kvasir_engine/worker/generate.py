@@ -15,7 +15,6 @@ from kvasir_proto.v1 import common_pb2, worker_pb2
 from kvasir_engine.core.types import EngineRequest, FinishReason, TokenEvent
 from kvasir_engine.text import OutputText, TextChunk
 from kvasir_engine.worker import requests
-from kvasir_engine.worker.admission import check_in_time
 from kvasir_engine.worker.compute import Compute
 from kvasir_engine.worker.handoff import Handoff
 from kvasir_engine.worker.host import Host, Serving
@@ -114,13 +113,6 @@ class Generator:
         ) as scope:
             serving = self._host.served()
             requests.check_generate(message, serving.limits)
-            if not (message.resume_token_ids or self._is_prefilled_elsewhere(message)):
-                check_in_time(
-                    self._host,
-                    message.token_ids,
-                    tenant_salt=message.tenant_salt,
-                    ttft_slo_ms=message.ttft_slo_ms,
-                )
             async with aclosing(self._outputs(message, serving, scope)) as outputs:
                 yield outputs
 
@@ -172,7 +164,18 @@ class Generator:
         if self._is_prefilled_elsewhere(message):
             return self._handoff.events(message, request, scope=scope, trace=trace)
         trace.prefill_worker = self._host.settings.name
-        return self._compute.events(request, trace=trace)
+        return self._computed_here(message, request, trace)
+
+    async def _computed_here(
+        self, message: worker_pb2.GenerateRequest, request: EngineRequest, trace: Trace
+    ) -> AsyncGenerator[TokenEvent, None]:
+        """Its events, once its turn has come."""
+        async with (
+            self._host.admission.turn(self._host.asked(message)) as turn,
+            aclosing(self._compute.events(request, turn=turn, trace=trace)) as events,
+        ):
+            async for event in events:
+                yield event
 
     def _engine_request(self, message: worker_pb2.GenerateRequest, scope: Scope) -> EngineRequest:
         return EngineRequest(

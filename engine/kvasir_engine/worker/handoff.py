@@ -1,4 +1,4 @@
-"""The decode side of a hand-off: reserve, ask a prefill worker, pull its KV, continue.
+"""The decode side of a hand-off: ask a prefill worker, reserve when it is ready, pull, continue.
 
 Decides what to do with what the peer and the data plane answer. A transfer that fails costs time,
 never tokens: what arrived whole is kept, the rest is computed here, and the failure is counted,
@@ -12,7 +12,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from types import TracebackType
@@ -39,7 +39,7 @@ PULL_BYTES_PER_S_MIN = 20e6
 PEER_VERDICT_S = 0.2
 """After a broken pull: time for the peer's own word on whether it lives."""
 
-PrefillCall = grpc.aio.UnaryStreamCall[worker_pb2.PrefillRequest, worker_pb2.PrefillUpdate]
+PrefillCall = grpc.aio.StreamStreamCall[worker_pb2.PrefillCommand, worker_pb2.PrefillUpdate]
 
 
 class Handoff:
@@ -61,44 +61,76 @@ class Handoff:
         Raises:
             KvasirError: no memory (BUSY, OVERLOADED), or the peer refused, is gone or is another.
         """
+        # 1. A short rest is computed here.
+        if self._is_short(request):
+            events: AsyncGenerator[TokenEvent, None] = self._computed_here(request, trace)
+        else:
+            events = self._pulled(message, request, scope, trace)
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+    async def _computed_here(
+        self, request: EngineRequest, trace: Trace
+    ) -> AsyncGenerator[TokenEvent, None]:
+        async with aclosing(self._host.served().engine.generate(request)) as events:
+            async for event in self._noted(events, trace):
+                yield event
+
+    async def _pulled(
+        self,
+        message: worker_pb2.GenerateRequest,
+        request: EngineRequest,
+        scope: Scope,
+        trace: Trace,
+    ) -> AsyncGenerator[TokenEvent, None]:
         engine = self._host.served().engine
-        # 1. Memory first: nobody computes what could not be taken.
-        reservation = await engine.reserve(request)
-        trace.tokens_cached_decode = computed_tokens = reservation.tokens_cached
         first_token: int | None = None
         num_sent = 0
         try:
-            # 2. A short rest is computed here; else a peer computes, and this worker pulls.
-            if not self._is_short(request, reservation):
-                async with _Transfer(self._host, message, reservation, scope, trace) as transfer:
-                    first_token = await transfer.first_token()
-                    if first_token is not None and not self._may_end(message, first_token):
-                        yield TokenEvent((first_token,))
-                        num_sent = 1
-                    computed_tokens = await transfer.computed_tokens()
+            async with _Transfer(self._host, message, scope, trace) as transfer:
+                # 2. The peer's queue, then memory: nobody computes what could not be taken.
+                await transfer.turn()
+                reservation = await engine.reserve(request)
+                trace.tokens_cached_decode = reservation.tokens_cached
+                # 3. The peer computes, and this worker pulls.
+                first_token = await transfer.first_token(reservation)
+                if first_token is not None and not self._may_end(message, first_token):
+                    yield TokenEvent((first_token,))
+                    num_sent = 1
+                computed_tokens = await transfer.computed_tokens(reservation)
         except BaseException:
             await engine.release(request.request_id)
             raise
-        # 3. Continue from what is here.
+        # 4. Continue from what is here.
         extra_tokens = () if first_token is None else (first_token,)
         events = engine.activate(
             request.request_id, computed_tokens=computed_tokens, extra_tokens=extra_tokens
         )
-        is_first = True
         async with aclosing(events):
-            async for event in events:
-                if is_first and first_token is None and event.timing is not None:
-                    trace.prefill_worker = self._host.settings.name
-                    trace.prefilled_here(event.timing, self._host.metrics)
-                is_first = False
+            own = events if first_token is not None else self._noted(events, trace)
+            async for event in own:
                 unsent = event.token_ids[num_sent:]
                 num_sent -= len(event.token_ids) - len(unsent)
                 yield replace(event, token_ids=unsent)
 
-    def _is_short(self, request: EngineRequest, reservation: Reservation) -> bool:
-        num_tokens = len(request.prompt) + len(request.resume_tokens)
-        num_missing = num_tokens - reservation.tokens_cached
-        if num_missing > self._host.settings.local_prefill_tokens_max:
+    async def _noted(
+        self, events: AsyncIterator[TokenEvent], trace: Trace
+    ) -> AsyncGenerator[TokenEvent, None]:
+        """The events; what a prompt that is computed here costs is in the first one."""
+        is_first = True
+        async for event in events:
+            if is_first and event.timing is not None:
+                trace.prefill_worker = self._host.settings.name
+                trace.prefilled_here(event.timing, self._host.metrics)
+            is_first = False
+            yield event
+
+    def _is_short(self, request: EngineRequest) -> bool:
+        """Whether so much of the prompt is held here that the rest is not worth a hand-off."""
+        tokens = [*request.prompt, *request.resume_tokens]
+        num_held = self._host.num_tokens_held(tokens, tenant_salt=request.tenant_salt)
+        if len(tokens) - num_held > self._host.settings.local_prefill_tokens_max:
             return False
         self._host.metrics.local_prefills.labels("short").inc()
         return True
@@ -119,13 +151,11 @@ class _Transfer:
         self,
         host: Host,
         message: worker_pb2.GenerateRequest,
-        reservation: Reservation,
         scope: Scope,
         trace: Trace,
     ) -> None:
         self._host = host
         self._peer = message.prefill_peer
-        self._reservation = reservation
         self._scope = scope
         self._trace = trace
         self._num_tokens = len(message.token_ids) + len(message.resume_token_ids)
@@ -136,9 +166,8 @@ class _Transfer:
             sampling=message.sampling,
             tenant_salt=message.tenant_salt,
             session_id=self._session_id,
-            skip_blocks=reservation.num_blocks_cached,
             timeout_ms=scope.left_ms(),
-            ttft_slo_ms=message.ttft_slo_ms,
+            terms=message.terms,
         )
         self._call: PrefillCall | None = None
         self._pull: Pull | None = None
@@ -146,7 +175,7 @@ class _Transfer:
 
     async def __aenter__(self) -> Self:
         stub = self._host.peers.worker(self._peer)
-        self._call = stub.Prefill(self._request, timeout=self._scope.left_ms() / 1000)
+        self._call = stub.Prefill(timeout=self._scope.left_ms() / 1000)
         return self
 
     async def __aexit__(
@@ -160,15 +189,17 @@ class _Transfer:
         if self._pull is not None:
             await self._pull.stop()
 
-    async def first_token(self) -> int | None:
-        """The first token, from the peer; None: its KV cannot come, so compute here.
+    async def turn(self) -> None:
+        """Waits, with nothing in hand, until the peer would compute the prompt now.
 
         Raises:
-            KvasirError: the peer refused, is gone or is another; `param` is prefill_peer.
+            KvasirError: the peer refused or handed it back, is gone or is another; `param` is
+                prefill_peer.
         """
         # 1. The peer accepts at once, or is taken for dead.
         try:
             async with asyncio.timeout(self._host.settings.accept_timeout_ms / 1000):
+                await self._write(worker_pb2.PrefillCommand(request=self._request))
                 accepted = (await self._read()).accepted
         except TimeoutError:
             message = f"prefill worker {self._peer.name} does not answer"
@@ -176,8 +207,20 @@ class _Transfer:
         if (accepted.source.uid, accepted.source.epoch) != (self._peer.uid, self._peer.epoch):
             message = f"prefill worker {self._peer.name} has restarted"
             raise KvasirError(Reason.STALE_PEER, message, param=PEER_PARAM)
+        # 2. It waits in the peer's queue.
+        await self._read()
+
+    async def first_token(self, reservation: Reservation) -> int | None:
+        """The first token, from the peer; None: its KV cannot come, so compute here.
+
+        Raises:
+            KvasirError: the peer refused or is gone; `param` is prefill_peer.
+        """
+        # 1. There is memory for what this worker lacks.
+        start = worker_pb2.PrefillStart(skip_blocks=reservation.num_blocks_cached)
+        await self._write(worker_pb2.PrefillCommand(start=start))
         # 2. It computes while this worker pulls.
-        pull = self._start_pull()
+        pull = self._start_pull(reservation)
         read = asyncio.create_task(self._read())
         try:
             if not await self._is_worth_waiting(pull, read):
@@ -205,10 +248,10 @@ class _Transfer:
             raise KvasirError(Reason.STALE_PEER, message, param=PEER_PARAM)
         return read.done()
 
-    async def computed_tokens(self) -> int:
+    async def computed_tokens(self, reservation: Reservation) -> int:
         """Waits for the pull; leading tokens whose KV is now in the reserved blocks."""
         assert self._pull is not None, "first_token starts the pull"
-        num_blocks = len(self._reservation.blocks) - self._reservation.num_blocks_cached
+        num_blocks = len(reservation.blocks) - reservation.num_blocks_cached
         num_bytes = num_blocks * self._host.served().layout.block_bytes
         grace_s = self._host.settings.pull_grace_ms / 1000 + num_bytes / PULL_BYTES_PER_S_MIN
         pulled = await self._pull.finish(timeout_s=min(grace_s, self._scope.left_ms() / 1000))
@@ -216,7 +259,7 @@ class _Transfer:
             self._trace.transfer_ms = (time.monotonic() - self._finished_s) * 1000
         self._trace.kv_bytes_moved += pulled.bytes_moved
         self._host.served().puller.ended(pulled, source=self._peer)
-        num_whole = self._reservation.num_blocks_cached + pulled.num_leading
+        num_whole = reservation.num_blocks_cached + pulled.num_leading
         num_computed = min(num_whole * BLOCK_TOKENS, self._num_tokens)
         if num_computed < self._num_tokens:
             self._host.metrics.local_prefills.labels(pulled.error or "incomplete").inc()
@@ -230,15 +273,24 @@ class _Transfer:
             self._trace.tokens_computed += num_tokens
             self._host.metrics.prompt_tokens.labels("computed").inc(num_tokens)
 
-    def _start_pull(self) -> Pull:
+    def _start_pull(self, reservation: Reservation) -> Pull:
         num_blocks = -(-self._num_tokens // BLOCK_TOKENS)
         self._pull = self._host.served().puller.session(
             self._peer,
             session_id=self._session_id,
-            blocks=self._reservation.blocks[self._reservation.num_blocks_cached : num_blocks],
+            blocks=reservation.blocks[reservation.num_blocks_cached : num_blocks],
             timeout_ms=self._scope.left_ms(),
         )
         return self._pull
+
+    async def _write(self, command: worker_pb2.PrefillCommand) -> None:
+        assert self._call is not None
+        try:
+            await self._call.write(command)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._peer_error(rpc_error) from rpc_error
+        except asyncio.InvalidStateError:
+            await self._read()  # the call has ended: this raises why
 
     async def _read(self) -> worker_pb2.PrefillUpdate:
         assert self._call is not None

@@ -7,7 +7,7 @@ Sockets open before the model is loaded, so that a worker can say why it is not 
 import importlib.metadata
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvasir_kvstore._native import BlockPool, BlockServer
 from kvasir_kvstore.client import KvTier
@@ -17,6 +17,7 @@ from kvasir_proto.v1 import common_pb2, worker_pb2
 from kvasir_engine.core.types import EngineLoad
 from kvasir_engine.engine import Engine
 from kvasir_engine.text import Tokenizer
+from kvasir_engine.worker.admission import Admission, Asked, asked_of
 from kvasir_engine.worker.events import EventHub
 from kvasir_engine.worker.inflight import InFlight
 from kvasir_engine.worker.metrics import Gauges, WorkerMetrics
@@ -75,6 +76,7 @@ class Host:
         self.in_flight = InFlight(
             self.state, self.metrics, timeout_ms_max=settings.request_timeout_ms
         )
+        self.admission = Admission(self.engine_load, lookahead_tokens=2 * settings.max_batch_tokens)
         self.peers = Peers(close_grace_s=settings.request_timeout_ms / 1000)
         self.serving: Serving | None = None
 
@@ -105,9 +107,36 @@ class Host:
             self.state.role = role
             self.hub.description_changed()
 
+    def engine_load(self) -> EngineLoad:
+        """The engine's load, without what waits in front of it."""
+        return self.served().engine.load()
+
     def load(self) -> EngineLoad | None:
-        """The engine's load; None before it runs."""
-        return self.serving.engine.load() if self.serving else None
+        """The engine's load and what waits in front of it; None before it runs."""
+        if self.serving is None:
+            return None
+        load = self.engine_load()
+        return replace(
+            load,
+            num_waiting=load.num_waiting + self.admission.num_waiting,
+            prefill_tokens_queued=load.prefill_tokens_queued + self.admission.tokens_waiting,
+        )
+
+    def asked(self, message: worker_pb2.GenerateRequest | worker_pb2.PrefillRequest) -> Asked:
+        """A request for the KV of a prompt, as the queue sees it."""
+        token_ids = list(message.token_ids)
+        if isinstance(message, worker_pb2.GenerateRequest):
+            token_ids += message.resume_token_ids
+        num_held = self.num_tokens_held(token_ids, tenant_salt=message.tenant_salt)
+        return asked_of(message, num_tokens=len(token_ids) - num_held)
+
+    def num_tokens_held(self, token_ids: Sequence[int], *, tenant_salt: bytes) -> int:
+        """How many of these tokens, from the first on, have their KV here: a hint.
+
+        Not the last one: it is computed, for its logits.
+        """
+        names = self.served().names(token_ids[:-1], tenant_salt=tenant_salt)
+        return block.BLOCK_TOKENS * self.hub.num_leading_held(names)
 
     def describe(self) -> worker_pb2.WorkerDescription:
         """What peers, routers and the operator are told."""
@@ -122,6 +151,7 @@ class Host:
         )
         if self.serving is not None:
             _add_model(description, self.serving)
+            _add_load(description, self.load())
         return description
 
     def gauges(self) -> Gauges:
@@ -150,12 +180,15 @@ def proto_layout(layout: block.KvLayout) -> common_pb2.KvLayout:
 
 
 def _add_model(description: worker_pb2.WorkerDescription, serving: Serving) -> None:
-    load = serving.engine.load()
     description.fingerprint = serving.fingerprint
     description.layout.CopyFrom(proto_layout(serving.layout))
     description.context_length = serving.engine.limits.request_tokens_max
     description.isa = serving.isa
     description.num_threads = serving.num_threads
+
+
+def _add_load(description: worker_pb2.WorkerDescription, load: EngineLoad | None) -> None:
+    assert load is not None, "a loaded model has a load"
     description.load.CopyFrom(
         worker_pb2.WorkerLoad(
             num_waiting=load.num_waiting,

@@ -1,23 +1,21 @@
-"""The prefill side of a hand-off: compute a prompt's KV, keep it until the decode worker has it.
+"""The prefill side of a hand-off: queue a prompt, compute its KV, keep it until it is pulled.
 
-Decides how long finished KV is held. Invariant: when
-the call has ended, for whatever reason (pulled, cancelled, the decode worker died, nobody came in
-time), the session is closed and its blocks are free or cached.
+Decides how long finished KV is held. Invariants: a prompt that waits for its turn holds no KV
+memory; when the call has ended, for whatever reason (pulled, cancelled, the decode worker died,
+nobody came in time), the session is closed and its blocks are free or cached.
 """
 
 import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 
-from kvasir_kvstore.core.block import BLOCK_TOKENS
 from kvasir_proto.v1 import worker_pb2
 
 from kvasir_engine.core.types import EngineRequest
 from kvasir_engine.worker import requests
-from kvasir_engine.worker.admission import check_in_time
 from kvasir_engine.worker.compute import Compute
 from kvasir_engine.worker.host import Host
 from kvasir_engine.worker.inflight import Scope
@@ -31,6 +29,8 @@ log = logging.getLogger(__name__)
 HOLD_POLL_S_MIN = 0.002
 HOLD_POLL_S_MAX = 0.05
 
+Start = Callable[[], Awaitable[worker_pb2.PrefillStart]]
+
 
 class Prefiller:
     """Serves requests for KV."""
@@ -43,9 +43,11 @@ class Prefiller:
 
     @asynccontextmanager
     async def opened(
-        self, message: worker_pb2.PrefillRequest
+        self, message: worker_pb2.PrefillRequest, start: Start
     ) -> AsyncIterator[AsyncIterator[worker_pb2.PrefillUpdate]]:
-        """Admits a request; its updates are accepted, finished; the stream ends when it is pulled.
+        """Admits a request; its updates are accepted, turn, finished; they end when it is pulled.
+
+        After `turn`, `start` is awaited: it returns when the decode worker has memory.
 
         Raises:
             KvasirError: it is refused, fails, or is ended by its deadline or by a drain.
@@ -54,34 +56,35 @@ class Prefiller:
             Work.PREFILL, request_id=message.request_id, timeout_ms=message.timeout_ms
         ) as scope:
             requests.check_prefill(message, self._host.served().limits)
-            check_in_time(
-                self._host,
-                message.token_ids,
-                tenant_salt=message.tenant_salt,
-                ttft_slo_ms=message.ttft_slo_ms,
-            )
-            async with aclosing(self._updates(message, scope)) as updates:
+            async with aclosing(self._updates(message, start, scope)) as updates:
                 yield updates
 
     async def _updates(
-        self, message: worker_pb2.PrefillRequest, scope: Scope
+        self, message: worker_pb2.PrefillRequest, start: Start, scope: Scope
     ) -> AsyncGenerator[worker_pb2.PrefillUpdate, None]:
         engine = self._host.served().engine
-        request = self._engine_request(message, scope)
         trace = Trace(prompt_tokens=len(message.token_ids))
-        # 1. Accepted: the decode worker may begin to pull.
-        num_blocks = -(-len(message.token_ids) // BLOCK_TOKENS) - message.skip_blocks
-        accepted = worker_pb2.PrefillAccepted(source=self._host.address, num_blocks=num_blocks)
-        yield worker_pb2.PrefillUpdate(accepted=accepted)
-        # 2. Computed: KV flows meanwhile; the first token follows its last layer.
-        try:
-            async with aclosing(self._compute.events(request, trace=trace)) as events:
-                event = await anext(events)
-                yield _finished(event.token_ids[0], trace)
-                # 3. Held, until the decode worker has it or its time is over.
-                scope.outcome = await self._hold(message.session_id, scope)
-        finally:
-            await engine.finish_handoff(request.request_id)
+        # 1. Accepted: it waits for its turn and holds nothing.
+        yield worker_pb2.PrefillUpdate(
+            accepted=worker_pb2.PrefillAccepted(source=self._host.address)
+        )
+        asked = self._host.asked(message)
+        async with self._host.admission.turn(asked) as turn:
+            # 2. Its turn: the decode worker makes room.
+            yield worker_pb2.PrefillUpdate(turn=worker_pb2.PrefillTurn())
+            skip_blocks = (await start()).skip_blocks
+            requests.check_start(skip_blocks, num_tokens=len(message.token_ids))
+            request = self._engine_request(message, scope, skip_blocks=skip_blocks)
+            # 3. Computed: KV flows meanwhile; the first token follows its last layer.
+            try:
+                computing = self._compute.events(request, turn=turn, trace=trace)
+                async with aclosing(computing) as events:
+                    event = await anext(events)
+                    yield _finished(event.token_ids[0], trace)
+                    # 4. Held, until the decode worker has it or its time is over.
+                    scope.outcome = await self._hold(message.session_id, scope)
+            finally:
+                await engine.finish_handoff(request.request_id)
         await self._offers.add(message.token_ids, tenant_salt=message.tenant_salt)
 
     async def _hold(self, session_id: int, scope: Scope) -> str:
@@ -97,7 +100,9 @@ class Prefiller:
             poll_s = min(poll_s * 1.5, HOLD_POLL_S_MAX)
         return "pulled"
 
-    def _engine_request(self, message: worker_pb2.PrefillRequest, scope: Scope) -> EngineRequest:
+    def _engine_request(
+        self, message: worker_pb2.PrefillRequest, scope: Scope, *, skip_blocks: int
+    ) -> EngineRequest:
         return EngineRequest(
             request_id=f"{message.request_id}#prefill{next(self._count)}",
             prompt=tuple(message.token_ids),
@@ -105,7 +110,7 @@ class Prefiller:
             tenant_salt=message.tenant_salt,
             deadline_ms=scope.deadline_ms,
             prefill_only_session=message.session_id,
-            skip_blocks=message.skip_blocks,
+            skip_blocks=skip_blocks,
         )
 
 

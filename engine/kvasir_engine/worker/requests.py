@@ -17,6 +17,8 @@ STOP_STRING_CHARS_MAX = 1024
 STOP_TOKENS_MAX = 256
 TENANT_SALT_BYTES_MAX = 64
 REQUEST_ID_CHARS_MAX = 256
+PRIORITY_MAX = 100
+TENANT_WEIGHT_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ def check_generate(request: worker_pb2.GenerateRequest, limits: Limits) -> None:
     elif request.resume_text_chars:
         raise _invalid("resume_text_chars", "needs resume_token_ids")
     _check_salt(request.tenant_salt)
+    check_terms(request.terms)
     check_sampling(request.sampling)
     _check_text(request, limits)
     total = len(request.token_ids) + request.sampling.max_tokens
@@ -77,14 +80,35 @@ def check_prefill(request: worker_pb2.PrefillRequest, limits: Limits) -> None:
     check_sampling(request.sampling)
     if request.session_id == 0:
         raise _invalid("session_id", "must not be 0")
-    if request.skip_blocks * BLOCK_TOKENS > len(request.token_ids):
-        raise _invalid("skip_blocks", "covers more than the tokens")
+    check_terms(request.terms)
     if len(request.token_ids) >= limits.context_length:
         raise KvasirError(
             Reason.CONTEXT_LENGTH,
             f"{len(request.token_ids)} tokens fill the context of {limits.context_length}",
             param="token_ids",
         )
+
+
+def check_start(skip_blocks: int, *, num_tokens: int) -> None:
+    """Checks that there is something left to compute for a decode worker.
+
+    Raises:
+        KvasirError: INVALID_REQUEST.
+    """
+    if skip_blocks * BLOCK_TOKENS > num_tokens:
+        raise _invalid("skip_blocks", "covers more than the tokens")
+
+
+def check_terms(terms: common_pb2.QueueTerms) -> None:
+    """Checks how a request wants to be queued.
+
+    Raises:
+        KvasirError: INVALID_REQUEST.
+    """
+    if not abs(terms.priority) <= PRIORITY_MAX:
+        raise _invalid("terms.priority", f"must be from -{PRIORITY_MAX} to {PRIORITY_MAX}")
+    if not 0 <= terms.tenant_weight <= TENANT_WEIGHT_MAX:
+        raise _invalid("terms.tenant_weight", f"must be from 0 to {TENANT_WEIGHT_MAX}")
 
 
 def check_sampling(sampling: common_pb2.SamplingParams) -> None:

@@ -20,6 +20,7 @@ from kvasir_engine.worker.prefill import Prefiller
 
 _ROLE_OF_PROTO = {proto: role for role, proto in PROTO_ROLE.items()}
 NAMES_MAX = 65_536
+HAND_BACKS_MAX = 1_024
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -54,12 +55,29 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 await context.write(chunk)
 
     async def Prefill(  # type: ignore[override]
-        self, request: worker_pb2.PrefillRequest, context: Context
+        self, commands: AsyncIterator[worker_pb2.PrefillCommand], context: Context
     ) -> None:
-        """Accepted, finished; ends when the KV is pulled or given up."""
-        async with _statuses(context), self._prefiller.opened(request) as updates:
-            async for update in updates:
-                await context.write(update)
+        """Accepted, turn, finished; ends when the KV is pulled or given up."""
+
+        async def start() -> worker_pb2.PrefillStart:
+            return (await _next_command(context, "start")).start
+
+        async with _statuses(context):
+            request = (await _next_command(context, "request")).request
+            async with self._prefiller.opened(request, start) as updates:
+                async for update in updates:
+                    await context.write(update)
+
+    async def HandBack(
+        self, request: worker_pb2.HandBackRequest, context: Context
+    ) -> worker_pb2.HandBackResponse:
+        """Ends these requests as busy if they still wait for their turn."""
+        async with _statuses(context):
+            if len(request.request_ids) > HAND_BACKS_MAX:
+                message = f"request_ids may hold {HAND_BACKS_MAX}"
+                raise KvasirError(Reason.INVALID_REQUEST, message, param="request_ids")
+        num_handed_back = self._host.admission.hand_back(request.request_ids)
+        return worker_pb2.HandBackResponse(num_handed_back=num_handed_back)
 
     async def HasBlocks(
         self, request: worker_pb2.HasBlocksRequest, context: Context
@@ -100,6 +118,20 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         async with aclosing(self._drain.run(timeout_ms=request.timeout_ms)) as steps:
             async for progress in steps:
                 await context.write(progress)
+
+
+async def _next_command(context: Context, kind: str) -> worker_pb2.PrefillCommand:
+    """The next command of a Prefill call, which must be of this kind.
+
+    Raises:
+        KvasirError: CANCELLED: the decode worker has left; INVALID_REQUEST.
+    """
+    command = await context.read()
+    if not isinstance(command, worker_pb2.PrefillCommand):
+        raise KvasirError(Reason.CANCELLED, f"the call ended before `{kind}`")
+    if command.WhichOneof("command") != kind:
+        raise KvasirError(Reason.INVALID_REQUEST, f"`{kind}` is expected now", param="command")
+    return command
 
 
 @asynccontextmanager

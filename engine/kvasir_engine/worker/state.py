@@ -60,6 +60,10 @@ class WorkerState:
         """Requests that still hold anything."""
         return len(self._tickets)
 
+    def tickets(self) -> list[Ticket]:
+        """Requests in flight."""
+        return list(self._tickets)
+
     def refusal(self, work: Work) -> KvasirError | None:
         """Why this work is not taken on now; None: it is."""
         if self.draining:
@@ -97,7 +101,7 @@ class WorkerState:
 
     def end_all(self, error: KvasirError) -> int:
         """Makes every request in flight end with `error`; returns how many there were."""
-        tickets = list(self._tickets)
+        tickets = self.tickets()
         for ticket in tickets:
             ticket.end(error)
         return len(tickets)

@@ -57,13 +57,15 @@ class Trace:
             return 0.0
         return (self.last_token_ms - self.first_token_ms) / (self.num_output - 1)
 
-    def prefilled_here(self, timing: RequestTiming, metrics: WorkerMetrics) -> None:
-        """The first event of a prompt that this worker prefilled."""
-        self.queue_ms = timing.queue_ms
+    def prefilled_here(
+        self, timing: RequestTiming, metrics: WorkerMetrics, *, waited_ms: float = 0.0
+    ) -> None:
+        """The first event of a prompt that this worker prefilled, `waited_ms` after it came."""
+        self.queue_ms = waited_ms + timing.queue_ms
         self.prefill_ms = timing.prefill_ms
         self.tokens_cached_local = timing.tokens_cached
         self.tokens_computed += timing.tokens_computed
-        metrics.queue_seconds.observe(timing.queue_ms / 1000)
+        metrics.queue_seconds.observe(self.queue_ms / 1000)
         metrics.prompt_tokens.labels("computed").inc(timing.tokens_computed)
         metrics.prompt_tokens.labels("cached").inc(timing.tokens_cached)
         metrics.prompt_tokens.labels("fetched").inc(self.tokens_cached_fetched)

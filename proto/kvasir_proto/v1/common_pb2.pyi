@@ -194,6 +194,40 @@ class SamplingParams(_message.Message):
 Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
+class QueueTerms(_message.Message):
+    """How a request stands among those that wait for their prompt to be computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTFT_LEFT_MS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_WEIGHT_FIELD_NUMBER: _builtins.int
+    MAY_MOVE_FIELD_NUMBER: _builtins.int
+    ttft_left_ms: _builtins.int
+    """from now until its first token is due; 0: no objective, never refused"""
+    priority: _builtins.int
+    """the higher one first; 0: usual"""
+    tenant_weight: _builtins.float
+    """its tenant's share of this worker, relative to others; 0: 1"""
+    may_move: _builtins.bool
+    """another worker may serve it: hand it back rather than refuse it"""
+    def __init__(
+        self,
+        *,
+        ttft_left_ms: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        tenant_weight: _builtins.float = ...,
+        may_move: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["may_move", b"may_move", "priority", b"priority", "tenant_weight", b"tenant_weight", "ttft_left_ms", b"ttft_left_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueueTerms: _TypeAlias = QueueTerms  # noqa: Y015
+
+@_typing.final
 class Usage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

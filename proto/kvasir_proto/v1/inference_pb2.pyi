@@ -93,12 +93,21 @@ class InferenceRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     TTFT_SLO_MS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     prompt: _builtins.str
     ttft_slo_ms: _builtins.int
     """0: the router's default"""
     timeout_ms: _builtins.int
     """0: the router's default"""
+    priority: _builtins.int
+    """-10 to 10, the higher one first; 0: usual"""
+    session_id: _builtins.str
+    """steps of one agent share it: later steps gain urgency"""
+    deadline_ms: _builtins.int
+    """from now until the whole session should be done; 0: none"""
     @_builtins.property
     def tokens(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -115,10 +124,13 @@ class InferenceRequest(_message.Message):
         sampling: _common_pb2.SamplingParams | None = ...,
         ttft_slo_ms: _builtins.int = ...,
         timeout_ms: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        session_id: _builtins.str = ...,
+        deadline_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "sampling", b"sampling", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "timeout_ms", b"timeout_ms", "tokens", b"tokens", "ttft_slo_ms", b"ttft_slo_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "deadline_ms", b"deadline_ms", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "session_id", b"session_id", "timeout_ms", b"timeout_ms", "tokens", b"tokens", "ttft_slo_ms", b"ttft_slo_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "tokens", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from kvasir_proto.v1 import common_pb2 as kvasir__proto_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvasir_proto/v1/worker.proto\x12\tkvasir.v1\x1a\x1ckvasir_proto/v1/common.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xde\x02\n\x11WorkerDescription\x12\'\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0b\x32\x16.kvasir.v1.PeerAddress\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.kvasir.v1.Role\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\x12#\n\x06layout\x18\x05 \x01(\x0b\x32\x13.kvasir.v1.KvLayout\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x1b\n\x13kv_transfer_healthy\x18\x08 \x01(\x08\x12\x19\n\x11kv_transfer_error\x18\t \x01(\t\x12#\n\x04load\x18\n \x01(\x0b\x32\x15.kvasir.v1.WorkerLoad\x12\x0b\n\x03isa\x18\x0b \x01(\t\x12\x13\n\x0bnum_threads\x18\x0c \x01(\r\x12\x0f\n\x07version\x18\r \x01(\t\"\xba\x01\n\nWorkerLoad\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x1d\n\x15prefill_tokens_queued\x18\x03 \x01(\x04\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x05 \x01(\r\x12\x1c\n\x14prefill_us_per_token\x18\x06 \x01(\x01\x12\x1a\n\x12\x64\x65\x63ode_ms_per_step\x18\x07 \x01(\x01\"\xe4\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x18\n\x10resume_token_ids\x18\x03 \x03(\r\x12\x19\n\x11resume_text_chars\x18\x04 \x01(\r\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.kvasir.v1.SamplingParams\x12\x13\n\x0btenant_salt\x18\x06 \x01(\x0c\x12,\n\x0cprefill_peer\x18\x07 \x01(\x0b\x32\x16.kvasir.v1.PeerAddress\x12\x12\n\ntimeout_ms\x18\x08 \x01(\r\x12\x13\n\x0bttft_slo_ms\x18\t \x01(\r\x12\'\n\x06\x66ormat\x18\n \x01(\x0e\x32\x17.kvasir.v1.StreamFormat\x12\x11\n\tstream_id\x18\x0b \x01(\t\x12\x11\n\tcreated_s\x18\x0c \x01(\x03\x12\r\n\x05model\x18\r \x01(\t\"\xa9\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.kvasir.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.kvasir.v1.Usage\x12&\n\x05stats\x18\x05 \x01(\x0b\x32\x17.kvasir.v1.RequestStats\"\xcb\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.kvasir.v1.SamplingParams\x12\x13\n\x0btenant_salt\x18\x04 \x01(\x0c\x12\x12\n\nsession_id\x18\x05 \x01(\x04\x12\x13\n\x0bskip_blocks\x18\x06 \x01(\r\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12\x13\n\x0bttft_slo_ms\x18\x08 \x01(\r\"M\n\x0fPrefillAccepted\x12&\n\x06source\x18\x01 \x01(\x0b\x32\x16.kvasir.v1.PeerAddress\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\"\xbe\x01\n\x0fPrefillFinished\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x1b\n\x13tokens_cached_local\x18\x02 \x01(\r\x12\x1d\n\x15tokens_cached_fetched\x18\x03 \x01(\r\x12\x17\n\x0ftokens_computed\x18\x04 \x01(\r\x12\x18\n\x10kv_bytes_fetched\x18\x05 \x01(\x04\x12\x10\n\x08queue_ms\x18\x06 \x01(\x01\x12\x12\n\nprefill_ms\x18\x07 \x01(\x01\"y\n\rPrefillUpdate\x12.\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1a.kvasir.v1.PrefillAcceptedH\x00\x12.\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1a.kvasir.v1.PrefillFinishedH\x00\x42\x08\n\x06update\"!\n\x10HasBlocksRequest\x12\r\n\x05names\x18\x01 \x03(\x0c\"J\n\x11HasBlocksResponse\x12\x0c\n\x04held\x18\x01 \x03(\x08\x12\'\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0b\x32\x16.kvasir.v1.PeerAddress\".\n\x12WatchEventsRequest\x12\x18\n\x10load_interval_ms\x18\x01 \x01(\r\"\x85\x01\n\x0bWorkerEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x0e\n\x06stored\x18\x03 \x03(\x0c\x12\x0f\n\x07removed\x18\x04 \x03(\x0c\x12\x31\n\x0b\x64\x65scription\x18\x05 \x01(\x0b\x32\x1c.kvasir.v1.WorkerDescription\"/\n\x0eSetRoleRequest\x12\x1d\n\x04role\x18\x01 \x01(\x0e\x32\x0f.kvasir.v1.Role\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"T\n\rDrainProgress\x12\x19\n\x11num_requests_left\x18\x01 \x01(\r\x12\x17\n\x0fnum_blocks_left\x18\x02 \x01(\r\x12\x0f\n\x07\x64rained\x18\x03 \x01(\x08*\xa1\x01\n\x0cStreamFormat\x12\x1d\n\x19STREAM_FORMAT_UNSPECIFIED\x10\x00\x12\x16\n\x12STREAM_FORMAT_TEXT\x10\x01\x12\x1d\n\x19STREAM_FORMAT_OPENAI_CHAT\x10\x02\x12#\n\x1fSTREAM_FORMAT_OPENAI_COMPLETION\x10\x03\x12\x16\n\x12STREAM_FORMAT_GRPC\x10\x04\x32\xe6\x03\n\x06Worker\x12\x44\n\x08\x44\x65scribe\x12\x1a.kvasir.v1.DescribeRequest\x1a\x1c.kvasir.v1.WorkerDescription\x12\x42\n\x08Generate\x12\x1a.kvasir.v1.GenerateRequest\x1a\x18.kvasir.v1.GenerateChunk0\x01\x12@\n\x07Prefill\x12\x19.kvasir.v1.PrefillRequest\x1a\x18.kvasir.v1.PrefillUpdate0\x01\x12\x46\n\tHasBlocks\x12\x1b.kvasir.v1.HasBlocksRequest\x1a\x1c.kvasir.v1.HasBlocksResponse\x12\x46\n\x0bWatchEvents\x12\x1d.kvasir.v1.WatchEventsRequest\x1a\x16.kvasir.v1.WorkerEvent0\x01\x12\x42\n\x07SetRole\x12\x19.kvasir.v1.SetRoleRequest\x1a\x1c.kvasir.v1.WorkerDescription\x12<\n\x05\x44rain\x12\x17.kvasir.v1.DrainRequest\x1a\x18.kvasir.v1.DrainProgress0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvasir_proto/v1/worker.proto\x12\tkvasir.v1\x1a\x1ckvasir_proto/v1/common.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xde\x02\n\x11WorkerDescription\x12\'\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0b\x32\x16.kvasir.v1.PeerAddress\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.kvasir.v1.Role\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\x12#\n\x06layout\x18\x05 \x01(\x0b\x32\x13.kvasir.v1.KvLayout\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x1b\n\x13kv_transfer_healthy\x18\x08 \x01(\x08\x12\x19\n\x11kv_transfer_error\x18\t \x01(\t\x12#\n\x04load\x18\n \x01(\x0b\x32\x15.kvasir.v1.WorkerLoad\x12\x0b\n\x03isa\x18\x0b \x01(\t\x12\x13\n\x0bnum_threads\x18\x0c \x01(\r\x12\x0f\n\x07version\x18\r \x01(\t\"\xba\x01\n\nWorkerLoad\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x1d\n\x15prefill_tokens_queued\x18\x03 \x01(\x04\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x05 \x01(\r\x12\x1c\n\x14prefill_us_per_token\x18\x06 \x01(\x01\x12\x1a\n\x12\x64\x65\x63ode_ms_per_step\x18\x07 \x01(\x01\"\xf5\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x18\n\x10resume_token_ids\x18\x03 \x03(\r\x12\x19\n\x11resume_text_chars\x18\x04 \x01(\r\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.kvasir.v1.SamplingParams\x12\x13\n\x0btenant_salt\x18\x06 \x01(\x0c\x12,\n\x0cprefill_peer\x18\x07 \x01(\x0b\x32\x16.kvasir.v1.PeerAddress\x12\x12\n\ntimeout_ms\x18\x08 \x01(\r\x12$\n\x05terms\x18\t \x01(\x0b\x32\x15.kvasir.v1.QueueTerms\x12\'\n\x06\x66ormat\x18\n \x01(\x0e\x32\x17.kvasir.v1.StreamFormat\x12\x11\n\tstream_id\x18\x0b \x01(\t\x12\x11\n\tcreated_s\x18\x0c \x01(\x03\x12\r\n\x05model\x18\r \x01(\t\"\xa9\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.kvasir.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.kvasir.v1.Usage\x12&\n\x05stats\x18\x05 \x01(\x0b\x32\x17.kvasir.v1.RequestStats\"\xc7\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.kvasir.v1.SamplingParams\x12\x13\n\x0btenant_salt\x18\x04 \x01(\x0c\x12\x12\n\nsession_id\x18\x05 \x01(\x04\x12\x12\n\ntimeout_ms\x18\x06 \x01(\r\x12$\n\x05terms\x18\x07 \x01(\x0b\x32\x15.kvasir.v1.QueueTerms\"#\n\x0cPrefillStart\x12\x13\n\x0bskip_blocks\x18\x01 \x01(\r\"s\n\x0ePrefillCommand\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x19.kvasir.v1.PrefillRequestH\x00\x12(\n\x05start\x18\x02 \x01(\x0b\x32\x17.kvasir.v1.PrefillStartH\x00\x42\t\n\x07\x63ommand\"9\n\x0fPrefillAccepted\x12&\n\x06source\x18\x01 \x01(\x0b\x32\x16.kvasir.v1.PeerAddress\"\r\n\x0bPrefillTurn\"\xbe\x01\n\x0fPrefillFinished\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x1b\n\x13tokens_cached_local\x18\x02 \x01(\r\x12\x1d\n\x15tokens_cached_fetched\x18\x03 \x01(\r\x12\x17\n\x0ftokens_computed\x18\x04 \x01(\r\x12\x18\n\x10kv_bytes_fetched\x18\x05 \x01(\x04\x12\x10\n\x08queue_ms\x18\x06 \x01(\x01\x12\x12\n\nprefill_ms\x18\x07 \x01(\x01\"\xa1\x01\n\rPrefillUpdate\x12.\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1a.kvasir.v1.PrefillAcceptedH\x00\x12&\n\x04turn\x18\x02 \x01(\x0b\x32\x16.kvasir.v1.PrefillTurnH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.kvasir.v1.PrefillFinishedH\x00\x42\x08\n\x06update\"&\n\x0fHandBackRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"+\n\x10HandBackResponse\x12\x17\n\x0fnum_handed_back\x18\x01 \x01(\r\"!\n\x10HasBlocksRequest\x12\r\n\x05names\x18\x01 \x03(\x0c\"J\n\x11HasBlocksResponse\x12\x0c\n\x04held\x18\x01 \x03(\x08\x12\'\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0b\x32\x16.kvasir.v1.PeerAddress\".\n\x12WatchEventsRequest\x12\x18\n\x10load_interval_ms\x18\x01 \x01(\r\"\x85\x01\n\x0bWorkerEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x0e\n\x06stored\x18\x03 \x03(\x0c\x12\x0f\n\x07removed\x18\x04 \x03(\x0c\x12\x31\n\x0b\x64\x65scription\x18\x05 \x01(\x0b\x32\x1c.kvasir.v1.WorkerDescription\"/\n\x0eSetRoleRequest\x12\x1d\n\x04role\x18\x01 \x01(\x0e\x32\x0f.kvasir.v1.Role\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"T\n\rDrainProgress\x12\x19\n\x11num_requests_left\x18\x01 \x01(\r\x12\x17\n\x0fnum_blocks_left\x18\x02 \x01(\r\x12\x0f\n\x07\x64rained\x18\x03 \x01(\x08*\xa1\x01\n\x0cStreamFormat\x12\x1d\n\x19STREAM_FORMAT_UNSPECIFIED\x10\x00\x12\x16\n\x12STREAM_FORMAT_TEXT\x10\x01\x12\x1d\n\x19STREAM_FORMAT_OPENAI_CHAT\x10\x02\x12#\n\x1fSTREAM_FORMAT_OPENAI_COMPLETION\x10\x03\x12\x16\n\x12STREAM_FORMAT_GRPC\x10\x04\x32\xad\x04\n\x06Worker\x12\x44\n\x08\x44\x65scribe\x12\x1a.kvasir.v1.DescribeRequest\x1a\x1c.kvasir.v1.WorkerDescription\x12\x42\n\x08Generate\x12\x1a.kvasir.v1.GenerateRequest\x1a\x18.kvasir.v1.GenerateChunk0\x01\x12\x42\n\x07Prefill\x12\x19.kvasir.v1.PrefillCommand\x1a\x18.kvasir.v1.PrefillUpdate(\x01\x30\x01\x12\x43\n\x08HandBack\x12\x1a.kvasir.v1.HandBackRequest\x1a\x1b.kvasir.v1.HandBackResponse\x12\x46\n\tHasBlocks\x12\x1b.kvasir.v1.HasBlocksRequest\x1a\x1c.kvasir.v1.HasBlocksResponse\x12\x46\n\x0bWatchEvents\x12\x1d.kvasir.v1.WatchEventsRequest\x1a\x16.kvasir.v1.WorkerEvent0\x01\x12\x42\n\x07SetRole\x12\x19.kvasir.v1.SetRoleRequest\x1a\x1c.kvasir.v1.WorkerDescription\x12<\n\x05\x44rain\x12\x17.kvasir.v1.DrainRequest\x1a\x18.kvasir.v1.DrainProgress0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvasir_proto.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STREAMFORMAT']._serialized_start=2233
-  _globals['_STREAMFORMAT']._serialized_end=2394
+  _globals['_STREAMFORMAT']._serialized_start=2521
+  _globals['_STREAMFORMAT']._serialized_end=2682
   _globals['_DESCRIBEREQUEST']._serialized_start=73
   _globals['_DESCRIBEREQUEST']._serialized_end=90
   _globals['_WORKERDESCRIPTION']._serialized_start=93
@@ -41,31 +41,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERLOAD']._serialized_start=446
   _globals['_WORKERLOAD']._serialized_end=632
   _globals['_GENERATEREQUEST']._serialized_start=635
-  _globals['_GENERATEREQUEST']._serialized_end=991
-  _globals['_GENERATECHUNK']._serialized_start=994
-  _globals['_GENERATECHUNK']._serialized_end=1163
-  _globals['_PREFILLREQUEST']._serialized_start=1166
-  _globals['_PREFILLREQUEST']._serialized_end=1369
-  _globals['_PREFILLACCEPTED']._serialized_start=1371
-  _globals['_PREFILLACCEPTED']._serialized_end=1448
-  _globals['_PREFILLFINISHED']._serialized_start=1451
-  _globals['_PREFILLFINISHED']._serialized_end=1641
-  _globals['_PREFILLUPDATE']._serialized_start=1643
-  _globals['_PREFILLUPDATE']._serialized_end=1764
-  _globals['_HASBLOCKSREQUEST']._serialized_start=1766
-  _globals['_HASBLOCKSREQUEST']._serialized_end=1799
-  _globals['_HASBLOCKSRESPONSE']._serialized_start=1801
-  _globals['_HASBLOCKSRESPONSE']._serialized_end=1875
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=1877
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=1923
-  _globals['_WORKEREVENT']._serialized_start=1926
-  _globals['_WORKEREVENT']._serialized_end=2059
-  _globals['_SETROLEREQUEST']._serialized_start=2061
-  _globals['_SETROLEREQUEST']._serialized_end=2108
-  _globals['_DRAINREQUEST']._serialized_start=2110
-  _globals['_DRAINREQUEST']._serialized_end=2144
-  _globals['_DRAINPROGRESS']._serialized_start=2146
-  _globals['_DRAINPROGRESS']._serialized_end=2230
-  _globals['_WORKER']._serialized_start=2397
-  _globals['_WORKER']._serialized_end=2883
+  _globals['_GENERATEREQUEST']._serialized_end=1008
+  _globals['_GENERATECHUNK']._serialized_start=1011
+  _globals['_GENERATECHUNK']._serialized_end=1180
+  _globals['_PREFILLREQUEST']._serialized_start=1183
+  _globals['_PREFILLREQUEST']._serialized_end=1382
+  _globals['_PREFILLSTART']._serialized_start=1384
+  _globals['_PREFILLSTART']._serialized_end=1419
+  _globals['_PREFILLCOMMAND']._serialized_start=1421
+  _globals['_PREFILLCOMMAND']._serialized_end=1536
+  _globals['_PREFILLACCEPTED']._serialized_start=1538
+  _globals['_PREFILLACCEPTED']._serialized_end=1595
+  _globals['_PREFILLTURN']._serialized_start=1597
+  _globals['_PREFILLTURN']._serialized_end=1610
+  _globals['_PREFILLFINISHED']._serialized_start=1613
+  _globals['_PREFILLFINISHED']._serialized_end=1803
+  _globals['_PREFILLUPDATE']._serialized_start=1806
+  _globals['_PREFILLUPDATE']._serialized_end=1967
+  _globals['_HANDBACKREQUEST']._serialized_start=1969
+  _globals['_HANDBACKREQUEST']._serialized_end=2007
+  _globals['_HANDBACKRESPONSE']._serialized_start=2009
+  _globals['_HANDBACKRESPONSE']._serialized_end=2052
+  _globals['_HASBLOCKSREQUEST']._serialized_start=2054
+  _globals['_HASBLOCKSREQUEST']._serialized_end=2087
+  _globals['_HASBLOCKSRESPONSE']._serialized_start=2089
+  _globals['_HASBLOCKSRESPONSE']._serialized_end=2163
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=2165
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=2211
+  _globals['_WORKEREVENT']._serialized_start=2214
+  _globals['_WORKEREVENT']._serialized_end=2347
+  _globals['_SETROLEREQUEST']._serialized_start=2349
+  _globals['_SETROLEREQUEST']._serialized_end=2396
+  _globals['_DRAINREQUEST']._serialized_start=2398
+  _globals['_DRAINREQUEST']._serialized_end=2432
+  _globals['_DRAINPROGRESS']._serialized_start=2434
+  _globals['_DRAINPROGRESS']._serialized_end=2518
+  _globals['_WORKER']._serialized_start=2685
+  _globals['_WORKER']._serialized_end=3242
 # @@protoc_insertion_point(module_scope)

@@ -181,7 +181,7 @@ class GenerateRequest(_message.Message):
     TENANT_SALT_FIELD_NUMBER: _builtins.int
     PREFILL_PEER_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
-    TTFT_SLO_MS_FIELD_NUMBER: _builtins.int
+    TERMS_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     STREAM_ID_FIELD_NUMBER: _builtins.int
     CREATED_S_FIELD_NUMBER: _builtins.int
@@ -192,8 +192,6 @@ class GenerateRequest(_message.Message):
     tenant_salt: _builtins.bytes
     """set at the edge from the authenticated tenant"""
     timeout_ms: _builtins.int
-    ttft_slo_ms: _builtins.int
-    """0: none"""
     format: Global___StreamFormat.ValueType
     stream_id: _builtins.str
     """"chatcmpl-...": the id in OpenAI events"""
@@ -215,6 +213,10 @@ class GenerateRequest(_message.Message):
     def prefill_peer(self) -> _common_pb2.PeerAddress:
         """absent: this worker prefills the prompt itself"""
 
+    @_builtins.property
+    def terms(self) -> _common_pb2.QueueTerms:
+        """where this worker, or its prefill peer, queues it"""
+
     def __init__(
         self,
         *,
@@ -226,15 +228,15 @@ class GenerateRequest(_message.Message):
         tenant_salt: _builtins.bytes = ...,
         prefill_peer: _common_pb2.PeerAddress | None = ...,
         timeout_ms: _builtins.int = ...,
-        ttft_slo_ms: _builtins.int = ...,
+        terms: _common_pb2.QueueTerms | None = ...,
         format: Global___StreamFormat.ValueType = ...,
         stream_id: _builtins.str = ...,
         created_s: _builtins.int = ...,
         model: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prefill_peer", b"prefill_peer", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefill_peer", b"prefill_peer", "sampling", b"sampling", "terms", b"terms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_s", b"created_s", "format", b"format", "model", b"model", "prefill_peer", b"prefill_peer", "request_id", b"request_id", "resume_text_chars", b"resume_text_chars", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "stream_id", b"stream_id", "tenant_salt", b"tenant_salt", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids", "ttft_slo_ms", b"ttft_slo_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_s", b"created_s", "format", b"format", "model", b"model", "prefill_peer", b"prefill_peer", "request_id", b"request_id", "resume_text_chars", b"resume_text_chars", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "stream_id", b"stream_id", "tenant_salt", b"tenant_salt", "terms", b"terms", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -288,23 +290,21 @@ class PrefillRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     TENANT_SALT_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
-    SKIP_BLOCKS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
-    TTFT_SLO_MS_FIELD_NUMBER: _builtins.int
+    TERMS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     tenant_salt: _builtins.bytes
     session_id: _builtins.int
     """the data-plane session under which the KV is pulled"""
-    skip_blocks: _builtins.int
-    """leading blocks that the decode worker already has"""
     timeout_ms: _builtins.int
-    ttft_slo_ms: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """prompt and, when a request resumes, the tokens produced so far"""
 
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams: ...
+    @_builtins.property
+    def terms(self) -> _common_pb2.QueueTerms: ...
     def __init__(
         self,
         *,
@@ -313,41 +313,99 @@ class PrefillRequest(_message.Message):
         sampling: _common_pb2.SamplingParams | None = ...,
         tenant_salt: _builtins.bytes = ...,
         session_id: _builtins.int = ...,
-        skip_blocks: _builtins.int = ...,
         timeout_ms: _builtins.int = ...,
-        ttft_slo_ms: _builtins.int = ...,
+        terms: _common_pb2.QueueTerms | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "terms", b"terms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "skip_blocks", b"skip_blocks", "tenant_salt", b"tenant_salt", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids", "ttft_slo_ms", b"ttft_slo_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "tenant_salt", b"tenant_salt", "terms", b"terms", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefillRequest: _TypeAlias = PrefillRequest  # noqa: Y015
 
 @_typing.final
+class PrefillStart(_message.Message):
+    """The decode worker has memory for the KV."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SKIP_BLOCKS_FIELD_NUMBER: _builtins.int
+    skip_blocks: _builtins.int
+    """leading blocks that it already has"""
+    def __init__(
+        self,
+        *,
+        skip_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["skip_blocks", b"skip_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillStart: _TypeAlias = PrefillStart  # noqa: Y015
+
+@_typing.final
+class PrefillCommand(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___PrefillRequest: ...
+    @_builtins.property
+    def start(self) -> Global___PrefillStart: ...
+    def __init__(
+        self,
+        *,
+        request: Global___PrefillRequest | None = ...,
+        start: Global___PrefillStart | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "request", b"request", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "request", b"request", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["request", "start"]  # noqa: Y015
+    _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
+
+Global___PrefillCommand: _TypeAlias = PrefillCommand  # noqa: Y015
+
+@_typing.final
 class PrefillAccepted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SOURCE_FIELD_NUMBER: _builtins.int
-    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
-    num_blocks: _builtins.int
-    """blocks the session will carry, the last one perhaps in part"""
     @_builtins.property
     def source(self) -> _common_pb2.PeerAddress: ...
     def __init__(
         self,
         *,
         source: _common_pb2.PeerAddress | None = ...,
-        num_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_blocks", b"num_blocks", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefillAccepted: _TypeAlias = PrefillAccepted  # noqa: Y015
+
+@_typing.final
+class PrefillTurn(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillTurn: _TypeAlias = PrefillTurn  # noqa: Y015
 
 @_typing.final
 class PrefillFinished(_message.Message):
@@ -391,26 +449,69 @@ class PrefillUpdate(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ACCEPTED_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___PrefillAccepted: ...
+    @_builtins.property
+    def turn(self) -> Global___PrefillTurn: ...
     @_builtins.property
     def finished(self) -> Global___PrefillFinished: ...
     def __init__(
         self,
         *,
         accepted: Global___PrefillAccepted | None = ...,
+        turn: Global___PrefillTurn | None = ...,
         finished: Global___PrefillFinished | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "finished", b"finished", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "finished", b"finished", "turn", b"turn", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "finished", b"finished", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "finished", b"finished", "turn", b"turn", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["accepted", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["accepted", "turn", "finished"]  # noqa: Y015
     _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
 
 Global___PrefillUpdate: _TypeAlias = PrefillUpdate  # noqa: Y015
+
+@_typing.final
+class HandBackRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        request_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_ids", b"request_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandBackRequest: _TypeAlias = HandBackRequest  # noqa: Y015
+
+@_typing.final
+class HandBackResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_HANDED_BACK_FIELD_NUMBER: _builtins.int
+    num_handed_back: _builtins.int
+    def __init__(
+        self,
+        *,
+        num_handed_back: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_handed_back", b"num_handed_back"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandBackResponse: _TypeAlias = HandBackResponse  # noqa: Y015
 
 @_typing.final
 class HasBlocksRequest(_message.Message):

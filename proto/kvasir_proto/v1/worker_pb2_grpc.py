@@ -44,10 +44,15 @@ class WorkerStub:
                 request_serializer=kvasir__proto_dot_v1_dot_worker__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=kvasir__proto_dot_v1_dot_worker__pb2.GenerateChunk.FromString,
                 _registered_method=True)
-        self.Prefill = channel.unary_stream(
+        self.Prefill = channel.stream_stream(
                 '/kvasir.v1.Worker/Prefill',
-                request_serializer=kvasir__proto_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
+                request_serializer=kvasir__proto_dot_v1_dot_worker__pb2.PrefillCommand.SerializeToString,
                 response_deserializer=kvasir__proto_dot_v1_dot_worker__pb2.PrefillUpdate.FromString,
+                _registered_method=True)
+        self.HandBack = channel.unary_unary(
+                '/kvasir.v1.Worker/HandBack',
+                request_serializer=kvasir__proto_dot_v1_dot_worker__pb2.HandBackRequest.SerializeToString,
+                response_deserializer=kvasir__proto_dot_v1_dot_worker__pb2.HandBackResponse.FromString,
                 _registered_method=True)
         self.HasBlocks = channel.unary_unary(
                 '/kvasir.v1.Worker/HasBlocks',
@@ -88,9 +93,18 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Prefill(self, request, context):
+    def Prefill(self, request_iterator, context):
         """Computes a prompt's KV for a decode worker, which pulls it over the data plane, layer by
-        layer, while it is computed. First message: accepted; second: finished.
+        layer, while it is computed. The decode worker sends `request`; the answer is `accepted` at once
+        and, after a wait in which neither side holds KV memory, `turn`; then the decode worker reserves
+        memory and sends `start`, and `finished` follows the last layer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HandBack(self, request, context):
+        """Hands these requests back (reason `busy`) if they still wait for their turn; the others go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -136,10 +150,15 @@ def add_WorkerServicer_to_server(servicer, server):
                     request_deserializer=kvasir__proto_dot_v1_dot_worker__pb2.GenerateRequest.FromString,
                     response_serializer=kvasir__proto_dot_v1_dot_worker__pb2.GenerateChunk.SerializeToString,
             ),
-            'Prefill': grpc.unary_stream_rpc_method_handler(
+            'Prefill': grpc.stream_stream_rpc_method_handler(
                     servicer.Prefill,
-                    request_deserializer=kvasir__proto_dot_v1_dot_worker__pb2.PrefillRequest.FromString,
+                    request_deserializer=kvasir__proto_dot_v1_dot_worker__pb2.PrefillCommand.FromString,
                     response_serializer=kvasir__proto_dot_v1_dot_worker__pb2.PrefillUpdate.SerializeToString,
+            ),
+            'HandBack': grpc.unary_unary_rpc_method_handler(
+                    servicer.HandBack,
+                    request_deserializer=kvasir__proto_dot_v1_dot_worker__pb2.HandBackRequest.FromString,
+                    response_serializer=kvasir__proto_dot_v1_dot_worker__pb2.HandBackResponse.SerializeToString,
             ),
             'HasBlocks': grpc.unary_unary_rpc_method_handler(
                     servicer.HasBlocks,
@@ -227,7 +246,7 @@ class Worker:
             _registered_method=True)
 
     @staticmethod
-    def Prefill(request,
+    def Prefill(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -237,12 +256,39 @@ class Worker:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/kvasir.v1.Worker/Prefill',
-            kvasir__proto_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
+            kvasir__proto_dot_v1_dot_worker__pb2.PrefillCommand.SerializeToString,
             kvasir__proto_dot_v1_dot_worker__pb2.PrefillUpdate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HandBack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvasir.v1.Worker/HandBack',
+            kvasir__proto_dot_v1_dot_worker__pb2.HandBackRequest.SerializeToString,
+            kvasir__proto_dot_v1_dot_worker__pb2.HandBackResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,10 +36,14 @@ class WorkerStub:
     """Serves one request to its end. The router takes the same stream over HTTP as raw frames
     (POST /internal/generate, see kvasir_proto/frames.py), which costs less per token.
     """
-    Prefill: _grpc.UnaryStreamMultiCallable[_worker_pb2.PrefillRequest, _worker_pb2.PrefillUpdate]
+    Prefill: _grpc.StreamStreamMultiCallable[_worker_pb2.PrefillCommand, _worker_pb2.PrefillUpdate]
     """Computes a prompt's KV for a decode worker, which pulls it over the data plane, layer by
-    layer, while it is computed. First message: accepted; second: finished.
+    layer, while it is computed. The decode worker sends `request`; the answer is `accepted` at once
+    and, after a wait in which neither side holds KV memory, `turn`; then the decode worker reserves
+    memory and sends `start`, and `finished` follows the last layer.
     """
+    HandBack: _grpc.UnaryUnaryMultiCallable[_worker_pb2.HandBackRequest, _worker_pb2.HandBackResponse]
+    """Hands these requests back (reason `busy`) if they still wait for their turn; the others go on."""
     HasBlocks: _grpc.UnaryUnaryMultiCallable[_worker_pb2.HasBlocksRequest, _worker_pb2.HasBlocksResponse]
     """Which of these blocks this worker holds whole."""
     WatchEvents: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchEventsRequest, _worker_pb2.WorkerEvent]
@@ -56,10 +60,14 @@ class WorkerAsyncStub(WorkerStub):
     """Serves one request to its end. The router takes the same stream over HTTP as raw frames
     (POST /internal/generate, see kvasir_proto/frames.py), which costs less per token.
     """
-    Prefill: _aio.UnaryStreamMultiCallable[_worker_pb2.PrefillRequest, _worker_pb2.PrefillUpdate]  # type: ignore[assignment]
+    Prefill: _aio.StreamStreamMultiCallable[_worker_pb2.PrefillCommand, _worker_pb2.PrefillUpdate]  # type: ignore[assignment]
     """Computes a prompt's KV for a decode worker, which pulls it over the data plane, layer by
-    layer, while it is computed. First message: accepted; second: finished.
+    layer, while it is computed. The decode worker sends `request`; the answer is `accepted` at once
+    and, after a wait in which neither side holds KV memory, `turn`; then the decode worker reserves
+    memory and sends `start`, and `finished` follows the last layer.
     """
+    HandBack: _aio.UnaryUnaryMultiCallable[_worker_pb2.HandBackRequest, _worker_pb2.HandBackResponse]  # type: ignore[assignment]
+    """Hands these requests back (reason `busy`) if they still wait for their turn; the others go on."""
     HasBlocks: _aio.UnaryUnaryMultiCallable[_worker_pb2.HasBlocksRequest, _worker_pb2.HasBlocksResponse]  # type: ignore[assignment]
     """Which of these blocks this worker holds whole."""
     WatchEvents: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchEventsRequest, _worker_pb2.WorkerEvent]  # type: ignore[assignment]
@@ -89,12 +97,22 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def Prefill(
         self,
-        request: _worker_pb2.PrefillRequest,
+        request_iterator: _MaybeAsyncIterator[_worker_pb2.PrefillCommand],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.PrefillUpdate], _abc.AsyncIterator[_worker_pb2.PrefillUpdate]]:
         """Computes a prompt's KV for a decode worker, which pulls it over the data plane, layer by
-        layer, while it is computed. First message: accepted; second: finished.
+        layer, while it is computed. The decode worker sends `request`; the answer is `accepted` at once
+        and, after a wait in which neither side holds KV memory, `turn`; then the decode worker reserves
+        memory and sends `start`, and `finished` follows the last layer.
         """
+
+    @_abc_1.abstractmethod
+    def HandBack(
+        self,
+        request: _worker_pb2.HandBackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.HandBackResponse, _abc.Awaitable[_worker_pb2.HandBackResponse]]:
+        """Hands these requests back (reason `busy`) if they still wait for their turn; the others go on."""
 
     @_abc_1.abstractmethod
     def HasBlocks(

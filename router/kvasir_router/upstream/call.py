@@ -9,6 +9,8 @@ from kvasir_proto.v1 import common_pb2, worker_pb2
 
 from kvasir_router.core.choose import Route
 
+CONTINUED_PRIORITY = 100
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -90,9 +92,17 @@ def generate_request(
         tenant_salt=call.tenant_salt,
         prefill_peer=peer,
         timeout_ms=max(call.deadline_ms - now_ms, 1),
-        ttft_slo_ms=call.ttft_slo_ms,
+        terms=queue_terms(call, progress, now_ms=now_ms),
         format=call.format,
         stream_id=call.stream_id,
         created_s=call.created_s,
         model=call.model,
     ).SerializeToString()
+
+
+def queue_terms(call: Call, progress: Progress, *, now_ms: int) -> common_pb2.QueueTerms:
+    """How the call stands in a worker's queue: a client that has half an answer comes first."""
+    if progress.has_output:
+        return common_pb2.QueueTerms(priority=CONTINUED_PRIORITY)
+    left_ms = call.arrived_ms + call.ttft_slo_ms - now_ms
+    return common_pb2.QueueTerms(ttft_left_ms=max(left_ms, 1))
