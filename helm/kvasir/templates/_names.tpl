@@ -58,3 +58,33 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
   resources: [events]
   verbs: [list]
 {{- end }}
+
+{{/* A number as Prometheus' clients write the bound of a bucket: 1.0, 2.5. */}}
+{{- define "kvasir.bucket" -}}
+{{- if contains "." (toString .) }}{{ . }}{{ else }}{{ printf "%v.0" . }}{{ end -}}
+{{- end }}
+
+{{/* Pod Security "restricted", on pods and containers. */}}
+{{- define "kvasir.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "kvasir.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{- define "kvasir.pullSecrets" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+- name: {{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
