@@ -32,18 +32,19 @@ class SimResult:
 
 
 def summarise(
-    jobs: Sequence[Job], *, refused_inputs: Sequence[int], slo_ms: int, busy_ms: Sequence[float]
+    jobs: Sequence[Job], *, refused: Sequence[Job], busy_ms: Sequence[float]
 ) -> SimResult:
-    """Figures of served jobs, the prompt lengths of refused ones, and the workers' busy times.
+    """Figures of served jobs, of refused ones, and of the workers' busy times.
 
     Raises:
         ValueError: nothing was counted.
     """
-    if not jobs and not refused_inputs:
+    if not jobs and not refused:
         raise ValueError("no request is left to count: the warm-up takes them all")
     ttft = np.array([job.finished_ms - job.arrival_ms for job in jobs] or [float("nan")])
-    lengths = np.array([job.request.input_tokens for job in jobs] + list(refused_inputs))
-    attained = np.append(ttft[: len(jobs)] <= slo_ms, np.zeros(len(refused_inputs), bool))
+    lengths = np.array([job.request.input_tokens for job in (*jobs, *refused)])
+    in_time = [job.finished_ms <= job.deadline_ms for job in jobs]
+    attained = np.array(in_time + [False] * len(refused))
     longest = lengths >= np.quantile(lengths, 0.75)
     start_ms = min((job.arrival_ms for job in jobs), default=0.0)
     span_s = max((job.finished_ms for job in jobs), default=0.0) - start_ms
@@ -59,6 +60,6 @@ def summarise(
         hit_rate=hits / max(sum(job.request.input_tokens for job in jobs), 1),
         load_cv=float(np.std(busy_ms) / max(float(np.mean(busy_ms)), 1e-9)),
         wait_max_ms=max((job.started_ms - job.arrival_ms for job in jobs), default=0.0),
-        refused=len(refused_inputs),
+        refused=len(refused),
         served=len(jobs),
     )

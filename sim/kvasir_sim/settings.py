@@ -1,11 +1,26 @@
 """Settings of one simulation. Unknown or out of range: it does not run and says which."""
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 PolicyName = Literal["kvasir", "round-robin", "least-loaded"]
+
+CHANGE = re.compile(r"(\d+(?:\.\d+)?):([-+x])(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class FleetChange:
+    """Workers that join, leave or fail together."""
+
+    at_s: float
+    kind: str
+    """+: join; -: leave once what they have accepted is done; x: fail, with all that they hold."""
+
+    num_workers: int
 
 
 class SimSettings(BaseModel):
@@ -47,4 +62,49 @@ class SimSettings(BaseModel):
     """First requests, which are served but not counted."""
 
     seed: int = 1
-    """Names the requests, by which equal candidates are told apart."""
+    """Names the requests, by which equal candidates are told apart, and spreads them over the
+    replicas."""
+
+    replicas: int = Field(default=1, ge=1, le=256)
+    """Router replicas; each request comes to one of them at random."""
+
+    sync_ms: float = Field(default=1_000.0, ge=0)
+    """How often workers report to the replicas; between reports a replica knows only what it sent
+    itself. 0, or a single replica: everything is known at once."""
+
+    sync_loss: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the reports that are lost, each of one worker to one replica."""
+
+    changes: tuple[str, ...] = ()
+    """SECONDS:+N workers join, SECONDS:-N leave, SECONDS:xN fail, at this time of the run."""
+
+    slow_workers: int = Field(default=0, ge=0)
+    """So many of the workers are slower than the others."""
+
+    slow_factor: float = Field(default=2.0, ge=1)
+    """A slow worker takes this many times as long."""
+
+    kv_node_tokens: int = Field(default=0, ge=0)
+    """Tokens held by KV nodes that all workers share; 0: there are none."""
+
+    kv_node_us_per_token: float = Field(default=8.0, ge=0)
+    """Time per prompt token fetched from a KV node."""
+
+    @field_validator("changes")
+    @classmethod
+    def _check_changes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            _parse_change(text)
+        return value
+
+    def fleet_changes(self) -> list[FleetChange]:
+        """`changes`, in order of time."""
+        return sorted(map(_parse_change, self.changes), key=lambda change: change.at_s)
+
+
+def _parse_change(text: str) -> FleetChange:
+    found = CHANGE.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r} is not SECONDS:+N, SECONDS:-N or SECONDS:xN")
+    at_s, kind, num_workers = found.groups()
+    return FleetChange(float(at_s), kind, int(num_workers))

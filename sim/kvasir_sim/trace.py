@@ -19,6 +19,15 @@ class TraceRequest:
     input_tokens: int
     output_tokens: int
     names: tuple[bytes, ...]
+    ttft_slo_ms: int = 0
+    """0: that of the run."""
+
+    session: str = ""
+    """Requests of one conversation or agent; empty: none."""
+
+    tenant: str = ""
+    priority: int = 0
+    """Greater is more important."""
 
 
 def load_mooncake(path: Path, *, max_input: int, count: int) -> list[TraceRequest]:

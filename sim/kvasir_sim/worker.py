@@ -1,25 +1,33 @@
-"""A modelled prefill worker: one request at a time in order of arrival, and an LRU prefix cache.
+"""A modelled prefill worker: one prompt at a time, a queue, and an LRU prefix cache.
 
 Times are milliseconds of the simulated clock. Invariants: the cache never exceeds its blocks; a
-request is computed exactly once.
+request that was accepted is computed once, given back, or lost with the worker.
 """
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from kvasir_sim.lines import Dismissed, FifoLine, Line
+from kvasir_sim.tier import KvTier
 from kvasir_sim.trace import BLOCK_TOKENS, TraceRequest
+
+Discipline = Literal["fifo"]
 
 
 @dataclass(slots=True)
 class Job:
-    """A request at a worker, and when its first token comes."""
+    """A request on its way, and when its first token comes. Policies only read it."""
 
     index: int
     request: TraceRequest
     arrival_ms: float
-    miss_tokens: int
-    """As judged on arrival: what the queue is measured by."""
+    deadline_ms: float
+    replica: int = 0
+    may_move: bool = False
+    miss_tokens: int = 0
+    """To compute, as last judged while the request waits."""
 
     started_ms: float = 0.0
     finished_ms: float = 0.0
@@ -38,15 +46,27 @@ class Speed:
 class SimWorker:
     """One worker."""
 
-    def __init__(self, name: str, speed: Speed, *, cache_tokens: int) -> None:
-        self.name = name
-        self.queue: deque[Job] = deque()
+    def __init__(
+        self,
+        name: str,
+        speed: Speed,
+        *,
+        cache_tokens: int,
+        discipline: Discipline = "fifo",
+        tier: KvTier | None = None,
+    ) -> None:
+        self.name, self.speed = name, speed
+        self.line: Line = FifoLine()
         self.current: Job | None = None
         self.busy_ms = 0.0
-        self._speed = speed
+        self._tier = tier
         self._cache: OrderedDict[bytes, None] = OrderedDict()
         self._blocks_max = cache_tokens // BLOCK_TOKENS
-        self._queued_tokens = 0
+
+    @property
+    def num_pending(self) -> int:
+        """Requests accepted and not yet computed."""
+        return len(self.line) + (self.current is not None)
 
     def hit_tokens(self, request: TraceRequest) -> int:
         """Leading prompt tokens that are in the cache."""
@@ -59,39 +79,66 @@ class SimWorker:
 
     def pending_tokens(self, now_ms: float) -> int:
         """Prompt tokens accepted and not yet computed."""
-        if self.current is None:
-            return self._queued_tokens
-        left_ms = max(self.current.finished_ms - now_ms, 0.0)
-        return self._queued_tokens + int(left_ms * 1_000 / self._speed.prefill_us)
+        return self.line.tokens + int(self._left_ms(now_ms) * 1_000 / self.speed.prefill_us)
 
-    def accept(self, job: Job) -> None:
-        """Puts a job into the queue."""
+    def accept(self, job: Job, now_ms: float) -> Sequence[Dismissed]:
+        """Puts a job into the queue; those that the queue gives up for it come back."""
         job.worker = self.name
-        self.queue.append(job)
-        self._queued_tokens += job.miss_tokens
+        job.miss_tokens = job.request.input_tokens - self.hit_tokens(job.request)
+        cost_ms = self._cost_ms(job.request)[0]
+        return self.line.push(job, cost_ms, now_ms=now_ms, busy_ms=self._left_ms(now_ms))
 
-    def start_next(self, now_ms: float) -> Job | None:
-        """Starts the oldest job if the worker is idle; its finished_ms is known then."""
-        if self.current is not None or not self.queue:
-            return None
-        job = self.queue.popleft()
-        self._queued_tokens -= job.miss_tokens
-        job.hit_tokens = self.hit_tokens(job.request)
-        miss_tokens = job.request.input_tokens - job.hit_tokens
-        cost_us = miss_tokens * self._speed.prefill_us + job.hit_tokens * self._speed.reuse_us
-        job.started_ms, job.finished_ms = now_ms, now_ms + cost_us / 1_000
-        self.busy_ms += cost_us / 1_000
-        self.current = job
-        return job
+    def start_next(self, now_ms: float) -> tuple[Job | None, Sequence[Dismissed]]:
+        """Starts a job if the worker is idle, its finished_ms is known then; and who gave up."""
+        if self.current is not None:
+            return None, ()
+        job, dismissed = self.line.pop(now_ms)
+        if job is not None:
+            cost_ms, job.hit_tokens = self._cost_ms(job.request)
+            job.started_ms, job.finished_ms = now_ms, now_ms + cost_ms
+            self.busy_ms += cost_ms
+            self.current = job
+        return job, dismissed
 
     def finish(self) -> tuple[Sequence[bytes], list[bytes]]:
-        """Ends the current job: names now held, and names evicted for them."""
+        """Ends the current job: names newly held, and names evicted for them."""
         assert self.current is not None
         names, self.current = self.current.request.names, None
+        new = [name for name in names if name not in self._cache]
         for name in reversed(names):  # the first block is the most recent: it is shared most
             self._cache[name] = None
             self._cache.move_to_end(name)
+        if self._tier is not None:
+            self._tier.offer(names)
         evicted = []
         while len(self._cache) > self._blocks_max:
             evicted.append(self._cache.popitem(last=False)[0])
-        return names, evicted
+        self._judge_again(new)
+        return new, evicted
+
+    def fail(self) -> list[Job]:
+        """The worker is gone: what it had accepted is lost."""
+        lost = [*self.line.clear(), *([self.current] if self.current else [])]
+        self.current = None
+        self._cache.clear()
+        return lost
+
+    def _judge_again(self, new: Sequence[bytes]) -> None:
+        """Waiting requests that continue a prefix just computed have less left to compute."""
+        for job in self.line.continuing(new):
+            job.miss_tokens = job.request.input_tokens - self.hit_tokens(job.request)
+            self.line.update(job, self._cost_ms(job.request)[0])
+
+    def _left_ms(self, now_ms: float) -> float:
+        return max(self.current.finished_ms - now_ms, 0.0) if self.current else 0.0
+
+    def _cost_ms(self, request: TraceRequest) -> tuple[float, int]:
+        """Time to the first token on an idle worker, and the tokens that are not computed."""
+        hit = self.hit_tokens(request)
+        fetched, fetch_us = 0, 0.0
+        if self._tier is not None and self._tier.us_per_token < self.speed.prefill_us:
+            fetched = self._tier.hit_tokens(request, beyond=hit)
+            fetch_us = fetched * self._tier.us_per_token
+        computed = request.input_tokens - hit - fetched
+        cost_us = computed * self.speed.prefill_us + hit * self.speed.reuse_us + fetch_us
+        return cost_us / 1_000, hit + fetched

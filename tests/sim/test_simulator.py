@@ -65,7 +65,7 @@ def test_the_cache_evicts_the_least_recently_used_block() -> None:
 
     def serve(*names: bytes) -> list[bytes]:
         request = TraceRequest(0.0, 512 * len(names), 1, names)
-        worker.accept(Job(0, request, 0.0, miss_tokens=0))
+        worker.accept(Job(0, request, 0.0, 0.0), 0.0)
         worker.start_next(0.0)
         return worker.finish()[1]
 
@@ -82,20 +82,31 @@ def test_the_cache_evicts_the_least_recently_used_block() -> None:
     ),
     st.sampled_from(POLICIES),
     st.integers(1, 5),
+    st.integers(1, 3),
+    st.sampled_from([(), ("1:x2",), ("1:-1", "3:+2"), ("0.5:+1", "2:x1")]),
+    st.sampled_from([0.0, 0.5]),
 )
 def test_every_request_is_served_or_refused_exactly_once(
-    tmp_path_factory: pytest.TempPathFactory, rows, policy: str, workers: int
+    tmp_path_factory: pytest.TempPathFactory, rows, policy, workers, replicas, changes, loss
 ) -> None:
     path = tmp_path_factory.mktemp("trace") / "t"
     ordered = sorted(rows)
     trace = write_trace(
         path, [(ms, 512 * n, [family * 100 + i for i in range(n)]) for ms, n, family in ordered]
     )
-    result = simulate(trace, policy=policy, workers=workers, rate=5.0)
+    fields = {
+        "policy": policy,
+        "workers": workers,
+        "rate": 5.0,
+        "replicas": replicas,
+        "changes": changes,
+        "sync_loss": loss,
+    }
+    result = simulate(trace, **fields)
     assert result.served + result.refused == len(rows)
     assert 0 <= result.hit_rate <= 1
     assert 0 <= result.attainment <= 1
-    assert result == simulate(trace, policy=policy, workers=workers, rate=5.0)
+    assert result == simulate(trace, **fields)
 
 
 def test_kvasir_reuses_more_and_serves_more_in_time_than_the_baselines(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""What one router replica knows of the workers.
+
+With one replica, or a sync period of 0, everything as it is. Otherwise a worker's queue and cache
+are known as they stood at the last report that came through, plus what this replica has itself sent
+since. Policies read nothing else of the fleet.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kvasir_router.core.prefix import PrefixView
+
+from kvasir_sim.trace import BLOCK_TOKENS, TraceRequest
+from kvasir_sim.worker import SimWorker
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A worker's queue at one time."""
+
+    at_ms: float
+    pending_tokens: int
+    num_pending: int
+
+
+NOTHING = Report(0.0, 0, 0)
+
+
+class ReplicaView:
+    """One replica's knowledge. The engine writes it; policies only read."""
+
+    def __init__(
+        self, workers: Mapping[str, SimWorker], blocks: PrefixView, *, is_exact: bool
+    ) -> None:
+        self.members: tuple[str, ...] = tuple(workers)
+        """Workers that may be chosen, in a fixed order."""
+        self._workers, self._blocks, self.is_exact = workers, blocks, is_exact
+        self._reports: dict[str, Report] = {}
+        self._sent: dict[str, dict[int, int]] = {}  # worker -> request -> its uncached tokens
+
+    def pending_tokens(self, worker: str, now_ms: float) -> int:
+        """Uncached prompt tokens that `worker` was given and, as far as known, has not computed."""
+        if self.is_exact:
+            return self._workers[worker].pending_tokens(now_ms)
+        sent = self._sent.get(worker)
+        reported = self._reports.get(worker, NOTHING).pending_tokens
+        return reported + (sum(sent.values()) if sent else 0)
+
+    def num_pending(self, worker: str) -> int:
+        """Requests that `worker` was given and, as far as known, has not computed."""
+        if self.is_exact:
+            return self._workers[worker].num_pending
+        reported = self._reports.get(worker, NOTHING).num_pending
+        return reported + len(self._sent.get(worker, ()))
+
+    def reported_ms(self, worker: str, now_ms: float) -> float:
+        """When the worker's queue was last known; now, with exact views."""
+        return now_ms if self.is_exact else self._reports.get(worker, NOTHING).at_ms
+
+    def own_tokens(self, worker: str) -> int:
+        """The part of `pending_tokens` that this replica sent after the worker's last report."""
+        return 0 if self.is_exact else sum(self._sent.get(worker, {}).values())
+
+    def us_per_token(self, worker: str) -> float:
+        """What the worker says a computed prompt token costs it."""
+        return self._workers[worker].speed.prefill_us
+
+    def leading(self, names: Sequence[bytes]) -> Mapping[str, int]:
+        """Workers that hold the first block, and how many leading blocks each holds."""
+        return self._blocks.leading(names)
+
+    def hit_tokens(self, worker: str, request: TraceRequest) -> int:
+        """Leading prompt tokens that `worker` holds."""
+        return min(self.leading(request.names).get(worker, 0) * BLOCK_TOKENS, request.input_tokens)
+
+    @property
+    def blocks(self) -> PrefixView:
+        """The production index behind `leading`."""
+        return self._blocks
+
+    def sent(self, worker: str, index: int, uncached_tokens: int) -> None:
+        """This replica sent a request."""
+        self._sent.setdefault(worker, {})[index] = uncached_tokens
+
+    def ended(self, worker: str, index: int) -> None:
+        """The first token of an own request came, or it came back."""
+        self._sent.get(worker, {}).pop(index, None)
+
+    def reported(self, worker: str, report: Report) -> None:
+        """A worker's report: it counts all that was sent before."""
+        self._reports[worker] = report
+        self._sent.pop(worker, None)
+
+    def left(self, worker: str) -> None:
+        """The worker is no member any more."""
+        self._reports.pop(worker, None)
+        self._sent.pop(worker, None)
