@@ -11,9 +11,11 @@ from typing import Any, Protocol
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
+from kvasir_router.core.sessions import SessionTable, Urgency
 from kvasir_router.membership.fleet import Fleet
 from kvasir_router.settings import RouterSettings
 from kvasir_router.tenants import Tenant
+from kvasir_router.terms import Terms
 from kvasir_router.upstream.call import Call
 
 INLINE_CHARS_MAX = 4_096
@@ -57,9 +59,8 @@ class Wanted:
     max_tokens_param: str
     prompt_param: str
     format: "worker_pb2.StreamFormat.ValueType"
+    terms: Terms
     stream_id: str = ""
-    ttft_slo_ms: int = 0
-    timeout_ms: int = 0
 
 
 class Intake:
@@ -67,6 +68,7 @@ class Intake:
 
     def __init__(self, settings: RouterSettings, text: TextModel, fleet: Fleet) -> None:
         self._settings, self._text, self._fleet = settings, text, fleet
+        self._sessions = SessionTable()
         self._num_waiting = 0
         self._pool = ThreadPoolExecutor(TOKENISER_THREADS, thread_name_prefix="tokenise")
 
@@ -125,19 +127,35 @@ class Intake:
         sampling = common_pb2.SamplingParams()
         sampling.CopyFrom(wanted.sampling)
         sampling.max_tokens = self._max_tokens(len(token_ids), wanted)
-        timeout_ms = wanted.timeout_ms or self._settings.request_timeout_ms
+        terms, timeout_ms_max = wanted.terms, self._settings.request_timeout_ms
+        urgency = self._urgency(terms, caller)
         return Call(
             request_id=caller.request_id,
             token_ids=tuple(token_ids),
             sampling=sampling,
             tenant_salt=caller.tenant.salt,
+            tenant_weight=caller.tenant.weight,
+            priority=(terms.priority or 0) + urgency.priority,
             format=wanted.format,
             stream_id=wanted.stream_id,
             created_s=int(time.time()),
             model=self._settings.model_name,
-            ttft_slo_ms=wanted.ttft_slo_ms or self._settings.ttft_slo_ms,
+            ttft_slo_ms=urgency.ttft_slo_ms,
             arrived_ms=caller.arrived_ms,
-            deadline_ms=caller.arrived_ms + min(timeout_ms, self._settings.request_timeout_ms),
+            deadline_ms=caller.arrived_ms + min(terms.timeout_ms or timeout_ms_max, timeout_ms_max),
+        )
+
+    def _urgency(self, terms: Terms, caller: Caller) -> Urgency:
+        """What the request's session makes of its SLO; a deadline alone is a session of one."""
+        session_id = terms.session_id or caller.request_id
+        slo_ms = terms.ttft_slo_ms or self._settings.ttft_slo_ms
+        if terms.session_id is None and terms.deadline_ms is None:
+            return Urgency(step=1, priority=0, ttft_slo_ms=slo_ms)
+        return self._sessions.arrived(
+            caller.tenant.salt + session_id.encode(),
+            deadline_ms=terms.deadline_ms,
+            ttft_slo_ms=slo_ms,
+            now_ms=caller.arrived_ms,
         )
 
     def _max_tokens(self, num_prompt: int, wanted: Wanted) -> int:

@@ -31,7 +31,7 @@ class RouterSettings(BaseModel):
     """Target for the time to first token; a candidate above half of it loses its cache bonus."""
 
     api_key_file: Path | None = None
-    """Lines `KEY TENANT`; without it every client is the one default tenant."""
+    """Lines `KEY TENANT [WEIGHT]`; without it every client is the one default tenant."""
 
     body_bytes_max: int = Field(default=8 << 20, ge=1024)
     """Larger request bodies are refused: 8 MiB is ten times the text of a 128k-token context."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from kvasir_proto.errors import KvasirError, Reason
 
 SALT_BYTES = 16
+WEIGHT_MIN, WEIGHT_MAX = 0.01, 1000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +21,17 @@ class Tenant:
 
     name: str
     salt: bytes
+    weight: float = 1.0
+    """Its share of a busy worker, relative to other tenants."""
 
 
 DEFAULT_TENANT = Tenant("default", b"")
 
 
-def tenant(name: str) -> Tenant:
+def tenant(name: str, weight: float = 1.0) -> Tenant:
     """The tenant of this name, with its salt."""
     digest = hashlib.blake2b(name.encode(), digest_size=SALT_BYTES, person=b"kvasir-tenant")
-    return Tenant(name, digest.digest())
+    return Tenant(name, digest.digest(), weight)
 
 
 class Tenants:
@@ -39,21 +42,28 @@ class Tenants:
 
     @classmethod
     def load(cls, path: Path | None) -> "Tenants":
-        """Reads lines `KEY TENANT`; empty lines and lines that begin with # do not count.
+        """Reads lines `KEY TENANT [WEIGHT]`; empty lines and those that begin with # do not count.
 
         Raises:
-            ValueError: a line is malformed or a key occurs twice; the key itself is not shown.
+            ValueError: a line is malformed, a key occurs twice or a tenant has two weights; the
+                key itself is not shown.
         """
         if path is None:
             return cls(None)
         by_key: dict[bytes, Tenant] = {}
+        weights: dict[str, float] = {}
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             words = line.split()
             if not words or words[0].startswith("#"):
                 continue
-            if len(words) != 2 or _digest(words[0]) in by_key:
-                raise ValueError(f"{path}:{number}: not `KEY TENANT`, or a key given twice")
-            by_key[_digest(words[0])] = tenant(words[1])
+            if len(words) not in (2, 3) or _digest(words[0]) in by_key:
+                raise ValueError(
+                    f"{path}:{number}: not `KEY TENANT [WEIGHT]`, or a key given twice"
+                )
+            weight = _weight(words[2] if len(words) == 3 else "1", f"{path}:{number}")
+            if weights.setdefault(words[1], weight) != weight:
+                raise ValueError(f"{path}:{number}: {words[1]} has another weight above")
+            by_key[_digest(words[0])] = tenant(words[1], weight)
         return cls(by_key)
 
     def authenticate(self, authorization: str | None) -> Tenant:
@@ -71,6 +81,16 @@ class Tenants:
                 Reason.UNAUTHENTICATED, "a valid key is needed: Authorization: Bearer KEY"
             )
         return found
+
+
+def _weight(text: str, where: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not WEIGHT_MIN <= weight <= WEIGHT_MAX:
+        raise ValueError(f"{where}: a weight is a number from {WEIGHT_MIN} to {WEIGHT_MAX}")
+    return weight
 
 
 def _digest(key: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
@@ -15,6 +16,7 @@ from kvasir_router.openai.render import DONE_EVENT, completion_body, usage_event
 from kvasir_router.openai.schema import Body, ChatBody, CompletionBody
 from kvasir_router.openai.sinks import EventSink, TextSink, worker_headers
 from kvasir_router.settings import RouterSettings
+from kvasir_router.terms import with_headers
 from kvasir_router.upstream.call import Call, Progress
 from kvasir_router.upstream.dispatch import Dispatcher
 
@@ -71,6 +73,7 @@ class OpenAiApi:
             max_tokens=body.max_tokens if asked is None else asked,
             max_tokens_param="max_tokens" if asked is None else "max_completion_tokens",
             prompt_param="messages",
+            headers=request.headers,
         )
         return await self._answer(
             request, body, self._intake.call(token_ids, wanted, request[CALLER])
@@ -87,6 +90,7 @@ class OpenAiApi:
             max_tokens=body.max_tokens or COMPLETION_TOKENS_DEFAULT,
             max_tokens_param="max_tokens",
             prompt_param="prompt",
+            headers=request.headers,
         )
         return await self._answer(
             request, body, self._intake.call(token_ids, wanted, request[CALLER])
@@ -127,7 +131,12 @@ class OpenAiApi:
 
 
 def _wanted(
-    body: Body, *, max_tokens: int | None, max_tokens_param: str, prompt_param: str
+    body: Body,
+    *,
+    max_tokens: int | None,
+    max_tokens_param: str,
+    prompt_param: str,
+    headers: Mapping[str, str],
 ) -> Wanted:
     is_chat = isinstance(body, ChatBody)
     streamed = (
@@ -140,6 +149,7 @@ def _wanted(
         max_tokens=max_tokens,
         max_tokens_param=max_tokens_param,
         prompt_param=prompt_param,
+        terms=with_headers(body, headers),
         format=streamed if body.stream else worker_pb2.STREAM_FORMAT_TEXT,
         stream_id=f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
     )

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from kvasir_router.terms import Terms
+
 STOP_MAX = 4
 STOP_CHARS_MAX = 256
 MESSAGES_MAX = 4_096
@@ -84,10 +86,8 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class Body(BaseModel):
+class Body(Terms):
     """What both kinds of completion share."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str
     stream: bool | None = None
@@ -96,7 +96,9 @@ class Body(BaseModel):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
-    stop: Annotated[list[Stop], BeforeValidator(_stops_of), Field(max_length=STOP_MAX)] = []
+    stop: Annotated[list[Stop], BeforeValidator(_stops_of)] = Field(
+        default_factory=list, max_length=STOP_MAX
+    )
     user: str | None = None
     top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     """Extension: 0 and -1 mean all."""

@@ -5,9 +5,12 @@ from typing import get_args
 
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2, inference_pb2, worker_pb2
+from pydantic import ValidationError
 
 from kvasir_router.intake import Caller, Intake, Wanted, random_seed
+from kvasir_router.openai.errors import from_validation
 from kvasir_router.openai.schema import STOP_CHARS_MAX, STOP_MAX, Message, Role
+from kvasir_router.terms import Terms
 from kvasir_router.upstream.call import Call
 
 TEMPERATURE_MAX = 2.0
@@ -24,10 +27,18 @@ async def call_of(request: inference_pb2.InferenceRequest, intake: Intake, calle
         max_tokens_param="sampling.max_tokens",
         prompt_param=kind or "input",
         format=worker_pb2.STREAM_FORMAT_GRPC,
-        ttft_slo_ms=request.ttft_slo_ms,
-        timeout_ms=request.timeout_ms,
+        terms=_terms(request),
     )
     return intake.call(await _token_ids(request, intake), wanted, caller)
+
+
+def _terms(request: inference_pb2.InferenceRequest) -> Terms:
+    """Protobuf cannot tell 0 from absence, and here both mean the default."""
+    values = {field: getattr(request, field) or None for field in Terms.model_fields}
+    try:
+        return Terms.model_validate(values)
+    except ValidationError as error:
+        raise from_validation(error) from None
 
 
 async def _token_ids(request: inference_pb2.InferenceRequest, intake: Intake) -> list[int]:

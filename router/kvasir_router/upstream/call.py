@@ -10,6 +10,7 @@ from kvasir_proto.v1 import common_pb2, worker_pb2
 from kvasir_router.core.choose import Route
 
 CONTINUED_PRIORITY = 100
+"""Above whatever clients and sessions reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,9 @@ class Call:
     token_ids: tuple[int, ...]
     sampling: common_pb2.SamplingParams
     tenant_salt: bytes
+    tenant_weight: float
+    priority: int
+    """The client's, and what its session adds."""
     format: "worker_pb2.StreamFormat.ValueType"
     stream_id: str
     created_s: int
@@ -38,6 +42,9 @@ class Progress:
     """The route that brought the first token."""
 
     num_attempts: int = 0
+    may_move: bool = True
+    """No worker has handed it back yet: the next one may."""
+
     num_continued: int = 0
     token_bytes: list[bytes] = field(default_factory=list)
     text_chars: int = 0
@@ -102,7 +109,13 @@ def generate_request(
 
 def queue_terms(call: Call, progress: Progress, *, now_ms: int) -> common_pb2.QueueTerms:
     """How the call stands in a worker's queue: a client that has half an answer comes first."""
+    weight = call.tenant_weight
     if progress.has_output:
-        return common_pb2.QueueTerms(priority=CONTINUED_PRIORITY)
+        return common_pb2.QueueTerms(priority=CONTINUED_PRIORITY, tenant_weight=weight)
     left_ms = call.arrived_ms + call.ttft_slo_ms - now_ms
-    return common_pb2.QueueTerms(ttft_left_ms=max(left_ms, 1))
+    return common_pb2.QueueTerms(
+        ttft_left_ms=max(left_ms, 1),
+        priority=call.priority,
+        tenant_weight=weight,
+        may_move=progress.may_move,
+    )

@@ -26,7 +26,7 @@ from kvasir_router.metrics import RouterMetrics
 from kvasir_router.settings import RouterSettings
 from kvasir_router.upstream.call import Call, Progress, Sink, generate_request
 from kvasir_router.upstream.client import Patience, WorkerClient, WorkerLostError
-from kvasir_router.upstream.retry import Attempts, after_failure
+from kvasir_router.upstream.retry import REFUSALS, Attempts, after_failure
 
 log = logging.getLogger(__name__)
 
@@ -237,6 +237,7 @@ class Dispatcher:
     def _note(self, call: Call, failure: KvasirError, progress: Progress) -> None:
         self._metrics.failed_attempt(failure, continued=progress.has_output)
         progress.num_continued += progress.has_output
+        progress.may_move &= failure.reason not in REFUSALS
         log.warning(
             "request %s: attempt %d failed (%s): %s",
             call.request_id,
