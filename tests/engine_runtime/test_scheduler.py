@@ -48,10 +48,33 @@ def test_running_requests_come_before_prompts_in_the_budget() -> None:
     scheduler = make_scheduler(max_batch_tokens=50)
     submit(scheduler, make_request("old", 10))
     advance(scheduler)
-    submit(scheduler, make_request("new", 100, first=1), make_request("newer", 8, first=2))
+    submit(scheduler, make_request("new", 100, first=1), make_request("newer", 20, first=2))
     assert counts(advance(scheduler)) == {"old": 1, "new": 49}
     assert counts(advance(scheduler)) == {"old": 1, "new": 49}
-    assert counts(advance(scheduler)) == {"old": 1, "new": 2, "newer": 8}
+    assert counts(advance(scheduler)) == {"old": 1, "new": 2, "newer": 20}
+
+
+def test_a_short_prompt_does_not_queue_behind_a_long_one() -> None:
+    scheduler = make_scheduler(max_batch_tokens=64, num_blocks=20, max_running=8, max_waiting=8)
+    submit(scheduler, make_request("long", 200))
+    advance(scheduler)
+    submit(scheduler, *(make_request(f"s{i}", 12, first=i) for i in range(4)))
+    assert counts(advance(scheduler)) == {"s0": 12, "s1": 12, "long": 40}
+    # the third and fourth follow, and the first ones go on; the long one has half at least
+    step = counts(advance(scheduler))
+    assert step["long"] >= 31
+    assert step["s2"] == step["s3"] == 12
+
+
+def test_a_prompt_that_is_cached_counts_as_short() -> None:
+    scheduler = make_scheduler(max_batch_tokens=64, num_blocks=20)
+    submit(scheduler, make_request("first", 70, first=5, max_tokens=1))
+    advance(scheduler)
+    advance(scheduler)
+    submit(scheduler, make_request("long", 250))
+    advance(scheduler)
+    submit(scheduler, make_request("again", 70, first=5, max_tokens=1))
+    assert counts(advance(scheduler)) == {"again": 6, "long": 58}
 
 
 def test_an_older_chunk_goes_on_before_a_younger_prompt_begins() -> None:

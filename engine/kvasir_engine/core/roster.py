@@ -78,8 +78,7 @@ class Roster:
         At least one token is left to compute: without it there are no logits. `headroom` blocks
         must stay available.
         """
-        num_usable = (sequence.num_known - 1) // BLOCK_TOKENS
-        cached = self.blocks.match(sequence.names()[:num_usable])
+        cached = self._cached(sequence)
         num_fresh = num_blocks_for(sequence.num_known) - len(cached)
         num_taken = num_fresh + self.blocks.num_evictable(cached)
         if num_taken + headroom > self.blocks.num_available:
@@ -91,6 +90,10 @@ class Roster:
             return False
         self._take_blocks(sequence, cached, fresh)
         return True
+
+    def num_uncached(self, sequence: SequenceState) -> int:
+        """Tokens that a waiting request would have to compute if it were placed now."""
+        return sequence.num_known - BLOCK_TOKENS * len(self._cached(sequence))
 
     def reserve(self, sequence: SequenceState) -> None:
         """A placed request is filled from elsewhere."""
@@ -173,6 +176,11 @@ class Roster:
         if sequence is None or sequence.phase is not Phase.RESERVED:
             raise RefusedError(Refusal.INVALID, f"request {request_id} is not reserved")
         return sequence
+
+    def _cached(self, sequence: SequenceState) -> list[int]:
+        """Blocks with which a request can begin; its last token is computed in any case."""
+        num_usable = (sequence.num_known - 1) // BLOCK_TOKENS
+        return self.blocks.match(sequence.names()[:num_usable])
 
     def _take_blocks(self, sequence: SequenceState, cached: list[int], fresh: list[int]) -> None:
         sequence.blocks.extend(cached + fresh)

@@ -2,8 +2,9 @@
 
 There are no phases of prefill and decode: every running request has known tokens that are not yet
 computed, and each step lets computed tokens catch up. Requests with one token to go come first in
-the step's token budget, then the others by age, then waiting requests are admitted in order of
-arrival. When memory runs out, the youngest request that may lose its blocks is put back, to be
+the step's token budget, then short prompts in up to half of the rest, so that they do not queue
+behind a long one (LAPS, arXiv 2601.11589), then the others by age; waiting requests are admitted in
+order of arrival. When memory runs out, the youngest request that may lose its blocks is put back, to be
 computed again.
 
 Invariants: a step never exceeds the budget; blocks of a request that is in flight, or that others
@@ -29,6 +30,11 @@ from kvasir_engine.core.types import (
     Refusal,
     RefusedError,
 )
+
+SHORT_PART = 4
+"""A prompt of at most this part of a step's budget is short."""
+SHORT_SHARE = 2
+"""Short prompts get at most this part of what a step has left, while long ones want it too."""
 
 
 class Plan:
@@ -64,6 +70,7 @@ class Scheduler:
         self.blocks = self.roster.blocks
         self._fingerprint = fingerprint
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._short_max = limits.max_batch_tokens // SHORT_PART
 
     # Requests
 
@@ -176,14 +183,23 @@ class Scheduler:
         """The next step, if there is anything to compute; `complete` or `fail` must follow."""
         self.expire(now_ms=now_ms)
         plan = Plan(self.limits.max_batch_tokens)
-        # 1. Running requests: one token to go first, then the others, the oldest first.
-        for sequence in sorted(self.roster.running, key=_by_need):
-            count = min(sequence.num_pending, plan.num_left)
-            if count and sequence.phase is Phase.RUNNING and self._grow(sequence, count, plan):
-                plan.add(sequence, count)
-        # 2. Waiting requests, as long as budget and memory last.
+        by_need = sorted(self.roster.running, key=_by_need)
+        # 1. Running requests with one token to go.
+        for sequence in by_need:
+            if sequence.num_pending == 1:
+                self._advance(sequence, plan)
+        # 2. Short rests, those of waiting requests too.
+        left_for_long = plan.num_left - plan.num_left // SHORT_SHARE
+        for sequence in by_need:
+            if 1 < sequence.num_pending <= self._short_left(plan, left_for_long):
+                self._advance(sequence, plan)
+        self._admit(plan, left_for_long=left_for_long)
+        # 3. The others, the oldest first; waiting requests as long as budget and memory last.
+        for sequence in by_need:
+            if sequence.request_id not in plan.counts:
+                self._advance(sequence, plan)
         self._admit(plan)
-        # 3. Their slices.
+        # 4. Their slices.
         slices = [self._slice(key, count, now_ms) for key, count in plan.counts.items()]
         return Step(tuple(slices)) if slices else None
 
@@ -234,10 +250,21 @@ class Scheduler:
 
     # Choices
 
-    def _admit(self, plan: Plan | None) -> None:
+    def _advance(self, sequence: SequenceState, plan: Plan) -> None:
+        """As much of a running request as the budget has left, if there is memory for it."""
+        count = min(sequence.num_pending, plan.num_left)
+        if count and sequence.phase is Phase.RUNNING and self._grow(sequence, count, plan):
+            plan.add(sequence, count)
+
+    def _short_left(self, plan: Plan, left_for_long: int) -> int:
+        """Tokens of the longest rest that still counts, and has room, as short."""
+        return min(self._short_max, plan.num_left - left_for_long)
+
+    def _admit(self, plan: Plan | None, *, left_for_long: int = 0) -> None:
         """Places the first in the queue; without a plan, only those who wish for a reservation.
 
-        Nobody overtakes a request that does not fit yet: it would wait for ever.
+        Nobody overtakes a request that does not fit yet: it would wait for ever. With tokens
+        `left_for_long` only short prompts are placed.
         """
         roster = self.roster
         while roster.waiting and roster.num_placed < self.limits.num_running_max:
@@ -245,6 +272,10 @@ class Scheduler:
             can_run = plan is not None and plan.num_left > 0
             if not (sequence.wants_reservation or can_run):
                 return
+            if plan is not None and left_for_long:
+                short_left = self._short_left(plan, left_for_long)
+                if roster.num_uncached(sequence) > short_left:
+                    return
             # A block for each running request, or the newcomer would soon be put back.
             if not roster.place(sequence, headroom=len(roster.running)):
                 return
