@@ -7,8 +7,9 @@ the server answers 401 and every CREDENTIALS_TTL_S, because service account toke
 
 import asyncio
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import aiohttp
@@ -19,10 +20,13 @@ from kvasir_operator.api import GROUP, KINDS, VERSION
 from kvasir_operator.core.manifests import FIELD_MANAGER, Manifest, Ref, ref_of
 from kvasir_operator.errors import ClusterError
 
+Manifests = list[Manifest]
 CREDENTIALS_TTL_S = 300.0
 LIST_PAGE_MAX = 500
+JSON = "application/json"
 APPLY_PATCH = "application/apply-patch+yaml"  # JSON is YAML
 MERGE_PATCH = "application/merge-patch+json"
+METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 
 class Cluster(Protocol):
@@ -34,7 +38,7 @@ class Cluster(Protocol):
 
     async def list(
         self, kind: str, namespace: str, *, labels: str = "", fields: str = ""
-    ) -> list[Manifest]:
+    ) -> Manifests:
         """The objects of a namespace that match both selectors."""
         ...
 
@@ -54,6 +58,10 @@ class Cluster(Protocol):
         """Delete the object (if it is the one with this UID); no error if it is gone."""
         ...
 
+    async def create_event(self, namespace: str, event: Manifest) -> None:
+        """Record an Event."""
+        ...
+
 
 API_PATHS = {
     "Service": ("/api/v1", "services"),
@@ -61,6 +69,7 @@ API_PATHS = {
     "Pod": ("/api/v1", "pods"),
     "Event": ("/api/v1", "events"),
     "Deployment": ("/apis/apps/v1", "deployments"),
+    "Lease": ("/apis/coordination.k8s.io/v1", "leases"),
     "StatefulSet": ("/apis/apps/v1", "statefulsets"),
     "PodDisruptionBudget": ("/apis/policy/v1", "poddisruptionbudgets"),
     **{kind.kind: (f"/apis/{GROUP}/{VERSION}", kind.plural) for kind in KINDS},
@@ -74,20 +83,30 @@ class _Request(NamedTuple):
     path: str
     params: Mapping[str, str] = {}
     body: Any = None
-    content_type: str = "application/json"
+    content_type: str = JSON
+    accept: str = JSON
+
+    @property
+    def is_fenced(self) -> bool:
+        """Whether only a leader may send it."""
+        return self.method != "GET" and self.kind != "Lease"
 
 
 def _path(kind: str, namespace: str, name: str = "", subresource: str = "") -> str:
     prefix, plural = API_PATHS[kind]
-    parts = [prefix, "namespaces", namespace, plural, name, subresource]
+    parts = [prefix, "namespaces" if namespace else "", namespace, plural, name, subresource]
     return "/".join(part for part in parts if part)
 
 
 class KubeCluster:
     """The API server named by the pod's service account or by KUBECONFIG."""
 
-    def __init__(self, *, timeout_s: float) -> None:
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+    def __init__(
+        self, *, timeout_s: float, write_left_s: Callable[[], float] = lambda: math.inf
+    ) -> None:
+        """`write_left_s` says how long this process may still write: see leader.py."""
+        self._timeout_s = timeout_s
+        self._write_left_s = write_left_s
         self._session: aiohttp.ClientSession | None = None
         self._server = ""
         self._login_at_s = 0.0
@@ -112,17 +131,21 @@ class KubeCluster:
 
     async def list(
         self, kind: str, namespace: str, *, labels: str = "", fields: str = ""
-    ) -> list[Manifest]:
+    ) -> Manifests:
         """See Cluster. Follows pages of LIST_PAGE_MAX objects."""
-        items: list[Manifest] = []
+        return await self._list(kind, namespace, {"labelSelector": labels, "fieldSelector": fields})
+
+    async def list_metadata(self, kind: str, namespace: str) -> Manifests:
+        """The objects of a namespace ("": of all) with their metadata alone."""
+        return await self._list(kind, namespace, {}, accept=METADATA_LIST)
+
+    async def _list(
+        self, kind: str, namespace: str, query: Mapping[str, str], *, accept: str = JSON
+    ) -> Manifests:
+        items: Manifests = []
         token = ""
         while True:
-            params = {
-                "limit": str(LIST_PAGE_MAX),
-                "labelSelector": labels,
-                "fieldSelector": fields,
-                "continue": token,
-            }
+            params = {"limit": str(LIST_PAGE_MAX), **query, "continue": token}
             page = await self._call(
                 _Request(
                     "list",
@@ -130,6 +153,7 @@ class KubeCluster:
                     "GET",
                     _path(kind, namespace),
                     {key: value for key, value in params.items() if value},
+                    accept=accept,
                 )
             )
             items += page["items"]
@@ -180,6 +204,21 @@ class KubeCluster:
             if error.status not in (404, 409):
                 raise
 
+    async def put(self, manifest: Manifest) -> Manifest:
+        """Create the object, or replace it if it still has the resourceVersion it was read with."""
+        ref, is_new = ref_of(manifest), "resourceVersion" not in manifest["metadata"]
+        metrics.API_WRITES.labels("create" if is_new else "update", ref.kind).inc()
+        params = {"fieldManager": FIELD_MANAGER}
+        if is_new:
+            path = _path(ref.kind, ref.namespace)
+            return await self._call(_Request("create", ref.kind, "POST", path, params, manifest))
+        return await self._call(_Request("update", ref.kind, "PUT", _path(*ref), params, manifest))
+
+    async def create_event(self, namespace: str, event: Manifest) -> None:
+        """See Cluster."""
+        metrics.API_WRITES.labels("create", "Event").inc()
+        await self._call(_Request("create", "Event", "POST", _path("Event", namespace), body=event))
+
     async def served_kinds(self) -> set[str]:
         """The kinds of Kvasir's group that the API server serves at present."""
         try:
@@ -204,7 +243,12 @@ class KubeCluster:
 
     async def _send(self, session: aiohttp.ClientSession, request: _Request) -> Manifest:
         data = None if request.body is None else json.dumps(request.body)
-        headers = {"Content-Type": request.content_type, "Accept": "application/json"}
+        headers = {"Content-Type": request.content_type, "Accept": request.accept}
+        limit_s = self._timeout_s
+        if request.is_fenced:
+            limit_s = min(limit_s, self._write_left_s())
+            if limit_s <= 0:
+                raise ClusterError(0, "NotLeading", "another process may lead by now")
         status = 0
         try:
             async with session.request(
@@ -213,7 +257,7 @@ class KubeCluster:
                 params=request.params,
                 data=data,
                 headers=headers,
-                timeout=self._timeout,
+                timeout=aiohttp.ClientTimeout(total=limit_s),
             ) as response:
                 status = response.status
                 text = await response.text()

@@ -1,7 +1,8 @@
 """What can go wrong between the operator and the cluster.
 
 OperatorError
-  ClusterError   the API server refused or did not answer: `status`, `reason`, `message`
+  ClusterError     the API server refused or did not answer: `status`, `reason`, `message`
+  LeaseLostError   another process may lead: this one must end
 """
 
 
@@ -27,3 +28,7 @@ class ClusterError(OperatorError):
     def is_conflict(self) -> bool:
         """Whether the object has changed since it was read."""
         return self.status == 409
+
+
+class LeaseLostError(OperatorError):
+    """The lease of the leader was lost."""

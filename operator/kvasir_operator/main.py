@@ -1,8 +1,11 @@
-"""The operator process: watches feed a queue, a few tasks reconcile what is in it."""
+"""The operator process: it waits to lead, then watches feed a queue that a few tasks reconcile."""
 
 import asyncio
 import logging
+import math
+import os
 import signal
+import socket
 import time
 
 import kopf
@@ -10,11 +13,13 @@ from aiohttp import web
 
 from kvasir_operator import metrics
 from kvasir_operator.api import KINDS
+from kvasir_operator.audit import WATCHED_KINDS, WatchAudit
 from kvasir_operator.cluster import KubeCluster
 from kvasir_operator.core.manifests import Ref
 from kvasir_operator.drain import Drainer
-from kvasir_operator.errors import ClusterError
-from kvasir_operator.health import start_http
+from kvasir_operator.errors import ClusterError, LeaseLostError
+from kvasir_operator.health import Health, start_http
+from kvasir_operator.leader import Elector
 from kvasir_operator.reconcile import Reconciler
 from kvasir_operator.settings import OperatorSettings
 from kvasir_operator.watch import make_registry, make_settings
@@ -28,7 +33,11 @@ CRD_POLL_INTERVAL_S = 1.0
 def run(settings: OperatorSettings) -> None:
     """Run until SIGTERM or SIGINT."""
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # a line per event otherwise
-    asyncio.run(Operator(settings).run())
+    try:
+        asyncio.run(Operator(settings).run())
+    except LeaseLostError as error:
+        logger.error("%s", error)
+        raise SystemExit(1) from None
 
 
 class Operator:
@@ -39,28 +48,56 @@ class Operator:
         self._problems: list[str] = ["starting"]
         self._stop = asyncio.Event()
         self._queue = WorkQueue(on_depth=metrics.QUEUE_DEPTH.set)
-        self._cluster = KubeCluster(timeout_s=settings.api_timeout_s)
+        self._elector: Elector | None = None
+        self._is_leading = False
+        self._is_lease_lost = False
+        self._cluster = KubeCluster(
+            timeout_s=settings.api_timeout_s, write_left_s=self._write_left_s
+        )
+        if settings.lease_namespace:
+            identity = settings.identity or f"{socket.gethostname()}-{os.getpid()}"
+            self._elector = Elector(
+                self._cluster, namespace=settings.lease_namespace, identity=identity
+            )
         self._drainer = Drainer(on_progress=self._queue.add)
-        self._reconciler = Reconciler(self._cluster, self._drainer, default_image=settings.image)
+        self._audit = WatchAudit()
+        self._reconciler = Reconciler(
+            self._cluster, self._drainer, self._audit, default_image=settings.image
+        )
 
     def stop(self) -> None:
         """End the run; drains go on at the workers."""
         self._stop.set()
 
     async def run(self) -> None:
-        """Serve health, wait for the CRDs, then watch and reconcile until told to stop."""
+        """Serve health, wait for the CRDs and to lead, then reconcile until told to stop."""
         self._handle_signals()
         settings = self._settings
-        http = await start_http(
-            host=settings.host, port=settings.http_port, problems=lambda: self._problems
-        )
+        http = await start_http(host=settings.host, port=settings.http_port, health=self._health)
         try:
-            if await self._wait_for_crds():
+            if await self._wait_for_crds() and await self._lead():
                 await self._serve(http)
         finally:
             await self._drainer.close()
+            if self._elector is not None:
+                await self._elector.give_back()
             await self._cluster.close()
             await http.cleanup()
+        if self._is_lease_lost:
+            raise LeaseLostError("another process may lead by now: this one starts again")
+
+    def _write_left_s(self) -> float:
+        return self._elector.left_s() if self._elector is not None else math.inf
+
+    def _health(self) -> Health:
+        silent = self._audit.silent()
+        for kind in WATCHED_KINDS:
+            metrics.WATCH_LAG_SECONDS.labels(kind).set(silent.get(kind, 0.0))
+        fatal = [
+            f"the watch of {kind} is silent: it lags {lag_s:.0f} s behind"
+            for kind, lag_s in silent.items()
+        ]
+        return Health(self._problems, fatal, self._is_leading)
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -90,6 +127,31 @@ class Operator:
             await self._sleep(CRD_POLL_INTERVAL_S)
         return False
 
+    async def _lead(self) -> bool:
+        """Wait until this process leads; False: stopped. A standby is ready to take over."""
+        if self._elector is not None:
+            self._problems = []
+            campaign = asyncio.create_task(self._elector.campaign(), name="election")
+            stopped = asyncio.create_task(self._stop.wait(), name="stop")
+            done, waiting = await asyncio.wait(
+                {campaign, stopped}, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in waiting:
+                task.cancel()
+            if campaign not in done:
+                return False
+            campaign.result()
+        self._is_leading = True
+        metrics.LEADING.set(1)
+        return True
+
+    async def _keep_lease(self) -> None:
+        """Renew the lease; once it is lost, the process stops."""
+        if self._elector is not None:
+            await self._elector.keep()
+            self._is_lease_lost = True
+            self._stop.set()
+
     async def _sleep(self, delay_s: float) -> None:
         """Wait, but no longer than until the stop."""
         try:
@@ -106,11 +168,15 @@ class Operator:
                 tasks.create_task(self._reconcile_forever(), name=f"reconciler {n}")
                 for n in range(self._settings.num_reconcilers)
             ]
-            announcing = tasks.create_task(self._announce(ready), name="readiness")
+            others = [
+                tasks.create_task(self._announce(ready), name="readiness"),
+                tasks.create_task(self._keep_lease(), name="lease"),
+                tasks.create_task(self._audit_forever(), name="audit"),
+            ]
             await self._stop.wait()
             logger.info("stopping")
             self._problems = ["stopping"]
-            for task in (*reconcilers, announcing):
+            for task in (*reconcilers, *others):
                 task.cancel()
             await self._drainer.close()
             await http.cleanup()
@@ -120,7 +186,7 @@ class Operator:
         """kopf ends when `_stop` is set; if it ends by itself, the process must not stay."""
         namespaces = self._settings.namespaces
         await kopf.operator(
-            registry=make_registry(self._queue.add),
+            registry=make_registry(self._queue.add, self._audit),
             settings=make_settings(),
             standalone=True,
             clusterwide=not namespaces,
@@ -135,6 +201,26 @@ class Operator:
         self._handle_signals()  # kopf has put its own handlers in their place
         self._problems = []
         logger.info("watching %s", ", ".join(self._settings.namespaces) or "all namespaces")
+
+    async def _audit_forever(self) -> None:
+        """Look for objects that the watches did not bring; they are reconciled all the same."""
+        namespaces = self._settings.namespaces or ("",)
+        while True:
+            await asyncio.sleep(self._settings.resync_interval_s)
+            for kind in KINDS:
+                for namespace in namespaces:
+                    await self._audit_kind(kind.kind, namespace)
+
+    async def _audit_kind(self, kind: str, namespace: str) -> None:
+        try:
+            found = await self._cluster.list_metadata(kind, namespace)
+        except ClusterError as error:
+            logger.info("listing %s: %s", kind, error)
+            return
+        for obj in found:
+            if not self._audit.observed(obj, kind=kind):
+                metadata = obj["metadata"]
+                self._queue.add(Ref(kind, metadata["namespace"], metadata["name"]))
 
     async def _reconcile_forever(self) -> None:
         while True:

@@ -34,3 +34,10 @@ QUEUE_DEPTH = Gauge(
 DRAINS = Counter(
     "kvasir_operator_drains", "Drains of workers by outcome.", ["outcome"], registry=REGISTRY
 )
+LEADING = Gauge("kvasir_operator_leading", "Whether this process leads.", registry=REGISTRY)
+WATCH_LAG_SECONDS = Gauge(
+    "kvasir_operator_watch_lag_seconds",
+    "How far a silent watch lags behind what reads show, by kind; 0: none is silent.",
+    ["kind"],
+    registry=REGISTRY,
+)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from kvasir_operator.audit import WATCHED_KINDS, WatchAudit
 from kvasir_operator.cluster import Cluster
 from kvasir_operator.core.conditions import Problem, Reason
 from kvasir_operator.core.drift import contains, is_as_desired
@@ -43,9 +44,12 @@ class Outcome:
 class Reconciler:
     """Reconciles any of Kvasir's custom resources."""
 
-    def __init__(self, cluster: Cluster, drainer: Drainer, *, default_image: str) -> None:
+    def __init__(
+        self, cluster: Cluster, drainer: Drainer, audit: WatchAudit, *, default_image: str
+    ) -> None:
         self._cluster = cluster
         self._drainer = drainer
+        self._audit = audit
         self._default_image = default_image
 
     async def reconcile(self, ref: Ref) -> Outcome:
@@ -80,6 +84,7 @@ class Reconciler:
                 live[child] = found
         labels = selector_text(pod_labels(world.owner))
         pods = await self._cluster.list("Pod", world.owner.namespace, labels=labels)
+        self._audit_reads(obj, live, pods)
         return replace(
             world,
             live=live,
@@ -87,6 +92,17 @@ class Reconciler:
             warnings=await self._warnings(world.owner.namespace, [*live.values(), *pods]),
             drains=self._drainer.views(),
         )
+
+    def _audit_reads(
+        self, obj: Manifest, live: Mapping[Ref, Manifest], pods: list[Manifest]
+    ) -> None:
+        """Compare what was read with what the watches have brought."""
+        self._audit.observed(obj, kind=obj["kind"])
+        for ref, child in live.items():
+            if ref.kind in WATCHED_KINDS:
+                self._audit.observed(child, kind=ref.kind)
+        for pod in pods:
+            self._audit.observed(pod, kind="Pod")
 
     async def _warnings(self, namespace: str, objects: list[Manifest]) -> Mapping[str, str]:
         """The latest warning event of each object that waits for something."""

@@ -15,6 +15,8 @@ class OperatorSettings:
     namespaces: tuple[str, ...] = ()  # namespaces to watch; empty: all of them
     host: str = "127.0.0.1"  # address that /metrics, /healthz and /readyz listen on
     http_port: int = 8080
+    lease_namespace: str = ""  # where the Lease of the leader is; empty: this process leads alone
+    identity: str = ""  # this process in the Lease: the pod's name; empty: host name and a number
     resync_interval_s: float = 60.0  # repairs drift of children whose changes are not watched
     num_reconcilers: int = 4  # objects reconciled at the same time
     api_timeout_s: float = 15.0  # deadline of one call to the Kubernetes API

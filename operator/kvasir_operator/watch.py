@@ -11,6 +11,7 @@ from typing import Any
 import kopf
 
 from kvasir_operator.api import GROUP, KINDS, MODEL_SERVICE, VERSION
+from kvasir_operator.audit import WatchAudit
 from kvasir_operator.cluster import login
 from kvasir_operator.core.manifests import (
     MANAGED_BY,
@@ -44,18 +45,19 @@ def owner_of(namespace: str, labels: dict[str, str]) -> Ref | None:
     return None
 
 
-def make_registry(enqueue: Callable[[Ref], None]) -> kopf.OperatorRegistry:
+def make_registry(enqueue: Callable[[Ref], None], audit: WatchAudit) -> kopf.OperatorRegistry:
     """kopf's handlers: one per watched resource, all of which only enqueue."""
     registry = kopf.OperatorRegistry()
     kopf.on.login(registry=registry, errors=kopf.ErrorsMode.PERMANENT)(login)
 
-    def on_object(*, body: kopf.Body, **_: Any) -> None:
+    def on_object(*, body: kopf.Body, type: str | None, **_: Any) -> None:  # noqa: A002
         namespace, name = body.metadata.namespace, body.metadata.name
         if namespace and name:
             enqueue(Ref(str(body["kind"]), namespace, name))
-            on_child(body=body)
+            on_child(body=body, type=type)
 
-    def on_child(*, body: kopf.Body, **_: Any) -> None:
+    def on_child(*, body: kopf.Body, type: str | None, **_: Any) -> None:  # noqa: A002
+        audit.delivered(dict(body), is_gone=type == "DELETED")
         owner = owner_of(body.metadata.namespace or "", dict(body.metadata.labels))
         if owner is not None:
             enqueue(owner)

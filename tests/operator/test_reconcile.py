@@ -1,5 +1,6 @@
 """Reconciles against a cluster in memory: convergence, no idle writes, refusals, drains."""
 
+from kvasir_operator.audit import WatchAudit
 from kvasir_operator.core.manifests import DRAIN_ANNOTATION, Manifest, Ref
 from kvasir_operator.core.views import DrainView, PodView
 from kvasir_operator.errors import ClusterError
@@ -38,7 +39,7 @@ class FakeDrainer:
 
 def make_reconciler(cluster: FakeCluster, drainer: FakeDrainer | None = None) -> Reconciler:
     """A reconciler of this cluster."""
-    return Reconciler(cluster, drainer or FakeDrainer(), default_image="kvasir:test")
+    return Reconciler(cluster, drainer or FakeDrainer(), WatchAudit(), default_image="kvasir:test")
 
 
 def settle(cluster: FakeCluster, *, pods: int) -> None:

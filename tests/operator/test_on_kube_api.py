@@ -1,0 +1,122 @@
+"""Operator processes against a real API server: one leads, another takes over."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from kube_api import KubeApi, free_port, kube_api, needs_kube_api
+from operator_builders import make_object
+
+pytestmark = [needs_kube_api, pytest.mark.slow]
+MODEL = {"name": "tiny", "source": {"hostPath": {"path": "/models/tiny"}}}
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApi]:
+    with kube_api(tmp_path_factory.mktemp("kube")) as found:
+        yield found
+
+
+@dataclass
+class OperatorProcess:
+    """One operator of a test."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    name: str
+    log: Path
+
+    def metric(self, pattern: str) -> float:
+        """The sum of the samples that match."""
+        url = f"http://127.0.0.1:{self.port}/metrics"
+        text = urllib.request.urlopen(url, timeout=5).read().decode()
+        return sum(float(value) for value in re.findall(rf"^{pattern} (.+)$", text, re.MULTILINE))
+
+    def writes(self) -> float:
+        """What it wrote, the lease aside."""
+        every = self.metric("kvasir_operator_api_writes_total{.*}")
+        return every - self.metric('kvasir_operator_api_writes_total{kind="Lease",.*}')
+
+
+@contextmanager
+def operator(api: KubeApi, name: str) -> Iterator[OperatorProcess]:
+    port, log = free_port(), api.folder / f"operator-{name}.log"
+    args = ("operator", "--image=kvasir:test", f"--http-port={port}", f"--identity={name}")
+    command = [f"{Path(sys.executable).parent}/kvasir", *args, "--lease-namespace=default"]
+    env = {**os.environ, "KUBECONFIG": str(api.kubeconfig), "KVASIR_LOG_FORMAT": "json"}
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=file)
+        try:
+            yield OperatorProcess(process, port, name, log)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def wait_for(what: str, found: Callable[[], T], *, limit_s: float = 30) -> T:
+    """Ask until the answer is true."""
+    deadline_s, problem = time.monotonic() + limit_s, "not so"
+    while time.monotonic() < deadline_s:
+        try:
+            if answer := found():
+                return answer
+        except (OSError, AssertionError) as error:
+            problem = str(error)
+        time.sleep(0.1)
+    raise AssertionError(f"{what}: not within {limit_s} s: {problem}")
+
+
+def holder(api: KubeApi) -> str:
+    """Who leads."""
+    return str(api.json("lease", "kvasir-operator")["spec"].get("holderIdentity", ""))
+
+
+def make_pool(api: KubeApi, name: str) -> None:
+    """A DecodePool without nodes to run on."""
+    pool = make_object("DecodePool", name, {"model": MODEL})
+    pool["metadata"] = {"name": name, "namespace": "default"}
+    api.apply(pool)
+
+
+def has_children(api: KubeApi, name: str) -> bool:
+    """Whether the operator has taken care of a pool."""
+    return bool(api.json("dcp", name).get("status", {}).get("conditions"))
+
+
+def test_another_operator_takes_over_within_fifteen_seconds(api: KubeApi) -> None:
+    with operator(api, "a") as first:
+        wait_for("a leader", lambda: holder(api) == "a")
+        with operator(api, "b") as second:
+            make_pool(api, "one")
+            wait_for("the pool to be seen to", lambda: has_children(api, "one"))
+            wait_for("the standby", lambda: second.metric("kvasir_operator_leading") == 0)
+            assert (first.writes() > 0, second.writes()) == (True, 0)
+            first.process.kill()
+            killed_s = time.monotonic()
+            make_pool(api, "two")
+            wait_for("the next leader", lambda: has_children(api, "two"))
+            took_s = time.monotonic() - killed_s
+            assert took_s < 15
+            assert holder(api) == "b"
+
+
+def test_a_stop_hands_over_at_once(api: KubeApi) -> None:
+    with operator(api, "c") as first, operator(api, "d") as second:
+        wait_for("a leader", lambda: holder(api) in ("c", "d"))
+        leader = first if holder(api) == "c" else second
+        wait_for("the watches", lambda: leader.metric("kvasir_operator_leading") == 1)
+        leader.process.terminate()
+        stopped_s = time.monotonic()
+        wait_for("the other", lambda: holder(api) in ({"c", "d"} - {leader.name}))
+        took_s = time.monotonic() - stopped_s
+        assert took_s < 5
