@@ -20,6 +20,7 @@ ENV CMAKE_BUILD_PARALLEL_LEVEL=2
 COPY CMakeLists.txt LICENSE README.md ./
 COPY engine/native engine/native
 COPY kvstore/native kvstore/native
+COPY router/native router/native
 RUN /opt/build/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['tool']['scikit-build']['wheel']['packages'], sep='\n')" | xargs mkdir -p \
  && /opt/build/bin/pip wheel -q --no-build-isolation --no-deps -w /discarded .
 

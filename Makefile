@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/kvasir_proto/v1/*.proto)
-NATIVE := $(shell find engine/native kvstore/native -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+NATIVE := $(shell find engine/native kvstore/native router/native -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 PACKAGES := operator router kvstore engine proto sim cli
 GENERATED := proto/kvasir_proto/v1 crds helm/kvasir docs/api.md
 
@@ -28,7 +28,7 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	find engine/native kvstore/native -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	find engine/native kvstore/native router/native -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/python -m pytest -q tests/test_tidy.py
 
 types: build
@@ -46,7 +46,7 @@ gen: build ## regenerate protobuf stubs, CRDs and docs/api.md from their sources
 
 format: build ## rewrite Python and C++ files in the project's format
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-	find engine/native kvstore/native -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	find engine/native kvstore/native router/native -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 bench: build ## engine and serving figures into bench/results
 	$(BIN)/kvasir model make qwen3-0.6b .cache/qwen3-0.6b

@@ -4,13 +4,12 @@ Nothing of a decision is repeated here. `kvasir` calls `pick` with the view that
 have: the reports that came through, its own ledger and its own hotness tree.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 from kvasir_router.core.choose import Rejected, pick
 from kvasir_router.core.fleet import FleetView, Policy, Request, WorkerState
-from kvasir_router.core.keys import KeyTree
+from kvasir_router.core.keys import KeyLimits, KeyTree
 from kvasir_router.core.ledger import Ledger
-from kvasir_router.core.ring import RingPair
 
 from kvasir_sim.policy import Action, Refuse, RoutingPolicy, Send
 from kvasir_sim.settings import SimSettings
@@ -19,33 +18,41 @@ from kvasir_sim.view import ReplicaView
 from kvasir_sim.worker import Job
 
 DECODE = WorkerState("decode", can_prefill=False, can_decode=True, blocks_total=2**40)
+KEY_TOKENS = 1_024
+"""Prompts at least this long begin with a key of this length, as in DualMap."""
+
 PATIENCE_MS = 600_000
 """A request waits this long before it is refused."""
 
 
-class _States(Mapping[str, WorkerState]):
-    """Workers' states, made when asked for: a decision looks at few of them."""
+class _Seen(FleetView):
+    """A router's view whose queues are those that the simulated replica knows."""
 
-    def __init__(self, view: ReplicaView) -> None:
-        self.now_ms = 0.0
-        self._view = view
-
-    def __getitem__(self, name: str) -> WorkerState:
-        if name == DECODE.name:
-            return DECODE
-        return WorkerState(
-            name,
-            can_prefill=True,
-            can_decode=False,
-            prefill_tokens_queued=self._view.pending_tokens(name, self.now_ms),
-            prefill_us_per_token=self._view.us_per_token(name),
+    def __init__(self, known: ReplicaView, policy: Policy) -> None:
+        super().__init__(
+            prefix=known.blocks,
+            keys=KeyTree(KeyLimits(start_blocks=KEY_TOKENS // BLOCK_TOKENS)),
+            ledger=Ledger(),
+            policy=policy,
+            block_tokens=BLOCK_TOKENS,
         )
+        self.now_ms = 0.0
+        self._known = known
+        self.put(DECODE)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter((DECODE.name, *self._view.members))
+    def queued_tokens(self, worker: str) -> int:
+        """Read when asked for: a decision looks at few workers."""
+        if worker == DECODE.name:
+            return 0
+        return self._known.pending_tokens(worker, self.now_ms)
 
-    def __len__(self) -> int:
-        return 1 + len(self._view.members)
+    def follow_members(self) -> None:
+        """Makes the rings those of the members."""
+        for gone in self.workers.keys() - {DECODE.name, *self._known.members}:
+            self.remove(gone)
+        for name in self._known.members:
+            us = self._known.us_per_token(name)
+            self.put(WorkerState(name, can_prefill=True, can_decode=False, prefill_us_per_token=us))
 
 
 class KvasirPolicy(RoutingPolicy):
@@ -53,18 +60,16 @@ class KvasirPolicy(RoutingPolicy):
 
     def __init__(self, view: ReplicaView, settings: SimSettings, replica: int) -> None:
         super().__init__(view, settings, replica)
-        self._keys, self._states = KeyTree(), _States(view)
-        self._policy = Policy(
-            local_prefill_tokens_max=0, reuse_us_per_token=settings.reuse_us_per_token
-        )
-        self._fleet = self._see()
+        policy = Policy(local_prefill_tokens_max=0, reuse_us_per_token=settings.reuse_us_per_token)
+        self._fleet = _Seen(view, policy)
+        self._fleet.follow_members()
 
     def arrived(self, job: Job, now_ms: float) -> Sequence[Action]:
         """As the router does: count the key, then pick."""
-        self._keys.observe(
+        self._fleet.keys.observe(
             job.request.names, num_workers=len(self.view.members), now_ms=int(now_ms)
         )
-        self._states.now_ms = now_ms
+        self._fleet.now_ms = now_ms
         decision = pick(self._fleet, self._describe(job.index, job.request), now_ms=int(now_ms))
         if isinstance(decision, Rejected):
             return (Refuse(job),)
@@ -72,19 +77,8 @@ class KvasirPolicy(RoutingPolicy):
 
     def members(self, now_ms: float) -> Sequence[Action]:
         """New rings."""
-        self._fleet = self._see()
+        self._fleet.follow_members()
         return ()
-
-    def _see(self) -> FleetView:
-        return FleetView(
-            self._states,
-            RingPair.build(self.view.members),
-            self.view.blocks,
-            self._keys,
-            Ledger(),
-            self._policy,
-            block_tokens=BLOCK_TOKENS,
-        )
 
     def _describe(self, index: int, request: TraceRequest) -> Request:
         return Request(

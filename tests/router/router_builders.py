@@ -7,7 +7,6 @@ from kvasir_router.core.fleet import FleetView, Policy, Request, WorkerState
 from kvasir_router.core.keys import KeyTree
 from kvasir_router.core.ledger import Ledger
 from kvasir_router.core.prefix import PrefixView
-from kvasir_router.core.ring import RingPair
 
 
 def make_names(seed: str, count: int) -> tuple[bytes, ...]:
@@ -30,14 +29,15 @@ def make_worker(name: str, role: str = "prefill", **state: Any) -> WorkerState:
 
 def make_view(*workers: WorkerState, **policy: Any) -> FleetView:
     """A fleet of these workers of which nothing else is known."""
-    return FleetView(
-        workers={w.name: w for w in workers},
-        rings=RingPair.build(w.name for w in workers if w.can_prefill),
+    view = FleetView(
         prefix=PrefixView(blocks_max=10_000),
         keys=KeyTree(),
         ledger=Ledger(),
         policy=Policy(**policy),
     )
+    for worker in workers:
+        view.put(worker)
+    return view
 
 
 def make_request(

@@ -76,17 +76,18 @@ class Rejected:
 
 def pick(view: FleetView, request: Request, *, now_ms: int) -> Route | Rejected:
     """Routes one request. `now_ms` is the caller's clock; today's rules need no history of it."""
-    if not any(w.can_decode and w.name not in request.exclude for w in view.workers.values()):
+    pair = prefill_pair(view, request)
+    runs = view.prefix.match(request.names, pair)
+    decode = choose_decode(view, request, runs)
+    if decode is None:
         return Rejected(RejectReason.NO_DECODE_WORKER, "no decode worker is ready", 1_000)
     if not fits_anywhere(view, request):
         return Rejected(RejectReason.NO_MEMORY, "the prompt exceeds every worker's KV memory")
-    runs = view.prefix.leading(request.names)
-    decode = choose_decode(view, request, runs)
-    assert decode is not None
     at_decode = estimate(view, request, decode, runs)
     if is_short_suffix(view, request, at_decode):
         return _local(at_decode, RouteReason.SHORT_SUFFIX)
-    return _in_time(request, _route(view, request, at_decode, runs))
+    candidates = tuple([estimate(view, request, name, runs) for name in pair])
+    return _in_time(request, _route(view, request, at_decode, candidates))
 
 
 def estimate(view: FleetView, request: Request, worker: str, runs: Mapping[str, int]) -> Candidate:
@@ -127,12 +128,10 @@ def _coin(worker: str, request: Request) -> int:
 
 
 def _route(
-    view: FleetView, request: Request, at_decode: Candidate, runs: Mapping[str, int]
+    view: FleetView, request: Request, at_decode: Candidate, candidates: tuple[Candidate, ...]
 ) -> Route:
     if not view.workers[at_decode.worker].transfer_healthy:
         return _local(at_decode, RouteReason.TRANSFER_UNHEALTHY)
-    names = prefill_pair(view, request)
-    candidates = tuple(estimate(view, request, name, runs) for name in names)
     if not candidates:
         return _local(at_decode, RouteReason.NO_PREFILL_WORKER)
     index, reason = choose_by_slo(candidates, request)
@@ -151,10 +150,11 @@ def _route(
 def prefill_pair(view: FleetView, request: Request) -> tuple[str, ...]:
     """The workers of the request's key; when one refused or cannot send KV, the other alone."""
     key = request.key(view.keys)
-    mute = {w.name for w in view.workers.values() if w.can_prefill and not w.transfer_healthy}
-    avoid = request.exclude | mute
-    left = tuple(name for name in view.rings.candidates(key) if name not in avoid)
-    return left or view.rings.candidates(key, avoid)
+    pair = view.rings.candidates(key)
+    if not request.exclude and not view.mute:
+        return pair
+    avoid = request.exclude | view.mute
+    return tuple(name for name in pair if name not in avoid) or view.rings.candidates(key, avoid)
 
 
 def _local(at_decode: Candidate, reason: RouteReason) -> Route:

@@ -2,15 +2,20 @@
 
 A `FleetView` holds only workers that may be given new requests: whoever is unreachable, draining or
 of another model is left out by the membership, before the core sees it.
+
+Invariant: what a decision needs of all workers together (who runs least, who has most memory, who
+cannot send KV) is kept up to date by every report, so that a decision never looks at all of them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 
 from kvasir_kvstore.core.block import BLOCK_TOKENS
 
 from kvasir_router.core.keys import KeyTree
 from kvasir_router.core.ledger import Ledger
+from kvasir_router.core.order import Order
 from kvasir_router.core.prefix import PrefixView
 from kvasir_router.core.ring import RingPair
 
@@ -56,25 +61,116 @@ class Policy:
     many requests more than the least busy one."""
 
 
-@dataclass(frozen=True, slots=True)
 class FleetView:
-    """A snapshot. `prefix`, `keys` and `ledger` are read, never written, by a decision."""
+    """The fleet, kept up to date by `put` and `remove`. One router replica has one.
 
-    workers: Mapping[str, WorkerState]
-    rings: RingPair
-    prefix: PrefixView = field(repr=False)
-    keys: KeyTree = field(repr=False)
-    ledger: Ledger = field(repr=False)
-    policy: Policy = Policy()
-    block_tokens: int = BLOCK_TOKENS
+    `prefix`, `keys` and `ledger` are its own: others write to them between decisions.
+    """
+
+    def __init__(
+        self,
+        *,
+        prefix: PrefixView,
+        keys: KeyTree,
+        ledger: Ledger,
+        policy: Policy | None = None,
+        block_tokens: int = BLOCK_TOKENS,
+    ) -> None:
+        self.prefix, self.keys, self.ledger = prefix, keys, ledger
+        self.policy = policy or Policy()
+        self.block_tokens = block_tokens
+        self._workers: dict[str, WorkerState] = {}
+        self._rings = RingPair.build(())
+        self._rings_stale = False
+        self._members: set[str] = set()  # who belongs in the rings
+        self._mute: set[str] = set()
+        self._by_running = Order()
+        self._by_room = Order()
+        self._by_size = Order()
+
+    @property
+    def workers(self) -> Mapping[str, WorkerState]:
+        """All workers, by name."""
+        return MappingProxyType(self._workers)
+
+    def get(self, worker: str) -> WorkerState | None:
+        """One worker; None: it is not in the view."""
+        return self._workers.get(worker)
+
+    @property
+    def rings(self) -> RingPair:
+        """The rings of all who prefill; built when first read after a change of members."""
+        if self._rings_stale:
+            self._rings = self._rings.changed(self._members)
+            self._rings_stale = False
+        return self._rings
+
+    @property
+    def mute(self) -> set[str]:
+        """Prefill workers that cannot send KV."""
+        return self._mute
+
+    def put(self, state: WorkerState) -> None:
+        """A worker joined, or told anew how it is."""
+        name = state.name
+        self._workers[name] = state
+        if state.can_prefill != (name in self._members):
+            (self._members.add if state.can_prefill else self._members.discard)(name)
+            self._rings_stale = True
+        if state.can_prefill and not state.transfer_healthy:
+            self._mute.add(name)
+        else:
+            self._mute.discard(name)
+        if state.can_decode:
+            self._order(state)
+        else:
+            self._unorder(name)
+
+    def remove(self, worker: str) -> None:
+        """A worker must get no more requests. What it holds is left to the owner of `prefix`."""
+        if self._workers.pop(worker, None) is None:
+            return
+        self._rings_stale |= worker in self._members
+        self._members.discard(worker)
+        self._mute.discard(worker)
+        self._unorder(worker)
+
+    def _order(self, state: WorkerState) -> None:
+        self._by_running.put(state.name, (self.running(state.name), -state.blocks_free))
+        self._by_room.put(state.name, (-state.blocks_free,))
+        self._by_size.put(state.name, (-state.blocks_total,))
+
+    def _unorder(self, worker: str) -> None:
+        for order in (self._by_running, self._by_room, self._by_size):
+            order.discard(worker)
 
     def queued_tokens(self, worker: str) -> int:
         """Prompt tokens that wait at `worker`: reported, and routed since."""
-        return self.workers[worker].prefill_tokens_queued + self.ledger.tokens(worker)
+        return self._workers[worker].prefill_tokens_queued + self.ledger.tokens(worker)
 
     def running(self, worker: str) -> int:
         """Requests at `worker`: as reported, or as this router knows, whichever is more."""
-        return max(self.workers[worker].num_running, self.ledger.in_flight(worker))
+        return max(self._workers[worker].num_running, self.ledger.in_flight(worker))
+
+    @property
+    def by_running(self) -> Order:
+        """Workers that decode, the least busy first, of equal ones that with most memory."""
+        for worker in self.ledger.take_changed():
+            state = self._workers.get(worker)
+            if state is not None and state.can_decode:
+                self._order(state)
+        return self._by_running
+
+    @property
+    def by_room(self) -> Order:
+        """Workers that decode, that with most free memory first."""
+        return self._by_room
+
+    @property
+    def blocks_total_max(self) -> int:
+        """Blocks of the largest worker that decodes."""
+        key = self._by_size.least_key()
+        return int(-key[0]) if key else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,27 @@
 """How long a request's routing key is: the hotness tree.
 
 A key is the name of one of the prompt's first blocks; names are chained, so the name of block k
-stands for the whole prefix up to k. A prefix that carries more than 2/n of the traffic (more than
-its two workers can serve) is extended by a block, so that its children spread over other pairs; it
-is shortened again when its share falls below 1/n. Between the thresholds, and for `dwell_ms` after
-a change, nothing moves.
+stands for the whole prefix up to k. A key at which more than 2/n of the traffic rests (more than
+its two workers can serve) is extended, so that its children spread over other pairs; it is
+shortened again when the share that passes it falls below 1/n. Between the thresholds, and for
+`dwell_ms` after a change, nothing moves.
 
-Invariant: with the same window the tree decides the same; memory is bounded by the window.
-Source: DualMap (arXiv 2602.06502), adaptive prefix hashing.
+An extension leads past all blocks that the requests of the hot prefix have in common, to the first
+one in which they differ: a system prompt of a hundred blocks is one edge, not a hundred. A request
+that leaves the common part early rests at the hot prefix; when those become hot in turn, the edge
+is drawn again, to where they part.
+
+Invariants: with the same window the tree decides the same; memory is bounded by the window; a
+request costs as many steps as its key has edges, whatever the length of its prompt.
+Source: DualMap (arXiv 2602.06502), adaptive prefix hashing; edges as in a radix tree.
 """
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+EDGES_JUDGED = 4
+"""Edges looked at per request for a share that has become too small: all have their turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +31,46 @@ class KeyLimits:
     window_requests: int = 1024
     """Requests over which shares are taken: long enough for 1/n of 64 workers to be 16 requests."""
 
-    window_ms: int = 60_000
-    """Older requests no longer count: a quiet hour must not look like load."""
+    window_ms: int = 600_000
+    """Older requests no longer count: a quiet hour must not look like load. Long enough for one of
+    many routers, which sees a request every few seconds, to know the shares."""
 
-    samples_min: int = 64
-    """Below this many requests no share means anything and no key is extended."""
+    count_min: int = 16
+    """A key is extended only for at least this many requests: fewer say nothing about a share."""
 
-    depth_max: int = 64
-    """Longest key, in blocks: longer shared prefixes are split by it or not at all."""
+    start_blocks: int = 32
+    """A prompt at least this long starts with a key of this length, 1,024 tokens as in DualMap: of
+    the first block real traffic knows a handful of kinds. A shorter one starts with its first
+    block, so that the turns of a short chat agree."""
+
+    depth_max: int = 512
+    """Longest key, in blocks: what the window remembers of a prompt."""
 
     dwell_ms: int = 5_000
     """A prefix that was just extended or shortened stays so: its cache needs time to move."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """An extension: prompts that pass block `end` have their key at block number `depth`."""
+
+    depth: int
+    end: bytes
+    """Name of block number depth - 1, the last one that the hot prefix's requests share."""
+
+    def fits(self, names: Sequence[bytes]) -> bool:
+        """Whether a prompt goes on to where the edge leads."""
+        return len(names) >= self.depth and names[self.depth - 2] == self.end
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A request of the window."""
+
+    at_ms: int
+    names: Sequence[bytes]
+    path: list[bytes] = field(default_factory=list)
+    """Names of the blocks where it passed the tree; it rests at the last."""
 
 
 class KeyTree:
@@ -40,64 +78,129 @@ class KeyTree:
 
     def __init__(self, limits: KeyLimits | None = None) -> None:
         self._limits = limits or KeyLimits()
-        self._window: deque[tuple[int, tuple[bytes, ...]]] = deque()  # (now_ms, path)
-        self._counts: dict[bytes, int] = {}
-        self._extended: dict[bytes, int] = {}  # name -> now_ms of the extension
-        self._shortened: dict[bytes, int] = {}  # name -> now_ms, forgotten after dwell_ms
+        self._window: deque[_Seen] = deque()
+        self._passed: dict[bytes, int] = {}
+        self._rested: dict[bytes, int] = {}
+        self._edges: dict[bytes, Edge] = {}
+        self._changed_ms: dict[bytes, int] = {}  # of edges, and of names that dwell
+        self._turns: deque[bytes] = deque()  # the keys of _changed_ms
 
     @property
     def num_extended(self) -> int:
         """Prefixes whose keys are longer than theirs at the moment."""
-        return len(self._extended)
+        return len(self._edges)
 
     def depth(self, names: Sequence[bytes]) -> int:
         """Blocks in the key of a prompt with these block names; 0 for a prompt without any."""
-        for depth, name in enumerate(names[: self._limits.depth_max], start=1):
-            if name not in self._extended:
-                return depth
-        return min(len(names), self._limits.depth_max)
+        depth = self._start(names)
+        while depth and (edge := self._edges.get(names[depth - 1])) and edge.fits(names):
+            depth = edge.depth
+        return depth
+
+    def _start(self, names: Sequence[bytes]) -> int:
+        start = self._limits.start_blocks
+        return start if len(names) >= start else min(len(names), 1)
 
     def observe(self, names: Sequence[bytes], *, num_workers: int, now_ms: int) -> None:
         """Counts one request and re-judges the prefixes on its path."""
-        path = tuple(names[: self._limits.depth_max])
-        self._window.append((now_ms, path))
-        for name in path:
-            self._counts[name] = self._counts.get(name, 0) + 1
+        if names:
+            seen = _Seen(now_ms, names[: self._limits.depth_max])
+            self._window.append(seen)
+            self._count(seen)
+            while self._is_hot(seen.path[-1], num_workers) and self._extend(seen, now_ms):
+                pass
         self._slide(now_ms)
-        for name in path:
-            if name not in self._extended and not self._extend(name, num_workers, now_ms):
-                break
         self._shorten(num_workers, now_ms)
 
-    def _slide(self, now_ms: int) -> None:
-        oldest_ms = now_ms - self._limits.window_ms
-        while len(self._window) > self._limits.window_requests or self._window[0][0] < oldest_ms:
-            for name in self._window.popleft()[1]:
-                count = self._counts.pop(name) - 1
-                if count:
-                    self._counts[name] = count
+    def _count(self, seen: _Seen) -> None:
+        depth = self._start(seen.names)
+        while True:
+            name = seen.names[depth - 1]
+            seen.path.append(name)
+            self._passed[name] = self._passed.get(name, 0) + 1
+            edge = self._edges.get(name)
+            if edge is None or not edge.fits(seen.names):
+                break
+            depth = edge.depth
+        self._rested[name] = self._rested.get(name, 0) + 1
 
-    def _extend(self, name: bytes, num_workers: int, now_ms: int) -> bool:
-        total = len(self._window)
-        dwelt = now_ms - self._shortened.get(name, -self._limits.dwell_ms) >= self._limits.dwell_ms
-        hot = self._counts[name] * num_workers > 2 * total
-        if total < self._limits.samples_min or not hot or not dwelt:
+    def _uncount(self, seen: _Seen) -> None:
+        for name in seen.path:
+            _decrement(self._passed, name)
+        _decrement(self._rested, seen.path[-1])
+        seen.path.clear()
+
+    def _slide(self, now_ms: int) -> None:
+        limits, window = self._limits, self._window
+        oldest_ms = now_ms - limits.window_ms
+        while len(window) > limits.window_requests or (window and window[0].at_ms < oldest_ms):
+            self._uncount(window.popleft())
+
+    def _is_hot(self, name: bytes, num_workers: int) -> bool:
+        rested = self._rested[name]
+        return rested >= self._limits.count_min and rested * num_workers > 2 * len(self._window)
+
+    def _extend(self, seen: _Seen, now_ms: int) -> bool:
+        """Draws the edge of the prefix where a request rests; False: it cannot or must not be."""
+        hot, dwell_ms = seen.path[-1], self._limits.dwell_ms
+        if hot not in self._changed_ms:
+            self._turns.append(hot)
+        elif now_ms - self._changed_ms[hot] < dwell_ms:
             return False
-        self._extended[name] = now_ms
-        self._shortened.pop(name, None)
-        return True
+        self._changed_ms[hot] = now_ms
+        sharing = [other for other in self._window if hot in other.path]
+        edge = _edge_between([other.names for other in sharing], seen.names, hot)
+        if edge is None or edge == self._edges.get(hot):
+            return False
+        self._edges[hot] = edge
+        for other in sharing:
+            self._uncount(other)
+            self._count(other)
+        return seen.path[-1] != hot
 
     def _shorten(self, num_workers: int, now_ms: int) -> None:
-        """Looks at extended prefixes only: at most n/2 at each depth can be above 2/n."""
-        total, dwell_ms = len(self._window), self._limits.dwell_ms
-        cold = [
-            name
-            for name, since_ms in self._extended.items()
-            if self._counts.get(name, 0) * num_workers < total and now_ms - since_ms >= dwell_ms
-        ]
-        for name in cold:
-            del self._extended[name]
-            self._shortened[name] = now_ms
-        for name, since_ms in list(self._shortened.items()):
-            if now_ms - since_ms >= dwell_ms:
-                del self._shortened[name]
+        """Takes back the edges of prefixes that few requests pass; forgets what has dwelt."""
+        for _ in range(min(EDGES_JUDGED, len(self._turns))):
+            name = self._turns.popleft()
+            if now_ms - self._changed_ms[name] >= self._limits.dwell_ms:
+                if name not in self._edges:
+                    del self._changed_ms[name]
+                    continue
+                if self._passed.get(name, 0) * num_workers < len(self._window):
+                    del self._edges[name]
+                    self._changed_ms[name] = now_ms
+            self._turns.append(name)
+
+
+def _edge_between(
+    paths: Sequence[Sequence[bytes]], mine: Sequence[bytes], hot: bytes
+) -> Edge | None:
+    """The edge from `hot` to the first block in which prompts that share it differ."""
+    start = mine.index(hot) + 1
+    shared = [_num_common(names, mine, start) for names in paths]
+    parting = [
+        common for names, common in zip(paths, shared, strict=True) if common < len(names)
+    ]  # the others end where `mine` still goes on: they cannot be told apart by a longer key
+    if not parting:
+        return None
+    end = min(parting)
+    return Edge(end + 1, mine[end - 1])
+
+
+def _num_common(one: Sequence[bytes], two: Sequence[bytes], low: int) -> int:
+    """Leading blocks that two prompts share, `low` at least. Chained names: a bisection does."""
+    high = min(len(one), len(two))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[middle - 1] == two[middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _decrement(counts: dict[bytes, int], name: bytes) -> None:
+    if counts[name] == 1:
+        del counts[name]
+    else:
+        counts[name] -= 1

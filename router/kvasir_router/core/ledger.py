@@ -2,11 +2,10 @@
 
 A worker reports its queue every few hundred milliseconds; between reports its true queue is the
 reported one plus what was routed since. Invariant: what was sent before `report_lag_ms` ahead of a
-report is counted by the report, never twice.
+report is counted by the report, never twice. Every call is O(1), however long the queues.
 """
 
-from collections import deque
-from dataclasses import dataclass
+from collections import OrderedDict
 
 REPORT_LAG_MS = 20
 """A request sent this shortly before a report arrived may not have been in the worker's count."""
@@ -15,20 +14,14 @@ ENTRIES_MAX = 4096
 """Per worker: above it the oldest are taken as reported."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    request_id: str
-    tokens: int
-    sent_ms: int
-
-
 class Ledger:
     """Unreported prompt tokens and requests in flight, per worker."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, deque[_Entry]] = {}
+        self._sent: dict[str, OrderedDict[str, tuple[int, int]]] = {}  # id -> (tokens, sent_ms)
         self._tokens: dict[str, int] = {}
         self._in_flight: dict[str, int] = {}
+        self._changed: set[str] = set()
 
     def tokens(self, worker: str) -> int:
         """Prompt tokens sent to `worker` and not yet in its reports."""
@@ -38,37 +31,42 @@ class Ledger:
         """Requests that this router has open at `worker` as their decode side."""
         return self._in_flight.get(worker, 0)
 
+    def take_changed(self) -> set[str]:
+        """Workers whose `in_flight` has changed since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
+
     def sent(self, worker: str, *, request_id: str, tokens: int, now_ms: int) -> None:
         """A request with `tokens` to compute goes to `worker`."""
-        entries = self._entries.setdefault(worker, deque())
-        entries.append(_Entry(request_id, tokens, now_ms))
+        self.prefilled(worker, request_id=request_id)
+        entries = self._sent.setdefault(worker, OrderedDict())
+        entries[request_id] = (tokens, now_ms)
         self._tokens[worker] = self.tokens(worker) + tokens
         if len(entries) > ENTRIES_MAX:
-            self._tokens[worker] -= entries.popleft().tokens
+            self._drop_oldest(worker, entries)
 
     def reported(self, worker: str, *, now_ms: int) -> None:
         """A load report of `worker` arrived."""
-        entries = self._entries.get(worker)
-        while entries and entries[0].sent_ms <= now_ms - REPORT_LAG_MS:
-            self._tokens[worker] -= entries.popleft().tokens
+        entries = self._sent.get(worker)
+        while entries and next(iter(entries.values()))[1] <= now_ms - REPORT_LAG_MS:
+            self._drop_oldest(worker, entries)
 
     def prefilled(self, worker: str, *, request_id: str) -> None:
         """The request's first token came, or it failed: nothing of it waits at `worker`."""
-        entries = self._entries.get(worker, deque())
-        for entry in entries:
-            if entry.request_id == request_id:
-                entries.remove(entry)
-                self._tokens[worker] -= entry.tokens
-                return
+        entries = self._sent.get(worker)
+        if entries and request_id in entries:
+            self._tokens[worker] -= entries.pop(request_id)[0]
 
     def opened(self, worker: str) -> None:
         """A stream from `worker` begins."""
         self._in_flight[worker] = self.in_flight(worker) + 1
+        self._changed.add(worker)
 
     def closed(self, worker: str) -> None:
         """A stream from `worker` has ended."""
         left = self.in_flight(worker) - 1
         assert left >= 0, worker
+        self._changed.add(worker)
         if left:
             self._in_flight[worker] = left
         else:
@@ -76,5 +74,9 @@ class Ledger:
 
     def forget(self, worker: str) -> None:
         """`worker` has left the fleet; streams it still has open are closed one by one."""
-        self._entries.pop(worker, None)
+        self._sent.pop(worker, None)
         self._tokens.pop(worker, None)
+
+    def _drop_oldest(self, worker: str, entries: OrderedDict[str, tuple[int, int]]) -> None:
+        _, (tokens, _) = entries.popitem(last=False)
+        self._tokens[worker] -= tokens

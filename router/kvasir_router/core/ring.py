@@ -8,14 +8,18 @@ Source: DualMap (arXiv 2602.06502), section on dual mapping.
 """
 
 import hashlib
-from bisect import bisect_right
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 VIRTUAL_NODES = 128
 """Points per worker and ring: keeps the largest arc share within about 1.25x of the mean."""
 
 KEY_BYTES = 16
+
+
+CHANGES_MAX = 16
+"""Up to this many joins and departures are worked into a ring; after more it is built anew."""
 
 
 def _point(person: bytes, worker: str, replica: int) -> int:
@@ -27,8 +31,9 @@ def _point(person: bytes, worker: str, replica: int) -> int:
 class HashRing:
     """One ring: sorted points on a circle of 2**64, each owned by a worker."""
 
-    points: tuple[int, ...]
-    owners: tuple[str, ...]
+    person: bytes
+    points: Sequence[int]
+    owners: Sequence[str]
 
     @classmethod
     def build(cls, workers: Iterable[str], *, person: bytes) -> "HashRing":
@@ -38,7 +43,21 @@ class HashRing:
             for worker in set(workers)
             for replica in range(VIRTUAL_NODES)
         )
-        return cls(tuple(p for p, _ in placed), tuple(w for _, w in placed))
+        return cls(person, [p for p, _ in placed], [w for _, w in placed])
+
+    def changed(self, *, joined: Iterable[str], gone: Iterable[str]) -> "HashRing":
+        """This ring with some workers more and some fewer: the same as one built anew."""
+        points, owners, gone = list(self.points), list(self.owners), frozenset(gone)
+        if gone:
+            kept = [at for at, owner in enumerate(owners) if owner not in gone]
+            points, owners = [points[at] for at in kept], [owners[at] for at in kept]
+        for worker in joined:
+            for replica in range(VIRTUAL_NODES):
+                point = _point(self.person, worker, replica)
+                at = bisect_left(points, point)
+                points.insert(at, point)
+                owners.insert(at, worker)
+        return HashRing(self.person, points, owners)
 
     def owner(self, position: int, avoid: frozenset[str] = frozenset()) -> str | None:
         """The first worker clockwise of `position` that is not in `avoid`."""
@@ -63,12 +82,25 @@ class RingPair:
     def build(cls, workers: Iterable[str]) -> "RingPair":
         """Rings over `workers`, in whatever order they come."""
         members = tuple(sorted(set(workers)))
-        digest = hashlib.blake2b("\0".join(members).encode(), digest_size=8).digest()
         return cls(
             members,
             HashRing.build(members, person=b"kvasir-ring-1"),
             HashRing.build(members, person=b"kvasir-ring-2"),
-            int.from_bytes(digest, "little"),
+            _version(members),
+        )
+
+    def changed(self, workers: Iterable[str]) -> "RingPair":
+        """The rings of another member list, made from these where that is less work."""
+        members = tuple(sorted(set(workers)))
+        joined = set(members).difference(self.members)
+        gone = set(self.members).difference(members)
+        if len(joined) + len(gone) > CHANGES_MAX:
+            return RingPair.build(members)
+        return RingPair(
+            members,
+            self.first.changed(joined=joined, gone=gone),
+            self.second.changed(joined=joined, gone=gone),
+            _version(members),
         )
 
     def candidates(self, key: bytes, avoid: frozenset[str] = frozenset()) -> tuple[str, ...]:
@@ -82,3 +114,8 @@ class RingPair:
             return ()
         two = self.second.owner(int.from_bytes(key[8:], "little"), avoid | {one})
         return (one,) if two is None else (one, two)
+
+
+def _version(members: tuple[str, ...]) -> int:
+    digest = hashlib.blake2b("\0".join(members).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

@@ -45,6 +45,22 @@ def problem_of(member: Member, *, model_name: str, fingerprint: bytes | None) ->
     return ""
 
 
+def likeness(member: Member) -> object:
+    """What the judgement of all members depends on: while it is equal, nothing needs judging."""
+    about = member.description
+    if about is None:
+        return None
+    return (
+        member.reachable,
+        about.address.name,
+        about.address.epoch,
+        about.model,
+        about.fingerprint,
+        about.draining,
+        about.context_length,
+    )
+
+
 def newest_by_name(members: Iterable[Member]) -> dict[str, Member]:
     """One member per worker name: the one of the latest life, if two addresses claim it."""
     newest: dict[str, Member] = {}

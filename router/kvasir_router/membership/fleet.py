@@ -1,20 +1,19 @@
 """The fleet as this router sees it: members come and go, a view is there for every decision.
 
-Holds the state that the core reads (prefix view, key tree, ledger) and rebuilds the snapshot only
-when something changed. Which worker serves a request is left to the core.
+Owns the view that the core reads. A report of a worker changes its entry alone; only when somebody
+joins, leaves or becomes another's like are all members judged anew. Which worker serves a request
+is left to the core.
 """
 
 import asyncio
 import time
-from collections.abc import Iterable
 
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
-from kvasir_router.core.fleet import FleetView, Policy, Request, WorkerState
+from kvasir_router.core.fleet import FleetView, Policy, Request
 from kvasir_router.core.keys import KeyTree
 from kvasir_router.core.ledger import Ledger
 from kvasir_router.core.prefix import PrefixView
-from kvasir_router.core.ring import RingPair
 from kvasir_router.membership import eligible
 from kvasir_router.membership.discovery import dns_names, follow_dns, static_targets
 from kvasir_router.membership.member import Member
@@ -38,9 +37,15 @@ class Fleet:
         self._prefix = PrefixView(blocks_max=settings.blocks_known_max)
         self._keys = KeyTree()
         self.ledger = Ledger()
-        self._policy = Policy(local_prefill_tokens_max=settings.local_prefill_tokens_max)
-        self._rings = RingPair.build(())
-        self._view: FleetView | None = None
+        self._view = FleetView(
+            prefix=self._prefix,
+            keys=self._keys,
+            ledger=self.ledger,
+            policy=Policy(local_prefill_tokens_max=settings.local_prefill_tokens_max),
+        )
+        self._stale = False  # members must be judged anew
+        self._likeness: dict[str, object] = {}  # target -> what its judgement depends on
+        self._context_length: int | None = None
         self._by_name: dict[str, Member] = {}
         self._problems: dict[str, str] = {}
         self._changed = asyncio.Event()
@@ -67,6 +72,7 @@ class Fleet:
         wanted = frozenset().union(*self._targets.values())
         for target in self._members.keys() - wanted:
             self._tasks.pop(target).cancel()
+            self._likeness.pop(target, None)
             self._forget(self._members.pop(target))
         for target in sorted(wanted - self._members.keys()):
             silence_ms = self._settings.silence_timeout_ms
@@ -84,10 +90,21 @@ class Fleet:
             self._prefix.stored(member.name, event.stored)
         if event.HasField("description"):
             self.ledger.reported(member.name, now_ms=now_ms())
+            self._on_report(member)
+
+    def _on_report(self, member: Member) -> None:
+        about, likeness = member.description, eligible.likeness(member)
+        if self._stale or about is None or self._likeness.get(member.target) != likeness:
+            self._likeness[member.target] = likeness
             self._touch()
+            return
+        if self._by_name.get(member.name) is member and not self._problems[member.name]:
+            self._view.put(eligible.state_of(about))
+        self._tell()
 
     def on_lost(self, member: Member) -> None:
         """Takes a member out of the rings."""
+        self._likeness.pop(member.target, None)
         self._forget(member)
         self._touch()
 
@@ -97,7 +114,10 @@ class Fleet:
             self.ledger.forget(member.name)
 
     def _touch(self) -> None:
-        self._view = None
+        self._stale = True
+        self._tell()
+
+    def _tell(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -106,12 +126,13 @@ class Fleet:
         await self._changed.wait()
 
     def view(self) -> FleetView:
-        """The snapshot for a decision."""
-        if self._view is None:
-            self._view = self._build()
+        """What a decision looks at; always the same object, brought up to date."""
+        if self._stale:
+            self._judge()
+            self._stale = False
         return self._view
 
-    def _build(self) -> FleetView:
+    def _judge(self) -> None:
         name = self._settings.model_name
         self._by_name = eligible.newest_by_name(self._members.values())
         members = self._by_name.values()
@@ -120,15 +141,12 @@ class Fleet:
             m.name: eligible.problem_of(m, model_name=name, fingerprint=self.fingerprint)
             for m in members
         }
-        workers = self._states(m for m in members if not self._problems[m.name])
-        in_rings = tuple(sorted(w.name for w in workers.values() if w.can_prefill))
-        if in_rings != self._rings.members:
-            self._rings = RingPair.build(in_rings)
-        return FleetView(workers, self._rings, self._prefix, self._keys, self.ledger, self._policy)
-
-    def _states(self, members: Iterable[Member]) -> dict[str, WorkerState]:
-        abouts = (m.description for m in members)
-        return {about.address.name: eligible.state_of(about) for about in abouts if about}
+        abouts = [m.description for m in members if m.description and not self._problems[m.name]]
+        for gone in self._view.workers.keys() - {about.address.name for about in abouts}:
+            self._view.remove(gone)
+        for about in abouts:
+            self._view.put(eligible.state_of(about))
+        self._context_length = min((about.context_length for about in abouts), default=None)
 
     def observe(self, request: Request) -> None:
         """Counts a request into the shares by which keys are extended."""
@@ -150,9 +168,8 @@ class Fleet:
 
     def context_length(self) -> int | None:
         """Tokens that every worker of the view can hold; None while there is none."""
-        names = self.view().workers
-        abouts = (self._by_name[name].description for name in names)
-        return min((about.context_length for about in abouts if about), default=None)
+        self.view()
+        return self._context_length
 
     def problems(self) -> list[str]:
         """What keeps the router from serving; empty: it can."""

@@ -1,0 +1,120 @@
+// Binds the prefix index to Python: checks arguments, nothing else.
+#include <nanobind/nanobind.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "aged_names.h"
+#include "prefix_index.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvasir::router {
+namespace {
+
+// Copies the names out of a list or tuple of 16-byte strings.
+std::span<const Name> to_names(nb::handle sequence) {
+  static thread_local std::vector<Name> names;
+  const nb::object fast = nb::steal(PySequence_Fast(sequence.ptr(), "names must be a sequence"));
+  if (!fast.is_valid()) nb::raise_python_error();
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(fast.ptr());
+  PyObject** const items = PySequence_Fast_ITEMS(fast.ptr());
+  names.clear();
+  names.reserve(static_cast<size_t>(size));
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    if (!PyBytes_Check(items[i]) || PyBytes_GET_SIZE(items[i]) != kNameBytes) {
+      throw std::invalid_argument("a name must be 16 bytes");
+    }
+    names.push_back(load_name(PyBytes_AS_STRING(items[i])));
+  }
+  return names;
+}
+
+nb::list to_bytes(const std::vector<Name>& names) {
+  nb::list out;
+  for (const Name& name : names) out.append(nb::bytes(&name, kNameBytes));
+  return out;
+}
+
+uint32_t to_seat(const PrefixIndex& index, uint32_t seat) {
+  if (!index.is_taken(seat)) throw nb::index_error("nobody has this seat");
+  return seat;
+}
+
+nb::tuple match(PrefixIndex& index, nb::handle names, const nb::list& wanted,
+                uint32_t num_longest) {
+  static thread_local std::vector<uint32_t> seats, runs;
+  static thread_local std::vector<Run> longest;
+  seats.clear();
+  for (const nb::handle seat : wanted) seats.push_back(nb::cast<uint32_t>(seat));
+  index.match(to_names(names), seats, num_longest, runs, longest);
+  nb::list of_wanted, of_longest;
+  for (const uint32_t run : runs) of_wanted.append(run);
+  for (const Run& run : longest) of_longest.append(nb::make_tuple(run.seat, run.num_blocks));
+  return nb::make_tuple(of_wanted, of_longest);
+}
+
+void bind_index(nb::module_& m) {
+  nb::class_<PrefixIndex>(m, "PrefixIndex")
+      .def(
+          "__init__",
+          [](PrefixIndex* self, int64_t blocks_max) {
+            if (blocks_max < 1 || blocks_max >= kNone) {
+              throw std::invalid_argument("blocks_max must be from 1 to 2**32 - 2");
+            }
+            new (self) PrefixIndex(static_cast<uint32_t>(blocks_max));
+          },
+          nb::kw_only(), "blocks_max"_a)
+      .def("take_seat",
+           [](PrefixIndex& self) {
+             try {
+               return self.take_seat();
+             } catch (const std::length_error& error) {
+               throw nb::value_error(error.what());
+             }
+           })
+      .def("give_up_seat",
+           [](PrefixIndex& self, uint32_t seat) { self.give_up_seat(to_seat(self, seat)); })
+      .def("store", [](PrefixIndex& self, uint32_t seat,
+                       nb::handle names) { self.store(to_seat(self, seat), to_names(names)); })
+      .def("remove", [](PrefixIndex& self, uint32_t seat,
+                        nb::handle names) { self.remove(to_seat(self, seat), to_names(names)); })
+      .def("match", &match)
+      .def("num_blocks", [](const PrefixIndex& self,
+                            uint32_t seat) { return self.num_blocks(to_seat(self, seat)); })
+      .def_prop_ro("num_bytes", &PrefixIndex::num_bytes)
+      .def("__len__", &PrefixIndex::size);
+}
+
+void bind_aged(nb::module_& m) {
+  nb::class_<AgedNames>(m, "AgedNames")
+      .def(nb::init<>())
+      .def(
+          "use",
+          [](AgedNames& self, nb::handle names, int64_t now_ms, uint32_t num_names_max) {
+            std::vector<Name> gone;
+            self.use(to_names(names), now_ms, num_names_max, gone);
+            return to_bytes(gone);
+          },
+          "names"_a, nb::kw_only(), "now_ms"_a, "num_names_max"_a)
+      .def(
+          "drop_before",
+          [](AgedNames& self, int64_t since_ms) {
+            std::vector<Name> gone;
+            self.drop_before(since_ms, gone);
+            return to_bytes(gone);
+          },
+          nb::kw_only(), "since_ms"_a)
+      .def_prop_ro("num_bytes", &AgedNames::num_bytes)
+      .def("__len__", &AgedNames::size);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  bind_index(m);
+  bind_aged(m);
+}
+
+}  // namespace kvasir::router
