@@ -11,7 +11,7 @@ from kvasir_router.core.fleet import FleetView, Policy, Request, WorkerState
 from kvasir_router.core.keys import KeyLimits, KeyTree
 from kvasir_router.core.ledger import Ledger
 
-from kvasir_sim.policy import Action, Refuse, RoutingPolicy, Send
+from kvasir_sim.policy import Action, Refuse, RoutingPolicy, Send, Why
 from kvasir_sim.settings import SimSettings
 from kvasir_sim.trace import BLOCK_TOKENS, TraceRequest
 from kvasir_sim.view import ReplicaView
@@ -58,11 +58,14 @@ class _Seen(FleetView):
 class KvasirPolicy(RoutingPolicy):
     """The production core."""
 
+    discipline = "deadline"
+
     def __init__(self, view: ReplicaView, settings: SimSettings, replica: int) -> None:
         super().__init__(view, settings, replica)
         policy = Policy(local_prefill_tokens_max=0, reuse_us_per_token=settings.reuse_us_per_token)
         self._fleet = _Seen(view, policy)
         self._fleet.follow_members()
+        self._pairs: dict[int, tuple[str, ...]] = {}
 
     def arrived(self, job: Job, now_ms: float) -> Sequence[Action]:
         """As the router does: count the key, then pick."""
@@ -73,7 +76,16 @@ class KvasirPolicy(RoutingPolicy):
         decision = pick(self._fleet, self._describe(job.index, job.request), now_ms=int(now_ms))
         if isinstance(decision, Rejected):
             return (Refuse(job),)
-        return (Send(job, decision.computes),)
+        self._pairs[job.index] = tuple(c.worker for c in decision.candidates)
+        return (Send(job, decision.computes, may_move=len(decision.candidates) > 1),)
+
+    def returned(self, job: Job, worker: str, why: Why, now_ms: float) -> Sequence[Action]:
+        if why is Why.FAILED:
+            return self.arrived(job, now_ms)
+        others = [
+            w for w in self._pairs.pop(job.index, ()) if w != worker and w in self.view.members
+        ]
+        return (Send(job, others[0]),) if others else (Refuse(job),)
 
     def members(self, now_ms: float) -> Sequence[Action]:
         """New rings."""

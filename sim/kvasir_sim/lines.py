@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from kvasir_engine.core import admission
+
 if TYPE_CHECKING:
     from kvasir_sim.worker import Job
 
@@ -20,8 +22,9 @@ class Dismissed:
 class Line(Protocol):
     """The order of a worker's queue."""
 
-    tokens: int
-    """To compute, of all that wait."""
+    @property
+    def tokens(self) -> int:
+        """To compute, of all that wait."""
 
     def __len__(self) -> int:
         """Requests that wait."""
@@ -82,3 +85,79 @@ class FifoLine:
         jobs, self.tokens = list(self._jobs), 0
         self._jobs.clear()
         return jobs
+
+
+class DeadlineLine:
+    """The production queue of a prefill worker."""
+
+    def __init__(self) -> None:
+        self._queue = admission.AdmissionQueue()
+        self._jobs: dict[int, Job] = {}
+        self._lacking: dict[bytes, set[int]] = {}  # first uncached block -> who waits
+
+    @property
+    def tokens(self) -> int:
+        """To compute, of all that wait."""
+        return self._queue.tokens
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def push(
+        self, job: "Job", cost_ms: float, *, now_ms: float, busy_ms: float
+    ) -> Sequence[Dismissed]:
+        """In the order in which they are due."""
+        self._jobs[job.index] = job
+        self._lack(job)
+        waiting = admission.Waiting(
+            job.index,
+            job.arrival_ms,
+            job.deadline_ms,
+            cost_ms,
+            tokens=job.miss_tokens,
+            tenant=job.request.tenant,
+            priority=job.request.priority,
+            may_move=job.may_move,
+        )
+        return self._given_up(self._queue.push(waiting, now_ms=now_ms, busy_ms=busy_ms))
+
+    def pop(self, now_ms: float) -> "tuple[Job | None, Sequence[Dismissed]]":
+        """The next to compute."""
+        waiting, dismissed = self._queue.pop(now_ms=now_ms)
+        given_up = self._given_up(dismissed)
+        return (self._forget(waiting) if waiting else None), given_up
+
+    def continuing(self, names: Sequence[bytes]) -> "Iterable[Job]":
+        """Those that lacked one of these blocks first."""
+        found = [self._lacking.pop(name, ()) for name in names]
+        return [self._jobs[index] for indices in found for index in sorted(indices)]
+
+    def update(self, job: "Job", cost_ms: float) -> None:
+        """Less is left to compute."""
+        self._lack(job)
+        self._queue.update(job.index, compute_ms=cost_ms, tokens=job.miss_tokens)
+
+    def clear(self) -> "list[Job]":
+        """Empties the queue."""
+        return [self._forget(waiting) for waiting in self._queue.drain()]
+
+    def _lack(self, job: "Job") -> None:
+        name = job.first_lacking
+        if name is not None:
+            self._lacking.setdefault(name, set()).add(job.index)
+
+    def _forget(self, waiting: admission.Waiting) -> "Job":
+        assert isinstance(waiting.request_id, int)
+        job = self._jobs.pop(waiting.request_id)
+        name = job.first_lacking
+        if name is not None and (indices := self._lacking.get(name)):
+            indices.discard(job.index)
+            if not indices:
+                del self._lacking[name]
+        return job
+
+    def _given_up(self, dismissed: Sequence[admission.Dismissed]) -> list[Dismissed]:
+        return [
+            Dismissed(self._forget(one.waiting), one.verdict is admission.Verdict.REFUSE)
+            for one in dismissed
+        ]

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kvasir_sim.lines import Dismissed, FifoLine, Line
+from kvasir_sim.lines import DeadlineLine, Dismissed, FifoLine, Line
 from kvasir_sim.tier import KvTier
 from kvasir_sim.trace import BLOCK_TOKENS, TraceRequest
 
-Discipline = Literal["fifo"]
+Discipline = Literal["fifo", "deadline"]
 
 
 @dataclass(slots=True)
@@ -28,6 +28,9 @@ class Job:
     may_move: bool = False
     miss_tokens: int = 0
     """To compute, as last judged while the request waits."""
+
+    first_lacking: bytes | None = None
+    """The first block that its worker did not hold then."""
 
     started_ms: float = 0.0
     finished_ms: float = 0.0
@@ -56,7 +59,7 @@ class SimWorker:
         tier: KvTier | None = None,
     ) -> None:
         self.name, self.speed = name, speed
-        self.line: Line = FifoLine()
+        self.line: Line = FifoLine() if discipline == "fifo" else DeadlineLine()
         self.current: Job | None = None
         self.busy_ms = 0.0
         self._tier = tier
@@ -70,12 +73,15 @@ class SimWorker:
 
     def hit_tokens(self, request: TraceRequest) -> int:
         """Leading prompt tokens that are in the cache."""
+        return min(self._num_held(request) * BLOCK_TOKENS, request.input_tokens)
+
+    def _num_held(self, request: TraceRequest) -> int:
         run = 0
         for name in request.names:
             if name not in self._cache:
                 break
             run += 1
-        return min(run * BLOCK_TOKENS, request.input_tokens)
+        return run
 
     def pending_tokens(self, now_ms: float) -> int:
         """Prompt tokens accepted and not yet computed."""
@@ -84,8 +90,7 @@ class SimWorker:
     def accept(self, job: Job, now_ms: float) -> Sequence[Dismissed]:
         """Puts a job into the queue; those that the queue gives up for it come back."""
         job.worker = self.name
-        job.miss_tokens = job.request.input_tokens - self.hit_tokens(job.request)
-        cost_ms = self._cost_ms(job.request)[0]
+        cost_ms = self._judge(job)
         return self.line.push(job, cost_ms, now_ms=now_ms, busy_ms=self._left_ms(now_ms))
 
     def start_next(self, now_ms: float) -> tuple[Job | None, Sequence[Dismissed]]:
@@ -126,8 +131,15 @@ class SimWorker:
     def _judge_again(self, new: Sequence[bytes]) -> None:
         """Waiting requests that continue a prefix just computed have less left to compute."""
         for job in self.line.continuing(new):
-            job.miss_tokens = job.request.input_tokens - self.hit_tokens(job.request)
-            self.line.update(job, self._cost_ms(job.request)[0])
+            self.line.update(job, self._judge(job))
+
+    def _judge(self, job: Job) -> float:
+        """What is to be computed for a request as the cache stands, and how long it takes."""
+        request = job.request
+        run = self._num_held(request)
+        job.miss_tokens = request.input_tokens - min(run * BLOCK_TOKENS, request.input_tokens)
+        job.first_lacking = request.names[run] if run < len(request.names) else None
+        return self._cost_ms(request)[0]
 
     def _left_ms(self, now_ms: float) -> float:
         return max(self.current.finished_ms - now_ms, 0.0) if self.current else 0.0
