@@ -1,121 +1,81 @@
 """What a model is, read from a Hugging Face folder's config.json.
 
-Decides which models this engine computes: Llama, Qwen2, Qwen3 and Mixtral type decoders with
-standard, linear or llama3 rotary embeddings. Invariant: a ModelConfig that exists is computed
-exactly; whatever would need other arithmetic is refused by name. Weights are left to `weights`.
+Decides which models this engine computes, by `model_type` and `architectures`, and what each
+family leaves out of its config.json. Invariant: a ModelConfig that exists is computed exactly;
+whatever would need other arithmetic is refused by name. Weights are left to `weights`.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from kvasir_kvstore.core.block import KvLayout
 from kvasir_proto.errors import KvasirError, Reason
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "mixtral")
-ROPE_TYPES = ("default", "linear", "llama3")
-SIZE_MULTIPLE = 16
-SIZE_MAX = (1 << 31) - 1
-POSITIONS_DEFAULT = 2048
-"""Longest context of a config.json that does not say: what the oldest supported models had."""
+from kvasir_engine.decoder import LayerConfig, ModelConfig
+from kvasir_engine.fields import boolean, integer, malformed, number, unsupported
+from kvasir_engine.rope import Rope, RopeContext, longest_context, make_rope, rope_type
 
-
-def unsupported(text: str) -> KvasirError:
-    """The error for a model that is well-formed but beyond this engine."""
-    return KvasirError(Reason.UNSUPPORTED, text, param="model")
-
-
-def malformed(text: str) -> KvasirError:
-    """The error for a model folder that is broken."""
-    return KvasirError(Reason.INVALID_REQUEST, text, param="model")
+FULL, SLIDING = "full_attention", "sliding_attention"
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+LAYERS_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary embedding: angle of pair i at position p is p * inverse_frequencies[i]."""
+class Family:
+    """What a model_type implies; the defaults are those of its Hugging Face class."""
 
-    type: str
-    theta: float
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 0
-
-    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians per position, float32 [head_dim / 2], rounded as the reference rounds."""
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        plain = (1.0 / np.power(self.theta, exponents.astype(np.float64))).astype(np.float32)
-        if self.type == "linear":
-            return plain / np.float32(self.factor)
-        return self._llama3(plain) if self.type == "llama3" else plain
-
-    def _llama3(self, plain: np.ndarray) -> np.ndarray:
-        """Llama 3.1's scaling: long wavelengths by `factor`, short ones kept, smooth between."""
-        wavelengths = 2 * math.pi / plain
-        longest = self.original_max_position / self.low_freq_factor
-        shortest = self.original_max_position / self.high_freq_factor
-        smooth = (self.original_max_position / wavelengths - self.low_freq_factor) / (
-            self.high_freq_factor - self.low_freq_factor
-        )
-        between = (1 - smooth) * plain / self.factor + smooth * plain
-        scaled = np.where(wavelengths > longest, plain / self.factor, between)
-        return np.where(wavelengths < shortest, plain, scaled).astype(np.float32)
-
-    def canonical(self) -> str:
-        """One text per arithmetic: equal texts rotate equally."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return json.dumps(values, sort_keys=True)
+    architecture: str
+    eps: float = 1e-6
+    theta: float = 10000.0
+    head_dim: int = 0
+    """0: hidden_size / num_attention_heads."""
+    windows: str = "none"
+    """Which layers slide where `layer_types` does not say: none, all, upper, or pattern."""
+    pattern: int = 0
+    """Of so many layers in turn the last sees everything, the others slide."""
+    bias: str = "none"
+    """Of attention: none, qkv, or field (`attention_bias`, on all four projections)."""
+    experts_field: str = ""
+    has_qk_norm: bool = False
+    is_gemma: bool = False
+    has_partial_rotary: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """The numbers of a decoder. Sizes in elements, counts in heads, layers or experts."""
-
-    model_type: str
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    max_position: int
-    """Longest context in tokens."""
-    rms_norm_eps: float
-    rope: Rope
-    num_experts: int
-    num_experts_per_token: int
-    has_tied_embeddings: bool
-    has_qkv_bias: bool
-    has_output_bias: bool
-    has_qk_norm: bool
-
-    def layout(self, kv_dtype: str = "bfloat16") -> KvLayout:
-        """How this model's KV lies in a block."""
-        return KvLayout(
-            num_layers=self.num_layers,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            dtype=kv_dtype,
-            rope=self.rope.canonical(),
-        )
-
-    def native_shape(self) -> dict[str, Any]:
-        """The dictionary that _native.Model takes."""
-        shape = {name: getattr(self, name) for name in self.__slots__}
-        rope = shape.pop("rope")
-        for name in ("model_type", "max_position"):
-            shape.pop(name)
-        frequencies = [float(x) for x in rope.inverse_frequencies(self.head_dim)]
-        return shape | {"inverse_frequencies": frequencies, "rope_scale": 1.0}
-
-    def numerics(self) -> str:
-        """Canonical JSON of all that changes results besides weights; part of the fingerprint."""
-        return json.dumps(self.native_shape() | {"model_type": self.model_type}, sort_keys=True)
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", bias="field"),
+    "mistral": Family("MistralForCausalLM", windows="all"),
+    "mixtral": Family(
+        "MixtralForCausalLM", 1e-5, 1e6, windows="all", experts_field="num_local_experts"
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", windows="upper", bias="qkv"),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", head_dim=128, windows="upper", bias="field", has_qk_norm=True
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", bias="field", experts_field="num_experts", has_qk_norm=True
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        head_dim=256,
+        windows="pattern",
+        pattern=2,
+        bias="field",
+        is_gemma=True,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        theta=1e6,
+        head_dim=256,
+        windows="pattern",
+        pattern=6,
+        bias="field",
+        has_qk_norm=True,
+        is_gemma=True,
+    ),
+    "phi3": Family("Phi3ForCausalLM", 1e-5, windows="all", has_partial_rotary=True),
+}
 
 
 def read_config(model_dir: Path | str) -> ModelConfig:
@@ -135,130 +95,243 @@ def read_config(model_dir: Path | str) -> ModelConfig:
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """A ModelConfig from config.json's object."""
-    model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise unsupported(
-            f"model_type {model_type!r} is not supported; there are: {', '.join(MODEL_TYPES)}"
-        )
-    _refuse_other_arithmetic(raw)
-    num_heads = _integer(raw, "num_attention_heads")
-    hidden_size = _integer(raw, "hidden_size")
-    has_bias = _boolean(raw, "attention_bias")
-    is_mixture = model_type == "mixtral"
+    """A ModelConfig from config.json's object. Raises KvasirError that names the field."""
+    family = _family(raw)
+    _refuse_other_arithmetic(raw, family)
+    num_layers = _num_layers(raw)
+    hidden_size, num_heads = integer(raw, "hidden_size"), integer(raw, "num_attention_heads")
+    head_dim = integer(raw, "head_dim", default=family.head_dim or hidden_size // num_heads)
+    ropes, rope_of = _ropes(raw, family, head_dim)
+    kinds = _layer_kinds(raw, family, num_layers)
+    window, sparse = _window(raw), _sparse_layers(raw, family, num_layers)
+    has_bias = family.bias == "field" and boolean(raw, "attention_bias")
     config = ModelConfig(
-        model_type=model_type,
-        num_layers=_integer(raw, "num_hidden_layers"),
+        model_type=str(raw["model_type"]),
+        num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=num_heads,
-        num_kv_heads=_integer(raw, "num_key_value_heads", default=num_heads),
-        head_dim=_integer(raw, "head_dim", default=hidden_size // num_heads),
-        intermediate_size=_integer(raw, "intermediate_size"),
-        vocab_size=_integer(raw, "vocab_size"),
-        max_position=_integer(raw, "max_position_embeddings", default=POSITIONS_DEFAULT),
-        rms_norm_eps=_number(raw, "rms_norm_eps", default=1e-6),
-        rope=_parse_rope(raw),
-        num_experts=_integer(raw, "num_local_experts") if is_mixture else 0,
-        num_experts_per_token=_integer(raw, "num_experts_per_tok") if is_mixture else 0,
-        has_tied_embeddings=_boolean(raw, "tie_word_embeddings"),
-        has_qkv_bias=model_type == "qwen2" or has_bias,
-        has_output_bias=model_type in ("llama", "qwen3") and has_bias,
-        has_qk_norm=model_type == "qwen3",
+        num_kv_heads=integer(raw, "num_key_value_heads", default=num_heads),
+        head_dim=head_dim,
+        intermediate_size=integer(raw, "intermediate_size"),
+        vocab_size=integer(raw, "vocab_size"),
+        max_position=longest_context(raw),
+        rms_norm_eps=number(raw, "rms_norm_eps", default=family.eps),
+        ropes=ropes,
+        layers=tuple(
+            LayerConfig(window if kind == SLIDING else 0, rope_of[kind], index in sparse)
+            for index, kind in enumerate(kinds)
+        ),
+        query_scale=_query_scale(raw, family, head_dim),
+        activation=_activation(raw, family),
+        has_tied_embeddings=boolean(raw, "tie_word_embeddings", default=family.is_gemma),
+        has_qkv_bias=has_bias or family.bias == "qkv",
+        has_output_bias=has_bias,
+        has_qk_norm=family.has_qk_norm,
+        **_expert_fields(raw, family),
+        **(_gemma_fields(raw, hidden_size) if family.is_gemma else {}),
     )
     _check_sizes(config)
     return config
 
 
-def _refuse_other_arithmetic(raw: Mapping[str, Any]) -> None:
+def _family(raw: Mapping[str, Any]) -> Family:
+    """The family that model_type and architectures name."""
+    model_type, names = raw.get("model_type"), raw.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise malformed(f"config.json: architectures must be a list of names, not {names!r}")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    known = ", ".join(FAMILIES)
+    if family is None:
+        raise unsupported(
+            f"model_type {model_type!r} (architectures {names!r}) is not supported; "
+            f"there are: {known}"
+        )
+    if names and names != [family.architecture]:
+        raise unsupported(
+            f"architectures {names!r} is not supported: a {model_type} model is computed as "
+            f"{family.architecture}"
+        )
+    return family
+
+
+def _refuse_other_arithmetic(raw: Mapping[str, Any], family: Family) -> None:
     """Raise for fields whose values ask for arithmetic that this engine does not have."""
-    activation = raw.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise unsupported(f"hidden_act {activation!r} is not supported, only silu")
-    for name in ("mlp_bias", "use_sliding_window"):
-        if _boolean(raw, name):
-            raise unsupported(f"{name} is not supported")
+    if boolean(raw, "mlp_bias"):
+        raise unsupported("mlp_bias is not supported")
     if raw.get("quantization_config"):
         raise unsupported("quantization_config is not supported: weights must be bf16, f16 or f32")
-    if raw["model_type"] == "mixtral" and raw.get("sliding_window") is not None:
-        longest = _integer(raw, "max_position_embeddings", default=POSITIONS_DEFAULT)
-        if _integer(raw, "sliding_window") < longest:
-            raise unsupported("sliding_window is not supported")
-    kinds = raw.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise unsupported(f"layer_types {kinds!r} is not supported, only full_attention")
-    if raw.get("partial_rotary_factor", 1.0) != 1.0:
-        raise unsupported("partial_rotary_factor is not supported")
-    if raw["model_type"] == "mixtral" and raw.get("attention_bias"):
-        raise unsupported("attention_bias of a mixtral model is not supported")
+    if family.windows != "upper" and boolean(raw, "use_sliding_window"):
+        raise unsupported(f"use_sliding_window of a {raw['model_type']} model is not supported")
+    if family.bias == "none" and raw.get("attention_bias"):
+        raise unsupported(f"attention_bias of a {raw['model_type']} model is not supported")
+    if boolean(raw, "use_bidirectional_attention"):
+        raise unsupported("use_bidirectional_attention is not supported")
 
 
-def _parse_rope(raw: Mapping[str, Any]) -> Rope:
-    """The rotary embedding, from `rope_parameters` or the older rope_theta and rope_scaling."""
-    values = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(values, Mapping):
-        raise malformed("rope_parameters is no object in config.json")
-    if any(isinstance(value, Mapping) for value in values.values()):
-        raise unsupported("rope_parameters that differ between layers are not supported")
-    kind = values.get("rope_type", values.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise unsupported(
-            f"rope_type {kind!r} is not supported; there are: {', '.join(ROPE_TYPES)}"
-        )
-    theta = _number(values, "rope_theta", default=_number(raw, "rope_theta", default=10000.0))
-    if kind == "default":
-        return Rope(type=kind, theta=theta)
-    factor = _number(values, "factor")
-    if kind == "linear":
-        return Rope(type=kind, theta=theta, factor=factor)
-    low, high = _number(values, "low_freq_factor"), _number(values, "high_freq_factor")
-    if low >= high:
-        raise malformed("config.json: low_freq_factor must be below high_freq_factor")
-    return Rope(
-        type=kind,
-        theta=theta,
-        factor=factor,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_position=_integer(values, "original_max_position_embeddings"),
+def _activation(raw: Mapping[str, Any], family: Family) -> str:
+    if family.is_gemma:  # its older field hidden_act was never meant
+        name = raw.get("hidden_activation") or "gelu_pytorch_tanh"
+    else:
+        name = raw.get("hidden_act") or "silu"
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise unsupported(f"hidden_act {name!r} is not supported, only {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+# ---- layers --------------------------------------------------------------------------------------
+
+
+def _num_layers(raw: Mapping[str, Any]) -> int:
+    num_layers = integer(raw, "num_hidden_layers")
+    if num_layers > LAYERS_MAX:
+        raise malformed(f"config.json: num_hidden_layers must be at most {LAYERS_MAX}")
+    return num_layers
+
+
+def _window(raw: Mapping[str, Any]) -> int:
+    """Tokens that a sliding layer sees; 0 where the longest context fits into it."""
+    if raw.get("sliding_window") is None:
+        return 0
+    window = integer(raw, "sliding_window")
+    return 0 if window >= longest_context(raw) else window
+
+
+def _layer_kinds(raw: Mapping[str, Any], family: Family, num_layers: int) -> list[str]:
+    """full_attention or sliding_attention for each layer."""
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        return _usual_kinds(raw, family, num_layers)
+    known = (FULL,) if family.windows == "none" else (FULL, SLIDING)
+    if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
+        raise unsupported(f"layer_types {kinds!r} is not supported, only {' and '.join(known)}")
+    if len(kinds) != num_layers:
+        raise malformed(f"config.json: layer_types names {len(kinds)} of {num_layers} layers")
+    if SLIDING in kinds and raw.get("sliding_window") is None:
+        raise malformed("config.json: layer_types has sliding_attention without sliding_window")
+    return kinds
+
+
+def _usual_kinds(raw: Mapping[str, Any], family: Family, num_layers: int) -> list[str]:
+    """What the family's class takes where config.json has no layer_types."""
+    slides = range(0)
+    if raw.get("sliding_window") is not None and family.windows == "all":
+        slides = range(num_layers)
+    if family.windows == "upper" and boolean(raw, "use_sliding_window"):
+        slides = range(integer(raw, "max_window_layers", default=28), num_layers)
+        if raw.get("sliding_window") is None:
+            raise malformed("config.json: use_sliding_window needs sliding_window")
+    if family.windows == "pattern":
+        integer(raw, "sliding_window")
+        every = integer(raw, "sliding_window_pattern", default=family.pattern)
+        return [FULL if (index + 1) % every == 0 else SLIDING for index in range(num_layers)]
+    return [SLIDING if index in slides else FULL for index in range(num_layers)]
+
+
+def _sparse_layers(raw: Mapping[str, Any], family: Family, num_layers: int) -> frozenset[int]:
+    """The layers with a mixture of experts."""
+    if not family.experts_field:
+        return frozenset()
+    dense = raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(index) is int for index in dense):
+        raise malformed(f"config.json: mlp_only_layers must be a list of layers, not {dense!r}")
+    step = integer(raw, "decoder_sparse_step", default=1)
+    return frozenset(
+        index for index in range(num_layers) if index not in dense and (index + 1) % step == 0
     )
 
 
+# ---- parts that differ between families ----------------------------------------------------------
+
+
+def _expert_fields(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    if not family.experts_field:
+        return {}
+    is_mixtral = raw["model_type"] == "mixtral"
+    size = "intermediate_size" if is_mixtral else "moe_intermediate_size"
+    return {
+        "num_experts": integer(raw, family.experts_field),
+        "num_experts_per_token": integer(raw, "num_experts_per_tok"),
+        "expert_size": integer(raw, size),
+        "has_scaled_experts": is_mixtral or boolean(raw, "norm_topk_prob"),
+    }
+
+
+def _query_scale(raw: Mapping[str, Any], family: Family, head_dim: int) -> float:
+    if family.is_gemma:
+        return float(number(raw, "query_pre_attn_scalar", default=256.0) ** -0.5)
+    return float(head_dim**-0.5)
+
+
+def _gemma_fields(raw: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
+    def cap(name: str) -> float:
+        return 0.0 if raw.get(name) is None else number(raw, name)
+
+    return {
+        "norm_offset": 1.0,
+        "embedding_scale": hidden_size**0.5,
+        "score_cap": cap("attn_logit_softcapping"),
+        "logit_cap": cap("final_logit_softcapping"),
+        "has_post_norms": True,
+    }
+
+
+def _ropes(
+    raw: Mapping[str, Any], family: Family, head_dim: int
+) -> tuple[tuple[Rope, ...], dict[str, int]]:
+    """The rotary embeddings, and which of them each kind of layer uses."""
+    values = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(values, Mapping):
+        raise malformed("rope_parameters is no object in config.json")
+    context = RopeContext(
+        theta=number(raw, "rope_theta", default=family.theta),
+        rotary_dim=_rotary_dim(raw, values, family, head_dim),
+        positions_max=longest_context(raw),
+        original_positions=_optional(raw, "original_max_position_embeddings"),
+    )
+    is_by_kind = any(isinstance(value, Mapping) for value in values.values())
+    if raw["model_type"] != "gemma3_text":
+        if is_by_kind:
+            raise unsupported("rope_parameters that differ between layers are not supported")
+        if raw["model_type"] == "phi3" and rope_type(values) in ("su", "yarn"):
+            values = {**values, "rope_type": "longrope"}  # what early Phi-3 files call it
+        return (make_rope(values, context),), {FULL: 0, SLIDING: 0}
+    by_kind: Mapping[str, Any] = values
+    if not is_by_kind:
+        local = {"rope_theta": number(raw, "rope_local_base_freq", default=10000.0)}
+        by_kind = {FULL: values, SLIDING: local}
+    for name in (FULL, SLIDING):
+        if not isinstance(by_kind.get(name), Mapping):
+            raise malformed(f"config.json: rope_parameters lacks an object {name}")
+    return tuple(make_rope(by_kind[name], context) for name in (FULL, SLIDING)), {
+        FULL: 0,
+        SLIDING: 1,
+    }
+
+
+def _optional(raw: Mapping[str, Any], name: str) -> int | None:
+    return None if raw.get(name) is None else integer(raw, name)
+
+
+def _rotary_dim(
+    raw: Mapping[str, Any], values: Mapping[str, Any], family: Family, head_dim: int
+) -> int:
+    """Elements of a head that rotate."""
+    source = values if values.get("partial_rotary_factor") is not None else raw
+    part = number(source, "partial_rotary_factor", default=1.0)
+    if part != 1.0 and not family.has_partial_rotary:
+        raise unsupported(f"partial_rotary_factor of a {raw['model_type']} model is not supported")
+    rotary_dim = int(head_dim * part)
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise unsupported(
+            f"head_dim {head_dim} with partial_rotary_factor {part} is not supported: "
+            f"{rotary_dim} elements cannot rotate in pairs"
+        )
+    return rotary_dim
+
+
 def _check_sizes(config: ModelConfig) -> None:
-    """Raise for sizes that contradict one another or that no kernel handles."""
-    for name in ("hidden_size", "head_dim", "intermediate_size"):
-        if getattr(config, name) % SIZE_MULTIPLE:
-            raise unsupported(
-                f"{name} {getattr(config, name)} is not supported: no multiple of {SIZE_MULTIPLE}"
-            )
+    """Raise for sizes that contradict one another."""
     if config.num_heads % config.num_kv_heads:
         raise malformed("num_attention_heads is no multiple of num_key_value_heads")
     if config.num_experts_per_token > config.num_experts:
-        raise malformed("num_experts_per_tok exceeds num_local_experts")
-
-
-def _integer(raw: Mapping[str, Any], name: str, *, default: int | None = None) -> int:
-    """A positive integer field; an absent or null one takes the default."""
-    value = raw.get(name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise malformed(f"config.json: {name} must be a positive integer, not {value!r}")
-    if value > SIZE_MAX:
-        raise malformed(f"config.json: {name} must be at most {SIZE_MAX}, not {value}")
-    return value
-
-
-def _boolean(raw: Mapping[str, Any], name: str) -> bool:
-    """A true or false field; an absent or null one is false."""
-    value = raw.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise malformed(f"config.json: {name} must be true or false, not {value!r}")
-    return bool(value)
-
-
-def _number(raw: Mapping[str, Any], name: str, *, default: float | None = None) -> float:
-    """A positive finite number field; an absent or null one takes the default."""
-    value = raw.get(name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise malformed(f"config.json: {name} must be a positive number, not {value!r}")
-    return float(value)
+        raise malformed("num_experts_per_tok exceeds the number of experts")

@@ -7,7 +7,7 @@ Decides nothing about allocation; the numbers follow the native part's layout: w
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvasir_engine.config import ModelConfig
+from kvasir_engine.decoder import ModelConfig
 
 PANEL_COLUMNS = 32
 FLOAT_BYTES = 4
@@ -66,14 +66,17 @@ def memory_need(
 
 def weights_bytes(config: ModelConfig) -> int:
     """Bytes of packed weights; untied embeddings stay in their mapped file."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_size = config.num_heads * config.head_dim
-    qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
-    expert = 2 * _matrix_bytes(inner, hidden) + _matrix_bytes(hidden, inner)
+    hidden = config.hidden_size
+    q_size, qkv_size = _attention_widths(config)
     layer = _matrix_bytes(qkv_size, hidden) + _matrix_bytes(hidden, q_size)
-    layer += max(1, config.num_experts) * expert + _matrix_bytes(config.num_experts, hidden)
-    layer += FLOAT_BYTES * (3 * hidden + 2 * config.head_dim + qkv_size)
-    return config.num_layers * layer + _matrix_bytes(config.vocab_size, hidden)
+    layer += FLOAT_BYTES * (5 * hidden + 2 * config.head_dim + qkv_size)
+    experts = _matrix_bytes(config.num_experts, hidden)
+    experts += config.num_experts * _gated_bytes(hidden, config.expert_size)
+    num_sparse = config.num_sparse_layers
+    num_dense = config.num_layers - num_sparse
+    total = config.num_layers * layer + num_sparse * experts
+    total += num_dense * _gated_bytes(hidden, config.intermediate_size)
+    return total + _matrix_bytes(config.vocab_size, hidden)
 
 
 def available_bytes() -> int:
@@ -94,13 +97,24 @@ def _matrix_bytes(rows: int, columns: int) -> int:
     return -(-rows // PANEL_COLUMNS) * PANEL_COLUMNS * columns * BF16_BYTES
 
 
+def _gated_bytes(hidden: int, inner: int) -> int:
+    """Of gate, up and down."""
+    return 2 * _matrix_bytes(inner, hidden) + _matrix_bytes(hidden, inner)
+
+
+def _attention_widths(config: ModelConfig) -> tuple[int, int]:
+    """Elements of all query heads, and of all heads."""
+    q_size = config.num_heads * config.head_width
+    return q_size, q_size + 2 * config.num_kv_heads * config.head_width
+
+
 def _token_bytes(config: ModelConfig) -> int:
     """Bytes of activations per token of a step."""
-    q_size = config.num_heads * config.head_dim
-    qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
     choices = config.num_experts_per_token
-    widths = [config.hidden_size] * (2 + 2 * choices) + [qkv_size, q_size, config.head_dim]
-    widths += [config.intermediate_size] * max(1, choices) + [config.num_experts]
+    inner = max(config.intermediate_size, config.expert_size)
+    widths = [config.hidden_size] * (2 + 2 * choices) + [*_attention_widths(config)]
+    widths += [len(config.ropes) * config.head_dim, config.num_experts]
+    widths += [inner] * max(1, choices)
     return FLOAT_BYTES * sum(width + 2 * STRIDE_PAD for width in widths)
 
 

@@ -15,7 +15,10 @@ from kvasir_kvstore.core.block import KvLayout, fingerprint
 from kvasir_proto.errors import KvasirError, Reason
 
 from kvasir_engine import _native
-from kvasir_engine.config import ModelConfig, malformed, read_config
+from kvasir_engine.config import read_config
+from kvasir_engine.decoder import ModelConfig
+from kvasir_engine.fields import malformed
+from kvasir_engine.tensors import check_tensors, native_tensors
 from kvasir_engine.weights import DIGEST_BYTES, Progress, all_tensors, open_weights, weights_digest
 
 log = logging.getLogger(__name__)
@@ -71,13 +74,17 @@ def load_model(
     name = choose_path(isa)
     # 2. Its digest; this also brings the files into the page cache.
     files = open_weights(path)
+    check_tensors(
+        config, {name: entry.shape for file in files for name, entry in file.entries.items()}
+    )
     digest = hashlib.blake2b(
         config.numerics().encode()
         + weights_digest(files, num_threads=num_threads, progress=progress),
         digest_size=DIGEST_BYTES,
     ).digest()
     # 3. Its weights, packed for the path.
-    native = _pack(config, all_tensors(files), isa=name, num_threads=num_threads, progress=progress)
+    tensors = native_tensors(config, all_tensors(files))
+    native = _pack(config, tensors, isa=name, num_threads=num_threads, progress=progress)
     layout = config.layout(KV_DTYPES[_native.kv_element_bytes(name)])
     assert native.layer_bytes == layout.layer_bytes, "native and Python disagree on the KV layout"
     log.info("loaded %s (%s, %d bytes of weights)", path, name, native.weight_bytes)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kvasir_engine.config import malformed, unsupported
+from kvasir_engine.fields import malformed, unsupported
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done bytes, total bytes)."""

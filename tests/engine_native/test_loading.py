@@ -104,21 +104,23 @@ def test_older_rope_fields_mean_the_same(tmp_path: Path) -> None:
 
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {
-    "gemma": {"model_type": "gemma3"},
+    "gemma3": {"model_type": "gemma3"},
+    "['LlamaForSequenceClassification']": {"architectures": ["LlamaForSequenceClassification"]},
+    "['Qwen2ForCausalLM']": {"architectures": ["Qwen2ForCausalLM"]},
+    "architectures": {"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
     "no model_type": {"model_type": None},
     "gelu": {"hidden_act": "gelu"},
     "mlp_bias": {"mlp_bias": True},
     "use_sliding_window": {"use_sliding_window": True},
+    "attention_bias": {"attention_bias": True, "model_type": "mistral", "architectures": None},
     "quantization_config": {"quantization_config": {"quant_method": "awq"}},
-    "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+    "mrope": {"rope_parameters": {"rope_type": "mrope", "factor": 2.0}},
     "layer_types": {"layer_types": ["sliding_attention"]},
     "layer_types of no list": {"layer_types": 5},
     "layer_types nested": {"layer_types": [["full_attention"]]},
     "rope per layer": {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
-    "sliding_window": {"sliding_window": 64, "model_type": "mixtral"},
     "partial_rotary_factor": {"partial_rotary_factor": 0.5},
-    "multiple of 16": {"intermediate_size": 161},
-    "head_dim 24": {"head_dim": 24},
+    "head_dim 15": {"head_dim": 15},
 }
 
 
@@ -139,7 +141,29 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "vocab_size": {"vocab_size": True},
     "vocab_size must be at most": {"vocab_size": 1 << 40},
     "tie_word_embeddings": {"tie_word_embeddings": "false"},
-    "sliding_window": {"model_type": "mixtral", "sliding_window": "64"},
+    "sliding_window": {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": "64",
+    },
+    "architectures": {"architectures": "LlamaForCausalLM"},
+    "num_hidden_layers must be at most": {"num_hidden_layers": 100_000},
+    "layer_types names 1 of 3": {"layer_types": ["full_attention"]},
+    "use_sliding_window needs": {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "use_sliding_window": True,
+    },
+    "long_factor must be a list of 8": {
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "longrope", "long_factor": [1.0] * 7},
+    },
+    "lacks an object sliding_attention": {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "sliding_window": 64,
+        "rope_parameters": {"full_attention": {"rope_theta": 1e6}},
+    },
     "rms_norm_eps": {"rms_norm_eps": float("nan")},
     "num_key_value_heads": {"num_key_value_heads": 3},
     "factor": {"rope_parameters": {"rope_type": "linear"}},
@@ -212,6 +236,15 @@ def integer_tensor(folder: Path) -> None:
     rewrite(folder, lambda t: t | {"model.norm.weight": np.zeros(64, np.int8)})
 
 
+def tensor_of_another_model(folder: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.bias"
+    rewrite(folder, lambda t: t | {name: np.zeros(64, np.uint16)})
+
+
+def layer_beyond_the_last(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(ADOPTED | {"num_hidden_layers": 2}))
+
+
 def missing_shard(folder: Path) -> None:
     shard(folder, 2)
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -246,6 +279,8 @@ BROKEN: dict[Callable[[Path], None], str] = {
     missing_tensor: r"lack the tensor model\.norm\.weight",
     misshapen_tensor: r"model\.norm\.weight has shape \[63\] .* \[64\]",
     integer_tensor: "is I8",
+    tensor_of_another_model: r"self_attn\.q_proj\.bias has no place in a llama model",
+    layer_beyond_the_last: r"model\.layers\.2\..* has no place",
     missing_shard: "lacks the shard",
     shard_outside: "outside its folder",
     untied_without_head: r"lack the tensor lm_head\.weight",

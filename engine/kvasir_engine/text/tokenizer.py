@@ -14,6 +14,7 @@ from typing import Any
 import tokenizers
 from kvasir_proto.errors import KvasirError, Reason
 
+from kvasir_engine.rope import longest_context
 from kvasir_engine.text.chat import ChatTemplate
 from kvasir_engine.text.detokenizer import (
     ByteLevelDecoding,
@@ -22,9 +23,6 @@ from kvasir_engine.text.detokenizer import (
     byte_of_char,
     bytes_of_token,
 )
-
-CONTEXT_LENGTH_DEFAULT = 2048
-"""For folders whose config.json does not say: what the oldest supported models had."""
 
 NFC_SHRINKS_MAX = 4
 """Composing a text (Unicode NFC) makes it at most this many times shorter, in bytes."""
@@ -54,9 +52,7 @@ class Tokenizer:
             ChatTemplate(chat_template, self._special_tokens) if chat_template else None
         )
         self.eos_token_ids = self._eos_token_ids(generation_config, model_config)
-        self.context_length = int(
-            model_config.get("max_position_embeddings") or CONTEXT_LENGTH_DEFAULT
-        )
+        self.context_length = longest_context(model_config)
         self.vocab_size = int(model_config.get("vocab_size") or inner.get_vocab_size())
 
     @classmethod

@@ -1,6 +1,5 @@
 // The attention half of a layer: project, rotate, store KV, announce it, attend, project back.
 #include <algorithm>
-#include <cmath>
 
 #include "model.h"
 
@@ -15,20 +14,21 @@ constexpr int kTokenGrain = 4;
 // Normalises and rotates one token's heads in place and writes its K and V to their block.
 void Model::finish_kv(const Step& step, int index, int token) {
   const Layer& layer = layers_[index];
-  const int head_dim = shape_.head_dim;
+  const int head_width = shape_.head_width();
+  const size_t rope = static_cast<size_t>(shape_.layers[index].rope) * shape_.rope_pairs();
   float* q = act_.qkv[token];
   float* k = q + shape_.q_size();
   const float* v = k + shape_.kv_size();
   for (int head = 0; head < shape_.num_heads + shape_.num_kv_heads; ++head) {
-    float* values = q + head * head_dim;  // K heads follow the Q heads
+    float* values = q + head * head_width;  // K heads follow the Q heads
     const float* norm = head < shape_.num_heads ? layer.q_norm : layer.k_norm;
     if (norm != nullptr) {
-      kernels_.rms_norm(values, norm, shape_.rms_norm_eps, head_dim, values);
+      kernels_.rms_norm(values, norm, shape_.rms_norm_eps, shape_.head_dim, values);
     }
-    kernels_.rotate(values, act_.cos[token], act_.sin[token], head_dim);
+    kernels_.rotate(values, act_.cos[token] + rope, act_.sin[token] + rope,
+                    2 * shape_.rope_pairs());
   }
-  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  for (int i = 0; i < shape_.q_size(); ++i) q[i] *= scale;
+  for (int i = 0; i < shape_.q_size(); ++i) q[i] *= shape_.query_scale;
 
   const int position = step.positions[token];
   const int32_t* table =
@@ -37,8 +37,9 @@ void Model::finish_kv(const Step& step, int index, int token) {
   const size_t head_bytes = half / shape_.num_kv_heads;
   uint8_t* keys = kv_.data + table[position / kBlockTokens] * kv_.block_bytes + index * 2 * half;
   for (int head = 0; head < shape_.num_kv_heads; ++head) {
-    kernels_.store_kv(k + head * head_dim, v + head * head_dim, head_dim, position % kBlockTokens,
-                      keys + head * head_bytes, keys + half + head * head_bytes);
+    kernels_.store_kv(k + head * head_width, v + head * head_width, head_width,
+                      position % kBlockTokens, keys + head * head_bytes,
+                      keys + half + head * head_bytes);
   }
 }
 
@@ -50,7 +51,7 @@ void Model::attend(const Step& step, int index) {
   pool_.run(num_items, [&](int item, int thread) {
     const AttentionSpan& span = spans_[item / shape_.num_kv_heads];
     const int head = item % shape_.num_kv_heads;
-    const size_t column = static_cast<size_t>(head) * shape_.group() * shape_.head_dim;
+    const size_t column = static_cast<size_t>(head) * shape_.group() * shape_.head_width();
     AttentionArgs args{};
     args.q = act_.qkv[span.first_token] + column;
     args.q_stride = act_.qkv.stride;
@@ -58,8 +59,10 @@ void Model::attend(const Step& step, int index) {
     args.out_stride = act_.attended.stride;
     args.num_tokens = span.num_tokens;
     args.group = shape_.group();
-    args.head_dim = shape_.head_dim;
+    args.head_dim = shape_.head_width();
     args.first_position = step.positions[span.first_token];
+    args.window = shape_.layers[index].window;
+    args.score_cap = shape_.score_cap;
     args.keys = layer_data + head * head_bytes;
     args.values = layer_data + half + head * head_bytes;
     args.block_bytes = kv_.block_bytes;
@@ -86,15 +89,12 @@ void Model::plan_attention(const Step& step) {
 void Model::attention(const Step& step, int index) {
   const Layer& layer = layers_[index];
   const int num_tokens = step.num_tokens;
-  for_rows(&pool_, num_tokens, kTokenGrain, [&](int row) {
-    kernels_.rms_norm(act_.x[row], layer.input_norm, shape_.rms_norm_eps, shape_.hidden_size,
-                      act_.normed[row]);
-  });
+  normalise(act_.x, layer.attention_norm, num_tokens, act_.normed);
   linear(compute_, layer.qkv, act_.normed, num_tokens, act_.qkv, Store::kPlain);
   for_rows(&pool_, num_tokens, kTokenGrain, [&](int token) { finish_kv(step, index, token); });
   mark_ready(step, index);
   attend(step, index);
-  linear(compute_, layer.output, act_.attended, num_tokens, act_.x, Store::kAdd);
+  project_to_stream(layer.output, act_.attended, layer.post_attention_norm, num_tokens);
 }
 
 }  // namespace kvasir

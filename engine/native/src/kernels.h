@@ -16,7 +16,7 @@ inline constexpr int kPanelColumns = 32;  // columns of a weight panel
 inline constexpr int kBlockTokens = 32;   // tokens of a KV block
 inline constexpr int kGemmRowsMax = 192;  // rows of one gemm call
 inline constexpr int kGemmDepth = 512;    // most rows of a panel expanded to float32 at once
-inline constexpr int kRowAlign = 16;      // hidden, head and feed-forward sizes are multiples of it
+inline constexpr int kRowAlign = 16;      // floats of the widest vector; a head fills whole ones
 
 // Floats of scratch that one gemm call needs: a tile of sums and an expanded piece of a panel.
 inline constexpr size_t kGemmScratch =
@@ -48,13 +48,20 @@ struct AttentionArgs {
   int num_tokens;
   int group;  // query heads per KV head
   int head_dim;
-  int first_position;          // of token 0; token t sees positions 0 .. first_position + t
+  int first_position;          // of token 0; token t sees positions up to first_position + t
+  int window;                  // ... and no more than this many of them; 0: all
+  float score_cap;             // scores become cap * tanh(score / cap); 0: they stay
   const uint8_t* keys;         // this layer's and head's K in block 0 of the pool: [head_dim][32]
   const uint8_t* values;       // the same of V: [32][head_dim]
   size_t block_bytes;          // from one block of the pool to the next
   const int32_t* block_table;  // pool block of each 32 positions
   float* scratch;              // attention_scratch() floats
 };
+
+// First position that the token at `position` sees.
+inline int first_seen(const AttentionArgs& a, int position) {
+  return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+}
 
 inline size_t attention_scratch(int rows, int head_dim) {
   const size_t per_row = 2 * static_cast<size_t>(head_dim) + kBlockTokens + 2;
@@ -73,6 +80,10 @@ struct Kernels {
   void (*rotate)(float* head, const float* cos, const float* sin, int head_dim);
   // out = silu(gate) * up
   void (*silu_multiply)(const float* gate, const float* up, int n, float* out);
+  // out = gelu(gate) * up, gelu by its tanh approximation
+  void (*gelu_multiply)(const float* gate, const float* up, int n, float* out);
+  // x = cap * tanh(x / cap), in place
+  void (*soft_cap)(float* x, float cap, int n);
   // writes one head of one token into its block: K at [i][slot], V at [slot][i]
   void (*store_kv)(const float* k, const float* v, int head_dim, int slot, uint8_t* keys,
                    uint8_t* values);

@@ -30,18 +30,25 @@ void gemm(const GemmArgs& g) {
   }
 }
 
+void soft_cap(float* x, float cap, int n) {
+  for (int i = 0; i < n; ++i) x[i] = cap * std::tanh(x[i] / cap);
+}
+
 // One query row: a numerically safe softmax over blocks of the context, in order.
 void attend_row(const AttentionArgs& a, const float* q, int position, float* out) {
   float max = -std::numeric_limits<float>::infinity();
   float total = 0;
   for (int i = 0; i < a.head_dim; ++i) out[i] = 0;
-  for (int first = 0; first <= position; first += kBlockTokens) {
+  const int seen = first_seen(a, position);
+  for (int first = seen / kBlockTokens * kBlockTokens; first <= position; first += kBlockTokens) {
     const size_t offset = a.block_table[first / kBlockTokens] * a.block_bytes;
     const float* keys = reinterpret_cast<const float*>(a.keys + offset);
     const float* values = reinterpret_cast<const float*>(a.values + offset);
     for (int slot = 0; slot < kBlockTokens && first + slot <= position; ++slot) {
+      if (first + slot < seen) continue;
       float score = 0;
       for (int i = 0; i < a.head_dim; ++i) score += q[i] * keys[i * kBlockTokens + slot];
+      if (a.score_cap > 0) soft_cap(&score, a.score_cap, 1);
       const float max_now = std::fmax(max, score);
       const float keep = std::exp(max - max_now);
       const float weight = std::exp(score - max_now);
@@ -85,6 +92,14 @@ void silu_multiply(const float* gate, const float* up, int n, float* out) {
   for (int i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
 }
 
+void gelu_multiply(const float* gate, const float* up, int n, float* out) {
+  constexpr float kSlope = 0.7978845608028654f;  // sqrt(2 / pi)
+  for (int i = 0; i < n; ++i) {
+    const float x = gate[i];
+    out[i] = 0.5f * x * (1.0f + std::tanh(kSlope * (x + 0.044715f * x * x * x))) * up[i];
+  }
+}
+
 void store_kv(const float* k, const float* v, int head_dim, int slot, uint8_t* keys,
               uint8_t* values) {
   float* key_column = reinterpret_cast<float*>(keys) + slot;
@@ -98,8 +113,9 @@ void store_kv(const float* k, const float* v, int head_dim, int slot, uint8_t* k
 }  // namespace
 
 const Kernels& scalar_kernels() {
-  static const Kernels table = {"scalar", 4,      gemm,          attend,
-                                rms_norm, rotate, silu_multiply, store_kv};
+  static const Kernels table = {"scalar", 4,       gemm,          attend,
+                                rms_norm, rotate,  silu_multiply, gelu_multiply,
+                                soft_cap, store_kv};
   return table;
 }
 

@@ -23,16 +23,18 @@ size_t vector_bytes(int n) {
 }  // namespace
 
 size_t packed_bytes(const ModelShape& s) {
-  const int num_experts = s.num_experts == 0 ? 1 : s.num_experts;
-  size_t layer =
-      matrix_bytes(s.qkv_size(), s.hidden_size) + matrix_bytes(s.hidden_size, s.q_size());
-  layer += num_experts * (2 * matrix_bytes(s.intermediate_size, s.hidden_size) +
-                          matrix_bytes(s.hidden_size, s.intermediate_size));
-  layer += matrix_bytes(s.num_experts, s.hidden_size);
-  layer += 2 * vector_bytes(s.hidden_size) + 2 * vector_bytes(s.head_dim);
-  layer += vector_bytes(s.qkv_size()) + vector_bytes(s.hidden_size);
-  return s.num_layers * layer + vector_bytes(s.hidden_size) +
-         matrix_bytes(s.vocab_size, s.hidden_size);
+  const auto gated = [&](int inner) {
+    return 2 * matrix_bytes(inner, s.hidden_size) + matrix_bytes(s.hidden_size, inner);
+  };
+  size_t total = vector_bytes(s.hidden_size) + matrix_bytes(s.vocab_size, s.hidden_size);
+  for (const LayerShape& layer : s.layers) {
+    total += matrix_bytes(s.qkv_size(), s.hidden_size) + matrix_bytes(s.hidden_size, s.q_size());
+    total += layer.is_sparse ? s.num_experts * gated(s.expert_size) : gated(s.intermediate_size);
+    total += layer.is_sparse ? matrix_bytes(s.num_experts, s.hidden_size) : 0;
+    total += 4 * vector_bytes(s.hidden_size) + 2 * vector_bytes(s.head_dim);
+    total += vector_bytes(s.qkv_size()) + vector_bytes(s.hidden_size);
+  }
+  return total;
 }
 
 const uint16_t* Loader::find(const std::string& name, size_t rows, size_t columns) const {
@@ -47,67 +49,97 @@ const uint16_t* Loader::find(const std::string& name, size_t rows, size_t column
   return found->second.data;
 }
 
-RowBlock Loader::rows(const std::string& name, int count, int columns) const {
-  return {find(name, count, columns), count};
+RowBlock Loader::rows(const std::string& name, int count, int columns, Groups groups) const {
+  return {find(name, count, columns), count, groups};
 }
 
-PackedMatrix Loader::matrix(const std::vector<RowBlock>& sources, int columns) {
-  const PackedMatrix packed = pack(sources, columns, arena_, pool_);
+PackedMatrix Loader::matrix(const std::vector<RowBlock>& sources, int num_columns, Groups columns) {
+  const PackedMatrix packed = pack(sources, num_columns, columns, arena_, pool_);
   done_bytes_ += packed_elements(packed.n, packed.k) * sizeof(uint16_t);
   if (progress_) progress_(done_bytes_, arena_->bytes());
   return packed;
 }
 
-const float* Loader::stacked(const std::vector<std::string>& names, const std::vector<int>& sizes) {
+const float* Loader::norm(const std::string& name, int size) {
+  const uint16_t* bits = find(name + ".weight", size, 0);
+  float* values = arena_->take<float>(size);
+  for (int i = 0; i < size; ++i) values[i] = shape_.norm_offset + bf16_to_float(bits[i]);
+  return values;
+}
+
+const float* Loader::biases(const std::vector<std::string>& names, const std::vector<int>& sizes,
+                            Groups groups) {
   int total = 0;
-  for (const int size : sizes) total += size;
-  float* values = arena_->take<float>(total);
+  for (const int size : sizes) total += groups.stretched(size);
+  float* values = arena_->take<float>(total);  // zeros
   float* next = values;
   for (size_t i = 0; i < names.size(); ++i) {
-    const uint16_t* bits = find(names[i], sizes[i], 0);
-    for (int j = 0; j < sizes[i]; ++j) *next++ = bf16_to_float(bits[j]);
+    const uint16_t* bits = find(names[i] + ".bias", sizes[i], 0);
+    for (int j = 0; j < sizes[i]; ++j) {
+      next[j / groups.size * groups.width + j % groups.size] = bf16_to_float(bits[j]);
+    }
+    next += groups.stretched(sizes[i]);
   }
   return values;
 }
 
-Expert Loader::expert(const std::string& gate, const std::string& up, const std::string& down) {
-  const int hidden = shape_.hidden_size, inner = shape_.intermediate_size;
+Expert Loader::expert(const std::string& prefix, int inner) {
+  const int hidden = shape_.hidden_size;
   Expert expert;
-  expert.gate = matrix({rows(gate + ".weight", inner, hidden)}, hidden);
-  expert.up = matrix({rows(up + ".weight", inner, hidden)}, hidden);
-  expert.down = matrix({rows(down + ".weight", hidden, inner)}, inner);
+  expert.gate = matrix({rows(prefix + "gate_proj.weight", inner, hidden)}, hidden);
+  expert.up = matrix({rows(prefix + "up_proj.weight", inner, hidden)}, hidden);
+  expert.down = matrix({rows(prefix + "down_proj.weight", hidden, inner)}, inner);
   return expert;
+}
+
+void Loader::load_norms(const std::string& prefix, Layer* layer) {
+  const int hidden = shape_.hidden_size;
+  layer->attention_norm = norm(prefix + "input_layernorm", hidden);
+  const float* after = norm(prefix + "post_attention_layernorm", hidden);
+  if (!shape_.has_post_norms) {  // what it comes after is the sum
+    layer->feed_forward_norm = after;
+    return;
+  }
+  layer->post_attention_norm = after;
+  layer->feed_forward_norm = norm(prefix + "pre_feedforward_layernorm", hidden);
+  layer->post_feed_forward_norm = norm(prefix + "post_feedforward_layernorm", hidden);
+}
+
+void Loader::load_attention(const std::string& prefix, Layer* layer) {
+  const int hidden = shape_.hidden_size;
+  const int q_rows = shape_.num_heads * shape_.head_dim;
+  const int kv_rows = shape_.num_kv_heads * shape_.head_dim;
+  const std::string q = prefix + "q_proj", k = prefix + "k_proj";
+  const std::string v = prefix + "v_proj", o = prefix + "o_proj";
+  if (shape_.has_qk_norm) {
+    layer->q_norm = norm(prefix + "q_norm", shape_.head_dim);
+    layer->k_norm = norm(prefix + "k_norm", shape_.head_dim);
+  }
+  layer->qkv = matrix(
+      {rows(q + ".weight", q_rows, hidden, heads()), rows(k + ".weight", kv_rows, hidden, heads()),
+       rows(v + ".weight", kv_rows, hidden, heads())},
+      hidden);
+  if (shape_.has_qkv_bias) {
+    layer->qkv.bias = biases({q, k, v}, {q_rows, kv_rows, kv_rows}, heads());
+  }
+  layer->output = matrix({rows(o + ".weight", hidden, q_rows)}, q_rows, heads());
+  if (shape_.has_output_bias) layer->output.bias = biases({o}, {hidden}, {});
 }
 
 Layer Loader::layer(int index) {
   const int hidden = shape_.hidden_size;
   const std::string prefix = "model.layers." + std::to_string(index) + ".";
-  const std::string q = prefix + "self_attn.q_proj", k = prefix + "self_attn.k_proj";
-  const std::string v = prefix + "self_attn.v_proj", o = prefix + "self_attn.o_proj";
-  const std::vector<int> sizes = {shape_.q_size(), shape_.kv_size(), shape_.kv_size()};
   Layer layer;
-  layer.input_norm = vector(prefix + "input_layernorm.weight", hidden);
-  layer.post_norm = vector(prefix + "post_attention_layernorm.weight", hidden);
-  if (shape_.has_qk_norm) {
-    layer.q_norm = vector(prefix + "self_attn.q_norm.weight", shape_.head_dim);
-    layer.k_norm = vector(prefix + "self_attn.k_norm.weight", shape_.head_dim);
-  }
-  layer.qkv = matrix({rows(q + ".weight", sizes[0], hidden), rows(k + ".weight", sizes[1], hidden),
-                      rows(v + ".weight", sizes[2], hidden)},
-                     hidden);
-  if (shape_.has_qkv_bias) layer.qkv.bias = stacked({q + ".bias", k + ".bias", v + ".bias"}, sizes);
-  layer.output = matrix({rows(o + ".weight", hidden, sizes[0])}, sizes[0]);
-  if (shape_.has_output_bias) layer.output.bias = vector(o + ".bias", hidden);
-  if (shape_.num_experts == 0) {
-    layer.experts.push_back(
-        expert(prefix + "mlp.gate_proj", prefix + "mlp.up_proj", prefix + "mlp.down_proj"));
+  load_norms(prefix, &layer);
+  load_attention(prefix + "self_attn.", &layer);
+  if (!shape_.layers[index].is_sparse) {
+    layer.experts.push_back(expert(prefix + "mlp.", shape_.intermediate_size));
     return layer;
   }
-  const std::string moe = prefix + "block_sparse_moe.";
-  layer.router = matrix({rows(moe + "gate.weight", shape_.num_experts, hidden)}, hidden);
+  layer.router = matrix({rows(prefix + "mlp.gate.weight", shape_.num_experts, hidden)}, hidden);
   for (int i = 0; i < shape_.num_experts; ++i) {
-    const std::string name = moe + "experts." + std::to_string(i) + ".w";
-    layer.experts.push_back(expert(name + "1", name + "3", name + "2"));
+    const std::string name = prefix + "mlp.experts." + std::to_string(i) + ".";
+    layer.experts.push_back(expert(name, shape_.expert_size));
   }
   return layer;
 }

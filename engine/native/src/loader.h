@@ -16,16 +16,20 @@ class Loader {
 
   Layer layer(int index);
   PackedMatrix head();
-  const float* final_norm() { return vector("model.norm.weight", shape_.hidden_size); }
+  const float* final_norm() { return norm("model.norm", shape_.hidden_size); }
   const uint16_t* embeddings();  // row-major; null if tied
 
  private:
   const uint16_t* find(const std::string& name, size_t rows, size_t columns) const;
-  RowBlock rows(const std::string& name, int count, int columns) const;
-  PackedMatrix matrix(const std::vector<RowBlock>& sources, int columns);
-  const float* vector(const std::string& name, int size) { return stacked({name}, {size}); }
-  const float* stacked(const std::vector<std::string>& names, const std::vector<int>& sizes);
-  Expert expert(const std::string& gate, const std::string& up, const std::string& down);
+  Groups heads() const { return {shape_.head_dim, shape_.head_width()}; }
+  RowBlock rows(const std::string& name, int count, int columns, Groups groups = {}) const;
+  PackedMatrix matrix(const std::vector<RowBlock>& sources, int num_columns, Groups columns = {});
+  const float* norm(const std::string& name, int size);
+  const float* biases(const std::vector<std::string>& names, const std::vector<int>& sizes,
+                      Groups groups);
+  Expert expert(const std::string& prefix, int inner);
+  void load_attention(const std::string& prefix, Layer* layer);
+  void load_norms(const std::string& prefix, Layer* layer);
 
   const ModelShape& shape_;
   const TensorMap& tensors_;

@@ -21,7 +21,7 @@ void require(bool condition, const char* text) {
 
 size_t thread_scratch(const ModelShape& shape) {
   const int rows = std::max(kAttentionRows, shape.group());
-  const size_t most = std::max(kLinearScratch, attention_scratch(rows, shape.head_dim));
+  const size_t most = std::max(kLinearScratch, attention_scratch(rows, shape.head_width()));
   return round_up(most, kCacheLineBytes / sizeof(float)) + kStridePad;
 }
 
@@ -41,9 +41,10 @@ void Activations::reserve(const ModelShape& shape, int num_tokens) {
   place(&normed, tokens, shape.hidden_size);
   place(&qkv, tokens, shape.qkv_size());
   place(&attended, tokens, shape.q_size());
-  place(&hidden, std::max(tokens, choices), shape.intermediate_size);
-  place(&cos, tokens, shape.head_dim / 2);
-  place(&sin, tokens, shape.head_dim / 2);
+  place(&hidden, std::max(tokens, choices), std::max(shape.intermediate_size, shape.expert_size));
+  const int num_angles = static_cast<int>(shape.ropes.size()) * shape.rope_pairs();
+  place(&cos, tokens, num_angles);
+  place(&sin, tokens, num_angles);
   place(&router, shape.num_experts == 0 ? 0 : tokens, shape.num_experts);
   place(&expert_in, choices, shape.hidden_size);
   place(&expert_out, choices, shape.hidden_size);
@@ -129,6 +130,7 @@ void Model::embed(const Step& step) {
       const uint16_t* source = embeddings_ + static_cast<size_t>(id) * shape_.hidden_size;
       for (int i = 0; i < shape_.hidden_size; ++i) act_.x[row][i] = bf16_to_float(source[i]);
     }
+    for (int i = 0; i < shape_.hidden_size; ++i) act_.x[row][i] *= shape_.embedding_scale;
     fill_rope_row(shape_, step.positions[row], act_.cos[row], act_.sin[row]);
   });
 }
@@ -143,6 +145,26 @@ void Model::mark_ready(const Step& step, int layer) const {
   futex_wake_all(kv_.progress);
 }
 
+// to = RMSNorm(from), row by row; the two may be one.
+void Model::normalise(Rows from, const float* weights, int num_tokens, Rows to) {
+  for_rows(&pool_, num_tokens, kRowGrain, [&](int row) {
+    kernels_.rms_norm(from[row], weights, shape_.rms_norm_eps, shape_.hidden_size, to[row]);
+  });
+}
+
+// Adds a projection of `from`, normalised first where the layer says so, to the residual stream.
+void Model::project_to_stream(const PackedMatrix& weights, Rows from, const float* post_norm,
+                              int num_tokens) {
+  if (post_norm == nullptr) {
+    return linear(compute_, weights, from, num_tokens, act_.x, Store::kAdd);
+  }
+  linear(compute_, weights, from, num_tokens, act_.normed, Store::kPlain);
+  normalise(act_.normed, post_norm, num_tokens, act_.normed);
+  for_rows(&pool_, num_tokens, kRowGrain, [&](int row) {
+    for (int i = 0; i < shape_.hidden_size; ++i) act_.x[row][i] += act_.normed[row][i];
+  });
+}
+
 void Model::write_logits(const Step& step) {
   for_rows(&pool_, step.num_outputs, kRowGrain, [&](int i) {
     kernels_.rms_norm(act_.x[step.output_rows[i]], final_norm_, shape_.rms_norm_eps,
@@ -150,6 +172,9 @@ void Model::write_logits(const Step& step) {
   });
   const Rows logits = {step.logits, static_cast<size_t>(shape_.vocab_size)};
   linear(compute_, head_, act_.normed, step.num_outputs, logits, Store::kPlain);
+  if (shape_.logit_cap == 0) return;
+  for_rows(&pool_, step.num_outputs, 1,
+           [&](int row) { kernels_.soft_cap(logits[row], shape_.logit_cap, shape_.vocab_size); });
 }
 
 void Model::forward(const Step& step) {

@@ -1,4 +1,4 @@
-// The forward pass of Llama, Qwen2, Qwen3 and Mixtral type decoders over a paged KV cache.
+// The forward pass of Llama type decoders and their relatives over a paged KV cache.
 #pragma once
 
 #include <functional>
@@ -24,9 +24,11 @@ struct Expert {
 };
 
 struct Layer {
-  const float* input_norm = nullptr;
-  const float* post_norm = nullptr;
-  const float* q_norm = nullptr;  // null: none
+  const float* attention_norm = nullptr;
+  const float* feed_forward_norm = nullptr;
+  const float* post_attention_norm = nullptr;  // null: none
+  const float* post_feed_forward_norm = nullptr;
+  const float* q_norm = nullptr;
   const float* k_norm = nullptr;
   PackedMatrix qkv, output;
   PackedMatrix router;          // n == 0: dense
@@ -107,6 +109,10 @@ class Model {
   void finish_kv(const Step& step, int layer, int token);
   void attend(const Step& step, int layer);
   void mark_ready(const Step& step, int layer) const;
+  void normalise(Rows from, const float* weights, int num_tokens, Rows to);
+  void project_to_stream(const PackedMatrix& weights, Rows from, const float* post_norm,
+                         int num_tokens);
+  Gate activation() const;
   void feed_forward(const Layer& layer, int num_tokens);
   void mixture(const Layer& layer, int num_tokens);
   void write_logits(const Step& step);

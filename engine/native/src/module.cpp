@@ -35,6 +35,25 @@ T field(const nb::dict& config, const char* name) {
   return nb::cast<T>(config[name]);
 }
 
+Activation activation_from(const std::string& name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  throw std::invalid_argument("model shape: unknown activation '" + name + "'");
+}
+
+void read_layers(const nb::dict& config, ModelShape* shape) {
+  for (const auto& value : field<nb::list>(config, "ropes")) {
+    const nb::dict rope = nb::cast<nb::dict>(value);
+    shape->ropes.push_back(
+        {field<std::vector<float>>(rope, "inverse_frequencies"), field<float>(rope, "scale")});
+  }
+  for (const auto& value : field<nb::list>(config, "layers")) {
+    const nb::dict layer = nb::cast<nb::dict>(value);
+    shape->layers.push_back(
+        {field<int>(layer, "window"), field<int>(layer, "rope"), field<bool>(layer, "is_sparse")});
+  }
+}
+
 ModelShape shape_from(const nb::dict& config) {
   ModelShape shape;
   shape.num_layers = field<int>(config, "num_layers");
@@ -51,8 +70,16 @@ ModelShape shape_from(const nb::dict& config) {
   shape.has_qkv_bias = field<bool>(config, "has_qkv_bias");
   shape.has_output_bias = field<bool>(config, "has_output_bias");
   shape.has_qk_norm = field<bool>(config, "has_qk_norm");
-  shape.inverse_frequencies = field<std::vector<float>>(config, "inverse_frequencies");
-  shape.rope_scale = field<float>(config, "rope_scale");
+  shape.has_post_norms = field<bool>(config, "has_post_norms");
+  shape.has_scaled_experts = field<bool>(config, "has_scaled_experts");
+  shape.expert_size = field<int>(config, "expert_size");
+  shape.norm_offset = field<float>(config, "norm_offset");
+  shape.embedding_scale = field<float>(config, "embedding_scale");
+  shape.query_scale = field<float>(config, "query_scale");
+  shape.score_cap = field<float>(config, "score_cap");
+  shape.logit_cap = field<float>(config, "logit_cap");
+  shape.activation = activation_from(field<std::string>(config, "activation"));
+  read_layers(config, &shape);
   return shape;
 }
 

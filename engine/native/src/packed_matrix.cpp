@@ -65,23 +65,30 @@ void PackedMatrix::read_row(int row, float* out) const {
     out[i] = bf16_to_float(column[static_cast<size_t>(i) * kPanelColumns]);
 }
 
-PackedMatrix pack(const std::vector<RowBlock>& sources, int k, Arena* arena, ThreadPool* pool) {
+PackedMatrix pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
+                  Arena* arena, ThreadPool* pool) {
   PackedMatrix packed;
-  packed.k = k;
-  std::vector<const uint16_t*> rows;
+  const int k = packed.k = columns.stretched(num_columns);
+  std::vector<const uint16_t*> rows;  // null: zeros
   for (const RowBlock& source : sources) {
     for (int row = 0; row < source.rows; ++row) {
-      rows.push_back(source.data + static_cast<size_t>(row) * k);
+      rows.push_back(source.data + static_cast<size_t>(row) * num_columns);
+      if ((row + 1) % source.groups.size != 0) continue;
+      rows.insert(rows.end(), source.groups.width - source.groups.size, nullptr);
     }
   }
   packed.n = static_cast<int>(rows.size());
   packed.panels = arena->take<uint16_t>(packed_elements(packed.n, k));
   pool->run(packed.num_panels(), [&](int index, int) {
     const int first = index * kPanelColumns;
-    const int columns = std::min(kPanelColumns, packed.n - first);
+    const int count = std::min(kPanelColumns, packed.n - first);
     uint16_t* panel = packed.panels + static_cast<size_t>(index) * k * kPanelColumns;
-    for (int i = 0; i < k; ++i) {
-      for (int j = 0; j < columns; ++j) panel[i * kPanelColumns + j] = rows[first + j][i];
+    for (int i = 0, target = 0; i < num_columns; ++i, ++target) {
+      if (i > 0 && i % columns.size == 0) target += columns.width - columns.size;
+      for (int j = 0; j < count; ++j) {
+        if (rows[first + j] == nullptr) continue;
+        panel[static_cast<size_t>(target) * kPanelColumns + j] = rows[first + j][i];
+      }
     }
   });
   return packed;
@@ -102,8 +109,8 @@ void linear(const Compute& compute, const PackedMatrix& weights, Rows a, int m, 
   });
 }
 
-void gated_linear(const Compute& compute, const PackedMatrix& gate, const PackedMatrix& up, Rows a,
-                  int m, Rows c) {
+void gated_linear(const Compute& compute, Gate activate, const PackedMatrix& gate,
+                  const PackedMatrix& up, Rows a, int m, Rows c) {
   const Cut cut(gate, m, compute.pool->num_threads());
   compute.pool->run(cut.num_items(), [&](int item, int thread) {
     const int row = cut.first_row(item), rows = cut.rows(item);
@@ -121,8 +128,8 @@ void gated_linear(const Compute& compute, const PackedMatrix& gate, const Packed
       const int column = panel * kPanelColumns;
       const int columns = std::min(kPanelColumns, gate.n - column);
       for (int r = 0; r < rows; ++r) {
-        compute.kernels->silu_multiply(gated + r * kPanelColumns, upped + r * kPanelColumns,
-                                       columns, c[row + r] + column);
+        activate(gated + r * kPanelColumns, upped + r * kPanelColumns, columns,
+                 c[row + r] + column);
       }
     }
   });

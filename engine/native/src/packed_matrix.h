@@ -29,14 +29,25 @@ inline size_t packed_elements(int n, int k) {
   return round_up(static_cast<size_t>(n), kPanelColumns) * static_cast<size_t>(k);
 }
 
-// Rows [rows][k] of one source matrix, bf16 bits.
+// Groups of `size` source elements, each to be followed by zeros up to `width`: heads as they lie
+// in whole vectors.
+struct Groups {
+  int size = 1;
+  int width = 1;
+
+  int stretched(int count) const { return count / size * width; }
+};
+
+// Rows [rows][columns] of one source matrix, bf16 bits.
 struct RowBlock {
   const uint16_t* data;
   int rows;
+  Groups groups;
 };
 
-// Stacks the sources' rows into one matrix.
-PackedMatrix pack(const std::vector<RowBlock>& sources, int k, Arena* arena, ThreadPool* pool);
+// Stacks the sources' rows into one matrix; its k is that of the stretched columns.
+PackedMatrix pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
+                  Arena* arena, ThreadPool* pool);
 
 struct Rows {
   float* data = nullptr;
@@ -62,9 +73,11 @@ inline constexpr size_t kLinearScratch = kGemmScratch + 2 * size_t{kGemmRowsMax}
 void linear(const Compute& compute, const PackedMatrix& weights, Rows a, int m, Rows c,
             Store store);
 
-// c = silu(a Gate^T) * (a Up^T)
-void gated_linear(const Compute& compute, const PackedMatrix& gate, const PackedMatrix& up, Rows a,
-                  int m, Rows c);
+using Gate = void (*)(const float* gate, const float* up, int n, float* out);
+
+// c = activate(a Gate^T) * (a Up^T)
+void gated_linear(const Compute& compute, Gate activate, const PackedMatrix& gate,
+                  const PackedMatrix& up, Rows a, int m, Rows c);
 
 // body(row) for every row, `grain` rows to an item
 template <class Body>

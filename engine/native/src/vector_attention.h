@@ -21,12 +21,21 @@ inline float exp_one(float x) {
   return lanes[0];
 }
 
+// Slots of a block that a token sees: [from, to).
+struct Visible {
+  int from;
+  int to;
+};
+
 // Scores of one row against one block become weights; the row's sums shrink to the new maximum.
 template <class V>
-void soften_row(const Rows& rows, int row, int num_visible, int head_dim) {
+void soften_row(const Rows& rows, int row, Visible visible, const AttentionArgs& a) {
   float* scores = rows.scores + static_cast<size_t>(row) * kBlockTokens;
+  const int head_dim = a.head_dim;
   float max = rows.maxima[row];
-  for (int t = num_visible; t < kBlockTokens; ++t) scores[t] = -__builtin_inff();
+  if (a.score_cap > 0) soft_cap<V>(scores, a.score_cap, kBlockTokens);
+  for (int t = 0; t < visible.from; ++t) scores[t] = -__builtin_inff();
+  for (int t = visible.to; t < kBlockTokens; ++t) scores[t] = -__builtin_inff();
   float maxima[kRowAlign];
   for (int t = 0; t < kRowAlign; ++t) {
     const float low = scores[t], high = scores[t + kRowAlign];
@@ -63,33 +72,43 @@ struct Block {
 
 // Rows [first, first + count) against one block, K and V as bf16 or expanded to float32.
 template <class V, class B>
-void attend_block(const Rows& rows, int first, int count, int num_visible, int head_dim,
+void attend_block(const AttentionArgs& a, const Rows& rows, int first, int count, Visible visible,
                   const Block<B>& block) {
+  const int head_dim = a.head_dim;
   const size_t start = static_cast<size_t>(first);
   float* scores = rows.scores + start * kBlockTokens;
   product<V>(rows.q + start * head_dim, head_dim, count, head_dim, block.keys, kBlockTokens,
              kBlockTokens, scores, kBlockTokens, true, block.during_keys);
   for (int row = first; row < first + count; ++row) {
-    soften_row<V>(rows, row, num_visible, head_dim);
+    soften_row<V>(rows, row, visible, a);
   }
-  product<V>(scores, kBlockTokens, count, num_visible, block.values, head_dim, head_dim,
+  product<V>(scores + visible.from, kBlockTokens, count, visible.to - visible.from,
+             block.values + static_cast<size_t>(visible.from) * head_dim, head_dim, head_dim,
              rows.sums + start * head_dim, head_dim, false, block.during_values);
 }
 
-// All rows that see the block which starts at `start`. Tokens whose own position lies in the block
-// see a part of it and go one by one; the others see it whole and go together.
+// All rows that see the block which starts at `start`. Tokens whose own position or whose window's
+// edge lies in the block see a part of it and go one by one; the others see it whole and go
+// together.
 template <class V, class B>
 void attend_rows(const AttentionArgs& a, const Rows& rows, int start, const Block<B>& block) {
   const int end = start + kBlockTokens;
-  for (int token = 0; token < a.num_tokens; ++token) {
+  // Tokens before this one see the first slot of the block.
+  const int leaving = a.window == 0 ? a.num_tokens : start + a.window - a.first_position;
+  for (int token = 0; token < a.num_tokens;) {
     const int position = a.first_position + token;
-    if (position < start) continue;
-    if (position >= end - 1) {
-      attend_block<V>(rows, token * a.group, (a.num_tokens - token) * a.group, kBlockTokens,
-                      a.head_dim, block);
-      return;
+    const int seen = first_seen(a, position);
+    if (seen >= end) return;
+    int count = 1;
+    if (position >= end - 1 && seen <= start) {
+      count = (leaving < a.num_tokens ? leaving : a.num_tokens) - token;
+      attend_block<V>(a, rows, token * a.group, count * a.group, {0, kBlockTokens}, block);
+    } else if (position >= start) {
+      const Visible visible = {seen > start ? seen - start : 0,
+                               position < end ? position - start + 1 : kBlockTokens};
+      attend_block<V>(a, rows, token * a.group, a.group, visible, block);
     }
-    attend_block<V>(rows, token * a.group, a.group, position - start + 1, a.head_dim, block);
+    token += count;
   }
 }
 
@@ -119,7 +138,7 @@ void attend(const AttentionArgs& a) {
   const Rows rows = place_rows<V>(a);
   float* expanded = rows.totals + count;
   const int last = (a.first_position + a.num_tokens - 1) / kBlockTokens;
-  for (int index = 0; index <= last; ++index) {
+  for (int index = first_seen(a, a.first_position) / kBlockTokens; index <= last; ++index) {
     const size_t offset = a.block_table[index] * a.block_bytes;
     const size_t next = a.block_table[index < last ? index + 1 : index] * a.block_bytes;
     const uint16_t* keys = reinterpret_cast<const uint16_t*>(a.keys + offset);
@@ -146,7 +165,9 @@ void attend(const AttentionArgs& a) {
 
 template <class V>
 Kernels table_of(const char* name) {
-  return {name, 2, gemm<V>, attend<V>, rms_norm<V>, rotate<V>, silu_multiply<V>, store_kv<V>};
+  return {name,        2,          gemm<V>,          attend<V>,
+          rms_norm<V>, rotate<V>,  silu_multiply<V>, gelu_multiply<V>,
+          soft_cap<V>, store_kv<V>};
 }
 
 }  // namespace kvasir::vec

@@ -203,18 +203,22 @@ inline typename V::F exp(typename V::F x) {
 
 template <class V>
 void rms_norm(const float* x, const float* weight, float eps, int n, float* out) {
+  const int whole = n / kRowAlign * kRowAlign;
   float lanes[kRowAlign] = {};
-  for (int i = 0; i < n; i += kRowAlign) {
+  for (int i = 0; i < whole; i += kRowAlign) {
     for (int j = 0; j < kRowAlign; j += V::kWidth) {
       const typename V::F value = V::load(x + i + j);
       V::store(lanes + j, V::fma(value, value, V::load(lanes + j)));
     }
   }
+  for (int i = whole; i < n; ++i) lanes[i - whole] = __builtin_fmaf(x[i], x[i], lanes[i - whole]);
   const float mean = sum_lanes(lanes) / static_cast<float>(n);
-  const typename V::F scale = V::broadcast(1.0f / __builtin_sqrtf(mean + eps));
-  for (int i = 0; i < n; i += V::kWidth) {
-    V::store(out + i, V::multiply(V::multiply(V::load(x + i), scale), V::load(weight + i)));
+  const float scale = 1.0f / __builtin_sqrtf(mean + eps);
+  const typename V::F scales = V::broadcast(scale);
+  for (int i = 0; i < whole; i += V::kWidth) {
+    V::store(out + i, V::multiply(V::multiply(V::load(x + i), scales), V::load(weight + i)));
   }
+  for (int i = whole; i < n; ++i) out[i] = x[i] * scale * weight[i];
 }
 
 template <class V>
@@ -227,15 +231,57 @@ void rotate(float* head, const float* cos, const float* sin, int head_dim) {
   }
 }
 
+// body(p) for whole vectors of out[n] that start at p; the last one goes by way of a copy.
+template <class V, class Body>
+inline void for_vectors(const float* a, const float* b, int n, float* out, const Body& body) {
+  const int whole = n / V::kWidth * V::kWidth;
+  for (int i = 0; i < whole; i += V::kWidth) {
+    V::store(out + i, body(V::load(a + i), V::load(b + i)));
+  }
+  if (whole == n) return;
+  float last[2][V::kWidth] = {};
+  for (int i = whole; i < n; ++i) {
+    last[0][i - whole] = a[i];
+    last[1][i - whole] = b[i];
+  }
+  V::store(last[0], body(V::load(last[0]), V::load(last[1])));
+  for (int i = whole; i < n; ++i) out[i] = last[0][i - whole];
+}
+
+// x / (1 + exp(-s)): x times the logistic function of s
+template <class V>
+inline typename V::F logistic_times(typename V::F x, typename V::F s) {
+  const typename V::F one = V::broadcast(1.0f);
+  return V::divide(x, V::add(one, exp<V>(V::subtract(V::zero(), s))));
+}
+
 template <class V>
 void silu_multiply(const float* gate, const float* up, int n, float* out) {
-  using F = typename V::F;
-  const F one = V::broadcast(1.0f);
-  for (int i = 0; i < n; i += V::kWidth) {
-    const F g = V::load(gate + i);
-    const F grown = V::add(one, exp<V>(V::subtract(V::zero(), g)));
-    V::store(out + i, V::multiply(V::divide(g, grown), V::load(up + i)));
-  }
+  for_vectors<V>(gate, up, n, out, [](typename V::F g, typename V::F u) {
+    return V::multiply(logistic_times<V>(g, g), u);
+  });
+}
+
+// 0.5 x (1 + tanh(u)) is x times the logistic function of 2u.
+template <class V>
+void gelu_multiply(const float* gate, const float* up, int n, float* out) {
+  for_vectors<V>(gate, up, n, out, [](typename V::F g, typename V::F u) {
+    const typename V::F cubic = V::multiply(V::broadcast(0.044715f), V::multiply(g, g));
+    const typename V::F inner = V::fma(cubic, g, g);
+    const typename V::F s = V::multiply(V::broadcast(1.5957691216057308f), inner);
+    return V::multiply(logistic_times<V>(g, s), u);
+  });
+}
+
+// tanh(x) as 2 / (1 + exp(-2x)) - 1; near zero its error is one unit of 1.0, times cap.
+template <class V>
+void soft_cap(float* x, float cap, int n) {
+  const float slope = 2.0f / cap;
+  for_vectors<V>(x, x, n, x, [=](typename V::F value, typename V::F) {
+    const typename V::F s = V::multiply(value, V::broadcast(slope));
+    const typename V::F grown = logistic_times<V>(V::broadcast(2.0f * cap), s);
+    return V::subtract(grown, V::broadcast(cap));
+  });
 }
 
 template <class V>
