@@ -4,9 +4,10 @@ from kvasir_sim.baselines import BASELINES
 from kvasir_sim.engine import Engine, Progress
 from kvasir_sim.kvasir_policy import KvasirPolicy
 from kvasir_sim.policy import RoutingPolicy
+from kvasir_sim.readers import load_trace
 from kvasir_sim.result import SimResult, summarise
 from kvasir_sim.settings import SimSettings
-from kvasir_sim.trace import at_rate, load_mooncake
+from kvasir_sim.trace import at_rate
 
 POLICIES: dict[str, type[RoutingPolicy]] = {"kvasir": KvasirPolicy, **BASELINES}
 
@@ -18,7 +19,7 @@ def run_sim(settings: SimSettings, *, progress: Progress | None = None) -> SimRe
         OSError: the trace cannot be read.
         ValueError: the trace is malformed, or nothing is left to count.
     """
-    requests = load_mooncake(settings.trace, max_input=settings.max_input, count=settings.requests)
+    requests = load_trace(settings.trace, max_input=settings.max_input, count=settings.requests)
     engine = Engine(settings, POLICIES[settings.policy], progress=progress)
     engine.run(requests, at_rate(requests, settings.rate))
     counted = settings.warmup

@@ -7,7 +7,20 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-PolicyName = Literal["kvasir", "round-robin", "least-loaded"]
+PolicyName = Literal[
+    "kvasir",
+    "dualmap",
+    "round-robin",
+    "least-loaded",
+    "affinity",
+    "min-ttft",
+    "preble",
+    "chwbl",
+    "sglang",
+    "dynamo",
+    "llm-d",
+    "lmetric",
+]
 
 CHANGE = re.compile(r"(\d+(?:\.\d+)?):([-+x])(\d+)")
 
@@ -29,7 +42,7 @@ class SimSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     trace: Path
-    """Mooncake's jsonl: timestamp (ms), input_length, output_length, hash_ids."""
+    """Mooncake's jsonl, Azure's CSV or BurstGPT's CSV; only the first says what prompts share."""
 
     policy: PolicyName = "kvasir"
     """How requests are routed."""

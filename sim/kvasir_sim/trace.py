@@ -1,11 +1,7 @@
 """Request traces: what came when, how long it was, and which prefix blocks it shares."""
 
-import hashlib
-import itertools
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 BLOCK_TOKENS = 512
 """Tokens that one of Mooncake's hash ids stands for."""
@@ -28,39 +24,6 @@ class TraceRequest:
     tenant: str = ""
     priority: int = 0
     """Greater is more important."""
-
-
-def load_mooncake(path: Path, *, max_input: int, count: int) -> list[TraceRequest]:
-    """The first `count` requests of a Mooncake trace with at most `max_input` tokens.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a line is malformed, or nothing is left.
-    """
-    with path.open() as lines:
-        fitting = (r for r in _parse(path, lines) if r.input_tokens <= max_input)
-        taken = list(itertools.islice(fitting, count))
-    if not taken:
-        raise ValueError(f"{path} holds no request of up to {max_input} tokens")
-    return taken
-
-
-def _parse(path: Path, lines: Iterator[str]) -> Iterator[TraceRequest]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            yield TraceRequest(
-                float(row["timestamp"]),
-                int(row["input_length"]),
-                int(row["output_length"]),
-                tuple(_name(int(block)) for block in row["hash_ids"]),
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: not a request of a Mooncake trace") from error
-
-
-def _name(block: int) -> bytes:
-    return hashlib.blake2b(block.to_bytes(8, "little"), digest_size=16).digest()
 
 
 def at_rate(requests: Sequence[TraceRequest], rate_rps: float) -> list[float]:
