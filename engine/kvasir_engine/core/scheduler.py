@@ -4,8 +4,8 @@ There are no phases of prefill and decode: every running request has known token
 computed, and each step lets computed tokens catch up. Requests with one token to go come first in
 the step's token budget, then short prompts in up to half of the rest, so that they do not queue
 behind a long one (LAPS, arXiv 2601.11589), then the others by age; waiting requests are admitted in
-order of arrival. When memory runs out, the youngest request that may lose its blocks is put back, to be
-computed again.
+order of arrival. When memory runs out, the youngest request that may lose its blocks is put back,
+to be computed again.
 
 Invariants: a step never exceeds the budget; blocks of a request that is in flight, or that others
 write or read, are not given away. Nothing deadlocks: no younger request takes from an older one,
