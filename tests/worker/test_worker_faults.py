@@ -174,9 +174,9 @@ async def test_request_that_would_wait_too_long_is_handed_back_busy(model: Path)
             for i in range(1, 6)
         ]
         await until(lambda: prefill.host.load().prefill_tokens_queued > 3000)
-        request = make_request(
-            prompt(200), prefill_peer=prefill.address, terms=common_pb2.QueueTerms(ttft_left_ms=1)
-        )
+        own_ms = 200 * prefill.host.engine_load().prefill_us_per_token / 1000
+        terms = common_pb2.QueueTerms(ttft_left_ms=int(3 * own_ms) + 1)
+        request = make_request(prompt(200), prefill_peer=prefill.address, terms=terms)
         result = await decode.generate(request)
         assert result.error is not None
         assert (result.error.reason, result.error.param) == (Reason.BUSY, PEER_PARAM)

@@ -151,6 +151,19 @@ class AdmissionQueue:
         node = self._next(now_ms)
         return (self._take(node, is_served=True) if node else None), given_up
 
+    def pop_short(self, *, now_ms: float, busy_ms: float, tokens_max: int) -> Waiting | None:
+        """A short request to be computed beside a long one under way, of which `busy_ms` are left.
+
+        None: there is none of at most `tokens_max`, or it would make one that waits late.
+        """
+        short = self._short.first()
+        if short is None or self._entries[short.request_id].waiting.tokens > tokens_max:
+            return None
+        node = self._entries[short.request_id].node
+        if self._all.late_before(node, now_ms + busy_ms + node.compute_ms) > 0:
+            return None
+        return self._take(node, is_served=True)
+
     def review(self, *, now_ms: float, busy_ms: float = 0.0) -> list[Dismissed]:
         """Gives up requests until the rest is in time."""
         given_up = []

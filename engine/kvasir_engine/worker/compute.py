@@ -55,6 +55,7 @@ class Compute:
             async for event in events:
                 if is_first and event.timing is not None:
                     trace.prefilled_here(event.timing, self._host.metrics, waited_ms=turn.waited_ms)
+                    turn.computed()
                 is_first = False
                 yield event
 

@@ -129,7 +129,8 @@ class Handoff:
     def _is_short(self, request: EngineRequest) -> bool:
         """Whether so much of the prompt is held here that the rest is not worth a hand-off."""
         tokens = [*request.prompt, *request.resume_tokens]
-        num_held = self._host.num_tokens_held(tokens, tenant_salt=request.tenant_salt)
+        names = self._host.served().names(tokens[:-1], tenant_salt=request.tenant_salt)
+        num_held = BLOCK_TOKENS * self._host.hub.num_leading_held(names)
         if len(tokens) - num_held > self._host.settings.local_prefill_tokens_max:
             return False
         self._host.metrics.local_prefills.labels("short").inc()

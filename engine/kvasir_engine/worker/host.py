@@ -76,7 +76,12 @@ class Host:
         self.in_flight = InFlight(
             self.state, self.metrics, timeout_ms_max=settings.request_timeout_ms
         )
-        self.admission = Admission(self.engine_load, lookahead_tokens=2 * settings.max_batch_tokens)
+        self.admission = Admission(
+            self.engine_load,
+            lookahead_tokens=2 * settings.max_batch_tokens,
+            num_leading_held=lambda names: self.hub.num_leading_held(names),
+            on_given_up=lambda why: self.metrics.given_up.labels(why).inc(),
+        )
         self.peers = Peers(close_grace_s=settings.request_timeout_ms / 1000)
         self.serving: Serving | None = None
 
@@ -127,16 +132,8 @@ class Host:
         token_ids = list(message.token_ids)
         if isinstance(message, worker_pb2.GenerateRequest):
             token_ids += message.resume_token_ids
-        num_held = self.num_tokens_held(token_ids, tenant_salt=message.tenant_salt)
-        return asked_of(message, num_tokens=len(token_ids) - num_held)
-
-    def num_tokens_held(self, token_ids: Sequence[int], *, tenant_salt: bytes) -> int:
-        """How many of these tokens, from the first on, have their KV here: a hint.
-
-        Not the last one: it is computed, for its logits.
-        """
-        names = self.served().names(token_ids[:-1], tenant_salt=tenant_salt)
-        return block.BLOCK_TOKENS * self.hub.num_leading_held(names)
+        names = self.served().names(token_ids[:-1], tenant_salt=message.tenant_salt)
+        return asked_of(message, num_tokens=len(token_ids), names=names)
 
     def describe(self) -> worker_pb2.WorkerDescription:
         """What peers, routers and the operator are told."""

@@ -198,6 +198,7 @@ async def _follow_blocks(host: Host) -> None:
     """Tells the hub what the engine's cache holds."""
     async for change in host.served().engine.block_events():
         host.hub.blocks_changed(stored=change.stored, removed=change.removed)
+        host.admission.blocks_stored(change.stored)
 
 
 async def _follow_readiness(parts: Parts) -> None:

@@ -66,6 +66,9 @@ class WorkerMetrics:
         self.requests = self._counter(
             "requests", "Requests ended, by work and finish or error reason", "work", "reason"
         )
+        self.given_up = self._counter(
+            "given_up", "Requests given up by the queue: hand_back, refuse or recalled", "why"
+        )
         self.prompt_tokens = self._counter(
             "prompt_tokens", "Prompt tokens by source: computed, cached or fetched", "source"
         )
