@@ -10,6 +10,8 @@ from typing import Any
 import click
 from kvasir_sim.settings import SimSettings
 
+from kvasir_cli.commands.sim_generate import generate
+from kvasir_cli.commands.sim_sweep import sweep
 from kvasir_cli.progress import count_progress
 from kvasir_cli.settings_options import build, options
 
@@ -54,3 +56,5 @@ sim.add_command(
         help="Replay a request trace against modelled workers under a routing policy.",
     )
 )
+sim.add_command(sweep)
+sim.add_command(generate)
