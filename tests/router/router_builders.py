@@ -27,13 +27,14 @@ def make_worker(name: str, role: str = "prefill", **state: Any) -> WorkerState:
     )
 
 
-def make_view(*workers: WorkerState, **policy: Any) -> FleetView:
+def make_view(*workers: WorkerState, stores: tuple[str, ...] = (), **policy: Any) -> FleetView:
     """A fleet of these workers of which nothing else is known."""
     view = FleetView(
         prefix=PrefixView(blocks_max=10_000),
         keys=KeyTree(),
         ledger=Ledger(),
         policy=Policy(**policy),
+        stores=stores,
     )
     for worker in workers:
         view.put(worker)

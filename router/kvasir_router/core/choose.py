@@ -1,13 +1,16 @@
 """The whole decision: a view of the fleet and a request in, a route or a refusal out.
 
-    1. the decode worker, by cache, memory and load                        (decode.py)
-    2. a short uncached suffix stays there: nothing moves
-    3. two prefill candidates from the rings, an estimate of TTFT for each
-    4. the one with the longer prefix hit, unless it is too slow for the SLO (DualMap)
-    5. decode where the prompt is prefilled if that worker can
+    1. two prefill candidates from the rings; a new worker takes its keys over bit by bit
+    2. one walk over the prompt's blocks: who holds how much of it
+    3. the decode worker, by cache, memory, pace and load                   (decode.py)
+    4. a short uncached suffix stays there: nothing moves
+    5. an estimate of TTFT for each candidate                               (estimate.py)
+    6. the one with the longer prefix hit, unless it is too slow for the SLO (DualMap)
+    7. decode where the prompt is prefilled if that worker can
 
-Invariants: deterministic; a route names workers of the view, outside `request.exclude`. Waiting
-and ordering are left to the prefill worker's queue, which alone knows its load.
+Invariants: deterministic; a route names workers of the view, outside `request.exclude`; the time
+taken does not depend on how many workers there are or how much is queued. Waiting and ordering are
+left to the prefill worker's queue, which alone knows its load.
 """
 
 import enum
@@ -16,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kvasir_router.core.decode import can_also_decode, choose_decode, fits_anywhere
+from kvasir_router.core.estimate import Candidate, estimate
 from kvasir_router.core.fleet import FleetView, Request
 
 
@@ -40,15 +44,6 @@ class RejectReason(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A prefill worker that was considered."""
-
-    worker: str
-    hit_tokens: int
-    ttft_estimate_ms: float
-
-
-@dataclass(frozen=True, slots=True)
 class Route:
     """Who serves a request. `prefill` is None when the decode worker prefills by itself."""
 
@@ -58,6 +53,8 @@ class Route:
     ttft_estimate_ms: float
     hit_tokens: int
     candidates: tuple[Candidate, ...] = ()
+    uncalibrated_ms: float = 0.0
+    """The estimate before experience corrected it: what `Calibration.observe` wants back."""
 
     @property
     def computes(self) -> str:
@@ -75,33 +72,30 @@ class Rejected:
 
 
 def pick(view: FleetView, request: Request, *, now_ms: int) -> Route | Rejected:
-    """Routes one request. `now_ms` is the caller's clock; today's rules need no history of it."""
-    pair = prefill_pair(view, request)
-    runs = view.prefix.match(request.names, pair)
+    """Routes one request. `now_ms` is the caller's clock."""
+    pair = prefill_pair(view, request, now_ms=now_ms)
+    runs = view.prefix.match(request.names, (*pair, *view.stores))
     decode = choose_decode(view, request, runs)
     if decode is None:
         return Rejected(RejectReason.NO_DECODE_WORKER, "no decode worker is ready", 1_000)
     if not fits_anywhere(view, request):
         return Rejected(RejectReason.NO_MEMORY, "the prompt exceeds every worker's KV memory")
-    at_decode = estimate(view, request, decode, runs)
-    if is_short_suffix(view, request, at_decode):
-        return _local(at_decode, RouteReason.SHORT_SUFFIX)
+    if is_short_suffix(view, request, decode, runs):
+        return _local(estimate(view, request, decode, runs), RouteReason.SHORT_SUFFIX)
+    healthy = view.workers[decode].transfer_healthy
+    if not pair or not healthy:
+        why = RouteReason.NO_PREFILL_WORKER if healthy else RouteReason.TRANSFER_UNHEALTHY
+        return _in_time(request, _local(estimate(view, request, decode, runs), why))
     candidates = tuple([estimate(view, request, name, runs) for name in pair])
-    return _in_time(request, _route(view, request, at_decode, candidates))
+    return _in_time(request, _route(view, request, decode, candidates))
 
 
-def estimate(view: FleetView, request: Request, worker: str, runs: Mapping[str, int]) -> Candidate:
-    """TTFT of `request` at `worker`: what waits there, what it must compute, what it reuses."""
-    hit = min(runs.get(worker, 0) * view.block_tokens, request.num_tokens)
-    computed = view.queued_tokens(worker) + request.num_tokens - hit
-    us = computed * view.workers[worker].us_per_token + hit * view.policy.reuse_us_per_token
-    return Candidate(worker, hit, us / 1_000)
-
-
-def is_short_suffix(view: FleetView, request: Request, at_decode: Candidate) -> bool:
+def is_short_suffix(
+    view: FleetView, request: Request, decode: str, runs: Mapping[str, int]
+) -> bool:
     """Whether so much is cached at the decode worker that a hand-off is not worth it."""
-    missing = request.num_tokens - at_decode.hit_tokens
-    return at_decode.hit_tokens > 0 and missing <= view.policy.local_prefill_tokens_max
+    hit = runs.get(decode, 0) * view.block_tokens
+    return hit > 0 and request.num_tokens - hit <= view.policy.local_prefill_tokens_max
 
 
 def choose_by_slo(candidates: Sequence[Candidate], request: Request) -> tuple[int, RouteReason]:
@@ -113,7 +107,7 @@ def choose_by_slo(candidates: Sequence[Candidate], request: Request) -> tuple[in
     if one.hit_tokens == two.hit_tokens:
         return faster, RouteReason.LESS_LOADED
     longer = 0 if one.hit_tokens > two.hit_tokens else 1
-    if candidates[longer].ttft_estimate_ms <= request.ttft_slo_ms / 2:
+    if candidates[longer].ttft_estimate_ms + request.waited_ms <= request.ttft_slo_ms / 2:
         return longer, RouteReason.LONGER_HIT
     return faster, RouteReason.SMALLER_ESTIMATE
 
@@ -128,33 +122,46 @@ def _coin(worker: str, request: Request) -> int:
 
 
 def _route(
-    view: FleetView, request: Request, at_decode: Candidate, candidates: tuple[Candidate, ...]
+    view: FleetView, request: Request, decode: str, candidates: tuple[Candidate, ...]
 ) -> Route:
-    if not view.workers[at_decode.worker].transfer_healthy:
-        return _local(at_decode, RouteReason.TRANSFER_UNHEALTHY)
-    if not candidates:
-        return _local(at_decode, RouteReason.NO_PREFILL_WORKER)
     index, reason = choose_by_slo(candidates, request)
     taken = candidates[index]
-    same = taken.worker == at_decode.worker or can_also_decode(view, request, taken.worker)
+    same = taken.worker == decode or can_also_decode(view, request, taken.worker)
     return Route(
         prefill=None if same else taken.worker,
-        decode=taken.worker if same else at_decode.worker,
+        decode=taken.worker if same else decode,
         reason=reason,
         ttft_estimate_ms=taken.ttft_estimate_ms,
         hit_tokens=taken.hit_tokens,
         candidates=candidates,
+        uncalibrated_ms=taken.uncalibrated_ms,
     )
 
 
-def prefill_pair(view: FleetView, request: Request) -> tuple[str, ...]:
+def prefill_pair(view: FleetView, request: Request, *, now_ms: int) -> tuple[str, ...]:
     """The workers of the request's key; when one refused or cannot send KV, the other alone."""
     key = request.key(view.keys)
     pair = view.rings.candidates(key)
+    if view.is_any_warming(now_ms):
+        pair = _shielded(view, key, pair, now_ms)
     if not request.exclude and not view.mute:
         return pair
     avoid = request.exclude | view.mute
     return tuple(name for name in pair if name not in avoid) or view.rings.candidates(key, avoid)
+
+
+def _shielded(view: FleetView, key: bytes, pair: tuple[str, ...], now_ms: int) -> tuple[str, ...]:
+    """The pair of a key, without new workers whose turn for this key has not come."""
+    avoid: frozenset[str] = frozenset()
+    while early := [w for w in pair if _turn(w, key) >= view.share_taken(w, now_ms)]:
+        avoid |= set(early)
+        pair = view.rings.candidates(key, avoid)
+    return pair
+
+
+def _turn(worker: str, key: bytes) -> float:
+    """When in its warm-up, from 0 to 1, a worker takes a key over: the same on every replica."""
+    return zlib.crc32(key, zlib.crc32(worker.encode())) / 2**32
 
 
 def _local(at_decode: Candidate, reason: RouteReason) -> Route:
@@ -165,6 +172,7 @@ def _local(at_decode: Candidate, reason: RouteReason) -> Route:
         ttft_estimate_ms=at_decode.ttft_estimate_ms,
         hit_tokens=at_decode.hit_tokens,
         candidates=(at_decode,),
+        uncalibrated_ms=at_decode.uncalibrated_ms,
     )
 
 

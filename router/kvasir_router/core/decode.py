@@ -1,20 +1,25 @@
-"""The decode side: who holds most of the conversation, has memory and runs the fewest requests."""
+"""The decode side: who holds most of the conversation, has memory, keeps the pace and is calm.
 
-from collections.abc import Iterable, Iterator, Mapping
+In this order: a worker that holds at least half of the prompt's blocks (it served the
+conversation's last turn; a shared system prompt does not make one), then the least busy one. Either
+must have memory for the prompt and the output to be expected, and decode fast enough for the
+request's TPOT; only when nobody does, the least busy one takes it anyway.
+
+Invariant: looks at a bounded number of workers, however many there are.
+"""
+
+from collections.abc import Mapping
 from itertools import islice
 
-from kvasir_router.core.fleet import FleetView, Request
-
-OUTPUT_TOKENS_EXPECTED_MAX = 256
-"""Memory is asked for this much output at most; longer outputs find room as others end."""
+from kvasir_router.core.fleet import FleetView, Request, WorkerState
 
 LOOKED_AT_MAX = 16
-"""Least busy workers that are asked for memory before the one with most of it is."""
+"""Least busy workers that are tried before the one with most memory is."""
 
 
 def blocks_needed(view: FleetView, request: Request) -> int:
     """Blocks for the prompt and the expected output."""
-    tokens = request.num_tokens + min(request.max_tokens, OUTPUT_TOKENS_EXPECTED_MAX)
+    tokens = request.num_tokens + min(request.max_tokens, view.output.tokens)
     return -(-tokens // view.block_tokens)
 
 
@@ -24,52 +29,60 @@ def fits_anywhere(view: FleetView, request: Request) -> bool:
 
 
 def choose_decode(view: FleetView, request: Request, runs: Mapping[str, int]) -> str | None:
-    """The decode worker of a request; `runs` are leading blocks held, the longest runs first.
-
-    Holding at least half of the prompt's blocks marks the worker that served the conversation's
-    last turn (a shared system prompt does not), and wins unless it is much busier than the rest.
-    """
-    calm = calmest(view, request)
+    """The decode worker of a request; `runs` are leading blocks held, the longest runs first."""
+    needed = blocks_needed(view, request)
+    calm = calmest(view, request, needed)
     if calm is None:
         return None
     running_max = view.running(calm) + view.policy.decode_slack_requests
-    needed, half = blocks_needed(view, request), len(request.names) / 2
+    half = len(request.names) / 2
     for name, blocks in runs.items():
         if not blocks or blocks < half:
             break
-        state = view.get(name)
+        state = view.workers.get(name)
         if (
             state is not None
             and state.can_decode
             and name not in request.exclude
-            and state.blocks_free + blocks >= needed
             and view.running(name) <= running_max
+            and _can_take(view, request, state, needed - blocks)
         ):
             return name
     return calm
 
 
-def calmest(view: FleetView, request: Request) -> str | None:
-    """The least busy worker with room for the request, else the least busy one."""
-    needed = blocks_needed(view, request)
-    first = next(_allowed(view.by_running, request), None)
-    for name in islice(_allowed(view.by_running, request), LOOKED_AT_MAX):
-        if view.workers[name].blocks_free >= needed:
+def calmest(view: FleetView, request: Request, needed: int) -> str | None:
+    """The least busy worker that can take the request, else the least busy one."""
+    first = None
+    for name in islice(view.by_running, LOOKED_AT_MAX + len(request.exclude)):
+        if name in request.exclude:
+            continue
+        if _can_take(view, request, view.workers[name], needed):
             return name
-    roomiest = next(_allowed(view.by_room, request), None)
-    if roomiest is not None and view.workers[roomiest].blocks_free >= needed:
-        return roomiest
+        first = first or name
+    for name in islice(view.by_room, 1 + len(request.exclude)):
+        if name not in request.exclude and _can_take(view, request, view.workers[name], needed):
+            return name
     return first
 
 
-def _allowed(names: Iterable[str], request: Request) -> Iterator[str]:
-    return (name for name in names if name not in request.exclude)
+def _can_take(view: FleetView, request: Request, state: WorkerState, needed: int) -> bool:
+    """Whether a worker has `needed` blocks free and would still keep the request's TPOT.
+
+    Its step time is taken to grow with what it runs: too much by what the weights cost.
+    """
+    if state.blocks_free < needed:
+        return False
+    if not request.tpot_slo_ms or not state.decode_ms_per_step:
+        return True
+    growth = (view.running(state.name) + 1) / max(state.num_running, 1)
+    return state.decode_ms_per_step * growth <= request.tpot_slo_ms
 
 
 def can_also_decode(view: FleetView, request: Request, worker: str) -> bool:
     """Whether the prefill worker may as well decode: then no KV has to move."""
     state = view.workers[worker]
-    if not state.can_decode or state.blocks_free < blocks_needed(view, request):
+    if not state.can_decode or not _can_take(view, request, state, blocks_needed(view, request)):
         return False
     least = view.by_running.least_key()
     assert least is not None

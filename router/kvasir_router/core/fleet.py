@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from kvasir_kvstore.core.block import BLOCK_TOKENS
 
+from kvasir_router.core.calibrate import Calibration, OutputLength
 from kvasir_router.core.keys import KeyTree
 from kvasir_router.core.ledger import Ledger
 from kvasir_router.core.order import Order
@@ -20,7 +21,7 @@ from kvasir_router.core.prefix import PrefixView
 from kvasir_router.core.ring import RingPair
 
 PREFILL_US_PER_TOKEN_UNKNOWN = 1_000.0
-"""Assumed of a worker that has not measured itself yet: a small model on a few CPU cores."""
+"""Assumed while no worker has measured itself yet: a small model on a few CPU cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +40,14 @@ class WorkerState:
     prefill_us_per_token: float = 0.0
     """Measured; 0 while unknown."""
 
-    @property
-    def us_per_token(self) -> float:
-        """Seconds per prompt token, in microseconds, never 0."""
-        return self.prefill_us_per_token or PREFILL_US_PER_TOKEN_UNKNOWN
+    decode_ms_per_step: float = 0.0
+    """Measured: the time per output token of what it decodes now; 0 while unknown."""
+
+    peer_us_per_token: float = 0.0
+    """Measured: a prompt token fetched from another worker's cache; 0: it fetches none."""
+
+    store_us_per_token: float = 0.0
+    """Measured: a prompt token fetched from a KV node; 0: it fetches none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +65,16 @@ class Policy:
     """A decode worker is preferred for its cache or its nearness only while it runs at most this
     many requests more than the least busy one."""
 
+    warmup_ms: int = 20_000
+    """A worker that joins with an empty cache takes its keys over one by one within this time:
+    taking all at once it would compute every prompt whole, and be the slowest of its pairs."""
+
 
 class FleetView:
     """The fleet, kept up to date by `put` and `remove`. One router replica has one.
 
-    `prefix`, `keys` and `ledger` are its own: others write to them between decisions.
+    `prefix`, `keys`, `ledger`, `calibration` and `output` are its own: others write to them between
+    decisions. `stores` are the holders known to `prefix` that are KV nodes, not workers.
     """
 
     def __init__(
@@ -75,11 +85,18 @@ class FleetView:
         ledger: Ledger,
         policy: Policy | None = None,
         block_tokens: int = BLOCK_TOKENS,
+        stores: tuple[str, ...] = (),
     ) -> None:
         self.prefix, self.keys, self.ledger = prefix, keys, ledger
         self.policy = policy or Policy()
-        self.block_tokens = block_tokens
+        self.block_tokens, self.stores = block_tokens, stores
+        self.calibration, self.output = Calibration(), OutputLength()
         self._workers: dict[str, WorkerState] = {}
+        self.workers: Mapping[str, WorkerState] = MappingProxyType(self._workers)
+        """All workers, by name."""
+        self._speeds: dict[str, float] = {}  # of those who have measured it
+        self._speeds_sum = 0.0
+        self._joined_ms: dict[str, int] = {}  # of those who still warm up, oldest first
         self._rings = RingPair.build(())
         self._rings_stale = False
         self._members: set[str] = set()  # who belongs in the rings
@@ -87,15 +104,6 @@ class FleetView:
         self._by_running = Order()
         self._by_room = Order()
         self._by_size = Order()
-
-    @property
-    def workers(self) -> Mapping[str, WorkerState]:
-        """All workers, by name."""
-        return MappingProxyType(self._workers)
-
-    def get(self, worker: str) -> WorkerState | None:
-        """One worker; None: it is not in the view."""
-        return self._workers.get(worker)
 
     @property
     def rings(self) -> RingPair:
@@ -110,17 +118,17 @@ class FleetView:
         """Prefill workers that cannot send KV."""
         return self._mute
 
-    def put(self, state: WorkerState) -> None:
+    def put(self, state: WorkerState, *, now_ms: int = 0) -> None:
         """A worker joined, or told anew how it is."""
         name = state.name
         self._workers[name] = state
         if state.can_prefill != (name in self._members):
-            (self._members.add if state.can_prefill else self._members.discard)(name)
-            self._rings_stale = True
+            self._change_rings(name, joins=state.can_prefill, now_ms=now_ms)
         if state.can_prefill and not state.transfer_healthy:
             self._mute.add(name)
         else:
             self._mute.discard(name)
+        self._note_speed(name, state.prefill_us_per_token)
         if state.can_decode:
             self._order(state)
         else:
@@ -130,10 +138,47 @@ class FleetView:
         """A worker must get no more requests. What it holds is left to the owner of `prefix`."""
         if self._workers.pop(worker, None) is None:
             return
-        self._rings_stale |= worker in self._members
-        self._members.discard(worker)
+        if worker in self._members:
+            self._change_rings(worker, joins=False, now_ms=0)
         self._mute.discard(worker)
+        self._note_speed(worker, 0.0)
         self._unorder(worker)
+        self.calibration.forget(worker)
+
+    def _change_rings(self, worker: str, *, joins: bool, now_ms: int) -> None:
+        self._rings_stale = True
+        if not joins:
+            self._members.discard(worker)
+            self._joined_ms.pop(worker, None)
+            return
+        self._members.add(worker)
+        if not self.prefix.num_blocks.get(worker):
+            self._joined_ms[worker] = now_ms
+
+    def _note_speed(self, worker: str, us_per_token: float) -> None:
+        old = self._speeds.pop(worker, 0.0)
+        if us_per_token:
+            self._speeds[worker] = us_per_token
+        self._speeds_sum += us_per_token - old
+
+    @property
+    def us_per_token_typical(self) -> float:
+        """Assumed of a worker that has not measured itself yet: the mean of those that have."""
+        if not self._speeds:
+            return PREFILL_US_PER_TOKEN_UNKNOWN
+        return self._speeds_sum / len(self._speeds)
+
+    def is_any_warming(self, now_ms: int) -> bool:
+        """Whether workers still take over their keys, and enough others stand in for them."""
+        joined, oldest_ms = self._joined_ms, now_ms - self.policy.warmup_ms
+        while joined and joined[first := next(iter(joined))] <= oldest_ms:
+            del joined[first]
+        return bool(joined) and 2 * len(joined) < len(self._members)
+
+    def share_taken(self, worker: str, now_ms: int) -> float:
+        """Share of its keys, from 0 to 1, that a worker has taken over since it joined."""
+        joined_ms = self._joined_ms.get(worker)
+        return 1.0 if joined_ms is None else (now_ms - joined_ms) / self.policy.warmup_ms
 
     def _order(self, state: WorkerState) -> None:
         self._by_running.put(state.name, (self.running(state.name), -state.blocks_free))
@@ -147,6 +192,11 @@ class FleetView:
     def queued_tokens(self, worker: str) -> int:
         """Prompt tokens that wait at `worker`: reported, and routed since."""
         return self._workers[worker].prefill_tokens_queued + self.ledger.tokens(worker)
+
+    def wait_ms(self, worker: str) -> float:
+        """Time that what waits at `worker` takes, calibrated."""
+        us = self._workers[worker].prefill_us_per_token or self.us_per_token_typical
+        return self.queued_tokens(worker) * us * self.calibration.factor(worker) / 1_000
 
     def running(self, worker: str) -> int:
         """Requests at `worker`: as reported, or as this router knows, whichever is more."""
@@ -187,6 +237,12 @@ class Request:
 
     max_tokens: int = 256
     ttft_slo_ms: int = 5_000
+    tpot_slo_ms: int = 0
+    """Per output token; 0: none is asked for."""
+
+    waited_ms: int = 0
+    """Since it arrived: what of the time to its first token has passed."""
+
     timeout_ms: int = 600_000
     exclude: frozenset[str] = frozenset()
     """Workers that have already failed or refused this request."""

@@ -17,11 +17,17 @@ Source: DualMap (arXiv 2602.06502), adaptive prefix hashing; edges as in a radix
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
+from kvasir_router.core.exchange import Edge, EdgeMap, EdgeRecord
 
 EDGES_JUDGED = 4
 """Edges looked at per request for a share that has become too small: all have their turn."""
+
+SAMPLES_PER_WORKER = 8
+"""Requests per worker that the window must hold before a share counts as small: of a prefix at 2/n
+sixteen are expected then, and a replica that saw few does not undo what others know better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +56,6 @@ class KeyLimits:
     """A prefix that was just extended or shortened stays so: its cache needs time to move."""
 
 
-@dataclass(frozen=True, slots=True)
-class Edge:
-    """An extension: prompts that pass block `end` have their key at block number `depth`."""
-
-    depth: int
-    end: bytes
-    """Name of block number depth - 1, the last one that the hot prefix's requests share."""
-
-    def fits(self, names: Sequence[bytes]) -> bool:
-        """Whether a prompt goes on to where the edge leads."""
-        return len(names) >= self.depth and names[self.depth - 2] == self.end
-
-
 @dataclass(slots=True)
 class _Seen:
     """A request of the window."""
@@ -76,8 +69,9 @@ class _Seen:
 class KeyTree:
     """Counts prefixes over the last requests and says which are extended."""
 
-    def __init__(self, limits: KeyLimits | None = None) -> None:
+    def __init__(self, limits: KeyLimits | None = None, *, replica: bytes = b"") -> None:
         self._limits = limits or KeyLimits()
+        self._map = EdgeMap(replica)
         self._window: deque[_Seen] = deque()
         self._passed: dict[bytes, int] = {}
         self._rested: dict[bytes, int] = {}
@@ -89,6 +83,23 @@ class KeyTree:
     def num_extended(self) -> int:
         """Prefixes whose keys are longer than theirs at the moment."""
         return len(self._edges)
+
+    @property
+    def shared_version(self) -> int:
+        """Grows whenever `shared` would give something else."""
+        return self._map.num_changes
+
+    def shared(self) -> Sequence[EdgeRecord]:
+        """What other replicas should `merge`: all that is known of extended keys, bounded."""
+        return self._map.records()
+
+    def merge(self, records: Iterable[EdgeRecord], *, now_ms: int) -> None:
+        """Takes over what another replica knows better. Order and repetition do not matter."""
+        newer = self._map.merge(records)
+        for record in newer:
+            self._set(record.name, record.edge, now_ms)
+        if newer:
+            self._recount(self._window)
 
     def depth(self, names: Sequence[bytes]) -> int:
         """Blocks in the key of a prompt with these block names; 0 for a prompt without any."""
@@ -143,20 +154,34 @@ class KeyTree:
     def _extend(self, seen: _Seen, now_ms: int) -> bool:
         """Draws the edge of the prefix where a request rests; False: it cannot or must not be."""
         hot, dwell_ms = seen.path[-1], self._limits.dwell_ms
-        if hot not in self._changed_ms:
-            self._turns.append(hot)
-        elif now_ms - self._changed_ms[hot] < dwell_ms:
+        if now_ms - self._changed_ms.get(hot, now_ms - dwell_ms) < dwell_ms:
             return False
-        self._changed_ms[hot] = now_ms
+        self._dwell(hot, now_ms)
         sharing = [other for other in self._window if hot in other.path]
         edge = _edge_between([other.names for other in sharing], seen.names, hot)
         if edge is None or edge == self._edges.get(hot):
             return False
-        self._edges[hot] = edge
-        for other in sharing:
-            self._uncount(other)
-            self._count(other)
+        self._set(hot, edge, now_ms)
+        self._map.decide(hot, edge)
+        self._recount(sharing)
         return seen.path[-1] != hot
+
+    def _recount(self, requests: Iterable[_Seen]) -> None:
+        for seen in requests:
+            self._uncount(seen)
+            self._count(seen)
+
+    def _set(self, name: bytes, edge: Edge | None, now_ms: int) -> None:
+        if edge is None:
+            self._edges.pop(name, None)
+        else:
+            self._edges[name] = edge
+        self._dwell(name, now_ms)
+
+    def _dwell(self, name: bytes, now_ms: int) -> None:
+        if name not in self._changed_ms:
+            self._turns.append(name)
+        self._changed_ms[name] = now_ms
 
     def _shorten(self, num_workers: int, now_ms: int) -> None:
         """Takes back the edges of prefixes that few requests pass; forgets what has dwelt."""
@@ -166,10 +191,15 @@ class KeyTree:
                 if name not in self._edges:
                     del self._changed_ms[name]
                     continue
-                if self._passed.get(name, 0) * num_workers < len(self._window):
-                    del self._edges[name]
-                    self._changed_ms[name] = now_ms
+                if self._is_cold(name, num_workers):
+                    self._set(name, None, now_ms)
+                    self._map.decide(name, None)
             self._turns.append(name)
+
+    def _is_cold(self, name: bytes, num_workers: int) -> bool:
+        total = len(self._window)
+        enough = min(SAMPLES_PER_WORKER * num_workers, self._limits.window_requests)
+        return total >= enough and self._passed.get(name, 0) * num_workers < total
 
 
 def _edge_between(

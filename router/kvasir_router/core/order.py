@@ -21,13 +21,10 @@ class Order:
 
     def put(self, name: str, key: Key) -> None:
         """Adds a name, or moves it."""
-        old = self._keys.get(name)
-        if old == key:
-            return
-        if old is not None:
-            del self._sorted[bisect_left(self._sorted, (old, name))]
-        self._keys[name] = key
-        insort(self._sorted, (key, name))
+        if self._keys.get(name) != key:
+            self.discard(name)
+            self._keys[name] = key
+            insort(self._sorted, (key, name))
 
     def discard(self, name: str) -> None:
         """Takes a name out, if it is there."""

@@ -8,14 +8,16 @@ Source: DualMap (arXiv 2602.06502), section on dual mapping.
 """
 
 import hashlib
+import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 VIRTUAL_NODES = 128
 """Points per worker and ring: keeps the largest arc share within about 1.25x of the mean."""
 
 KEY_BYTES = 16
+_HALVES = struct.Struct("<QQ")
 
 
 CHANGES_MAX = 16
@@ -59,13 +61,13 @@ class HashRing:
                 owners.insert(at, worker)
         return HashRing(self.person, points, owners)
 
-    def owner(self, position: int, avoid: frozenset[str] = frozenset()) -> str | None:
+    def owner(self, position: int, avoid: Container[str] = ()) -> str | None:
         """The first worker clockwise of `position` that is not in `avoid`."""
+        owners = self.owners
         start = bisect_right(self.points, position)
-        for step in range(len(self.owners)):
-            worker = self.owners[(start + step) % len(self.owners)]
-            if worker not in avoid:
-                return worker
+        for at in range(start - len(owners), start):
+            if owners[at] not in avoid:
+                return owners[at]
         return None
 
 
@@ -109,10 +111,11 @@ class RingPair:
         The halves of a key are independent, as a key is itself a hash: one per ring.
         """
         assert len(key) == KEY_BYTES
-        one = self.first.owner(int.from_bytes(key[:8], "little"), avoid)
+        one_at, two_at = _HALVES.unpack(key)
+        one = self.first.owner(one_at, avoid)
         if one is None:
             return ()
-        two = self.second.owner(int.from_bytes(key[8:], "little"), avoid | {one})
+        two = self.second.owner(two_at, avoid | {one} if avoid else (one,))
         return (one,) if two is None else (one, two)
 
 

@@ -99,7 +99,7 @@ class Fleet:
             self._touch()
             return
         if self._by_name.get(member.name) is member and not self._problems[member.name]:
-            self._view.put(eligible.state_of(about))
+            self._view.put(eligible.state_of(about), now_ms=now_ms())
         self._tell()
 
     def on_lost(self, member: Member) -> None:
@@ -145,7 +145,7 @@ class Fleet:
         for gone in self._view.workers.keys() - {about.address.name for about in abouts}:
             self._view.remove(gone)
         for about in abouts:
-            self._view.put(eligible.state_of(about))
+            self._view.put(eligible.state_of(about), now_ms=now_ms())
         self._context_length = min((about.context_length for about in abouts), default=None)
 
     def observe(self, request: Request) -> None:

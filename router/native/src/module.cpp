@@ -1,6 +1,7 @@
 // Binds the prefix index to Python: checks arguments, nothing else.
 #include <nanobind/nanobind.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -13,23 +14,43 @@ using namespace nb::literals;
 namespace kvasir::router {
 namespace {
 
-// Copies the names out of a list or tuple of 16-byte strings.
-std::span<const Name> to_names(nb::handle sequence) {
-  static thread_local std::vector<Name> names;
-  const nb::object fast = nb::steal(PySequence_Fast(sequence.ptr(), "names must be a sequence"));
-  if (!fast.is_valid()) nb::raise_python_error();
-  const Py_ssize_t size = PySequence_Fast_GET_SIZE(fast.ptr());
-  PyObject** const items = PySequence_Fast_ITEMS(fast.ptr());
-  names.clear();
-  names.reserve(static_cast<size_t>(size));
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    if (!PyBytes_Check(items[i]) || PyBytes_GET_SIZE(items[i]) != kNameBytes) {
-      throw std::invalid_argument("a name must be 16 bytes");
-    }
-    names.push_back(load_name(PyBytes_AS_STRING(items[i])));
+constexpr Py_ssize_t kPiece = 64;  // names of a match that are read at once
+constexpr Py_ssize_t kAhead = 8;   // names fetched ahead while they are read
+
+// A list or tuple of 16-byte strings.
+class PyNames {
+ public:
+  explicit PyNames(nb::handle sequence)
+      : fast_(nb::steal(PySequence_Fast(sequence.ptr(), "names must be a sequence"))) {
+    if (!fast_.is_valid()) nb::raise_python_error();
+    size_ = PySequence_Fast_GET_SIZE(fast_.ptr());
+    items_ = PySequence_Fast_ITEMS(fast_.ptr());
   }
-  return names;
-}
+
+  Py_ssize_t size() const { return size_; }
+
+  // Names from `start` on, at most `count`; valid until the next call.
+  std::span<const Name> read(Py_ssize_t start, Py_ssize_t count) const {
+    static thread_local std::vector<Name> names;
+    const Py_ssize_t end = std::min(size_, start + count);
+    names.clear();
+    for (Py_ssize_t i = start; i < end; ++i) {
+      if (i + kAhead < size_) __builtin_prefetch(items_[i + kAhead]);
+      if (!PyBytes_Check(items_[i]) || PyBytes_GET_SIZE(items_[i]) != kNameBytes) {
+        throw std::invalid_argument("a name must be 16 bytes");
+      }
+      names.push_back(load_name(PyBytes_AS_STRING(items_[i])));
+    }
+    return names;
+  }
+
+  std::span<const Name> read_all() const { return read(0, size_); }
+
+ private:
+  nb::object fast_;
+  Py_ssize_t size_;
+  PyObject** items_;
+};
 
 nb::list to_bytes(const std::vector<Name>& names) {
   nb::list out;
@@ -48,7 +69,11 @@ nb::tuple match(PrefixIndex& index, nb::handle names, const nb::list& wanted,
   static thread_local std::vector<Run> longest;
   seats.clear();
   for (const nb::handle seat : wanted) seats.push_back(nb::cast<uint32_t>(seat));
-  index.match(to_names(names), seats, num_longest, runs, longest);
+  const PyNames source(names);
+  index.begin_match();
+  for (Py_ssize_t at = 0; at < source.size() && index.walk(source.read(at, kPiece)); at += kPiece) {
+  }
+  index.end_match(seats, num_longest, runs, longest);
   nb::list of_wanted, of_longest;
   for (const uint32_t run : runs) of_wanted.append(run);
   for (const Run& run : longest) of_longest.append(nb::make_tuple(run.seat, run.num_blocks));
@@ -76,10 +101,14 @@ void bind_index(nb::module_& m) {
            })
       .def("give_up_seat",
            [](PrefixIndex& self, uint32_t seat) { self.give_up_seat(to_seat(self, seat)); })
-      .def("store", [](PrefixIndex& self, uint32_t seat,
-                       nb::handle names) { self.store(to_seat(self, seat), to_names(names)); })
-      .def("remove", [](PrefixIndex& self, uint32_t seat,
-                        nb::handle names) { self.remove(to_seat(self, seat), to_names(names)); })
+      .def("store",
+           [](PrefixIndex& self, uint32_t seat, nb::handle names) {
+             self.store(to_seat(self, seat), PyNames(names).read_all());
+           })
+      .def("remove",
+           [](PrefixIndex& self, uint32_t seat, nb::handle names) {
+             self.remove(to_seat(self, seat), PyNames(names).read_all());
+           })
       .def("match", &match)
       .def("num_blocks", [](const PrefixIndex& self,
                             uint32_t seat) { return self.num_blocks(to_seat(self, seat)); })
@@ -94,7 +123,7 @@ void bind_aged(nb::module_& m) {
           "use",
           [](AgedNames& self, nb::handle names, int64_t now_ms, uint32_t num_names_max) {
             std::vector<Name> gone;
-            self.use(to_names(names), now_ms, num_names_max, gone);
+            self.use(PyNames(names).read_all(), now_ms, num_names_max, gone);
             return to_bytes(gone);
           },
           "names"_a, nb::kw_only(), "now_ms"_a, "num_names_max"_a)

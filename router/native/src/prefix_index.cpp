@@ -164,57 +164,65 @@ void PrefixIndex::drop_given_up(uint32_t index) {
   if (is_empty(holders)) erase(index);
 }
 
-void PrefixIndex::match(std::span<const Name> names, std::span<const uint32_t> wanted,
-                        uint32_t num_longest, std::vector<uint32_t>& runs,
-                        std::vector<Run>& longest) {
+void PrefixIndex::begin_match() {
   ended_.clear();
   alive_ = taken_;
+  walked_ = 0;
+}
+
+bool PrefixIndex::walk(std::span<const Name> names) {
   std::array<uint32_t, kAhead> found;
-  uint32_t depth = 0;
-  bool any_alive = true;
-  while (any_alive && depth < names.size()) {
-    const auto batch = names.subspan(depth, std::min(kAhead, names.size() - depth));
+  while (!names.empty()) {
+    const auto batch = names.first(std::min(kAhead, names.size()));
+    names = names.subspan(batch.size());
     for (const Name& name : batch) table_.prefetch_slot(name);
     for (size_t i = 0; i < batch.size(); ++i) {
       found[i] = table_.find_likely(batch[i]);
       if (found[i] != kNone) table_.prefetch_entry(found[i]);
     }
-    for (size_t i = 0; i < batch.size() && any_alive; ++i, ++depth) {
+    for (size_t i = 0; i < batch.size(); ++i) {
       uint32_t index = found[i];
       if (index != kNone && table_[index].name != batch[i]) index = table_.find(batch[i]);
-      intersect(index == kNone ? Holders{} : table_[index].payload, alive_, depth);
-      any_alive = std::ranges::any_of(alive_, [](uint64_t word) { return word != 0; });
+      if (!intersect(index == kNone ? Holders{} : table_[index].payload)) return false;
+      ++walked_;
     }
   }
-  for (size_t word = 0; word < alive_.size(); ++word) note(alive_[word], word, depth);
+  return true;
+}
+
+void PrefixIndex::end_match(std::span<const uint32_t> wanted, uint32_t num_longest,
+                            std::vector<uint32_t>& runs, std::vector<Run>& longest) {
+  for (size_t word = 0; word < alive_.size(); ++word) note(alive_[word], word);
   runs.clear();
   for (const uint32_t seat : wanted) runs.push_back(is_taken(seat) ? depth_[seat] : 0);
-  longest.clear();
   const size_t kept = std::min<size_t>(num_longest, ended_.size());
   longest.assign(ended_.rbegin(), ended_.rbegin() + static_cast<ptrdiff_t>(kept));
   for (const Run& run : ended_) depth_[run.seat] = 0;
 }
 
-void PrefixIndex::intersect(const Holders& holders, Bits& alive, uint32_t depth) {
+// Leaves alive who also holds the next name; false: nobody.
+bool PrefixIndex::intersect(const Holders& holders) {
   const bool few = holders.wide == kNone;
   for (size_t i = 0; i < holders.num_few; ++i) {
     few_bits_[holders.few[i] / 64] |= bit_of(holders.few[i]);
   }
   const Bits& bits = few ? few_bits_ : wide_[holders.wide];
-  for (size_t word = 0; word < alive.size(); ++word) {
+  uint64_t any = 0;
+  for (size_t word = 0; word < alive_.size(); ++word) {
     const uint64_t held = word < bits.size() ? bits[word] : 0;
-    if (depth > 0) note(alive[word] & ~held, word, depth);
-    alive[word] &= held;
+    note(alive_[word] & ~held, word);
+    any |= alive_[word] &= held;
   }
   for (size_t i = 0; i < holders.num_few; ++i) few_bits_[holders.few[i] / 64] = 0;
+  return any != 0;
 }
 
-// The seats in `bits` hold exactly the first `depth` names.
-void PrefixIndex::note(uint64_t bits, size_t word, uint32_t depth) {
-  for (; bits && depth > 0; bits &= bits - 1) {
+// The seats in `bits` hold exactly the names walked so far.
+void PrefixIndex::note(uint64_t bits, size_t word) {
+  for (; bits && walked_ > 0; bits &= bits - 1) {
     const auto seat = static_cast<uint32_t>(64 * word + std::countr_zero(bits));
-    depth_[seat] = depth;
-    ended_.push_back({seat, depth});
+    depth_[seat] = walked_;
+    ended_.push_back({seat, walked_});
   }
 }
 

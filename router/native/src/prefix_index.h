@@ -31,10 +31,14 @@ class PrefixIndex {
   void store(uint32_t seat, std::span<const Name> names);
   void remove(uint32_t seat, std::span<const Name> names);
 
+  // A match is one walk over a prompt's names, given piece by piece: begin, walk until it returns
+  // false (nobody holds more) or the names end, then ask for the results.
+  void begin_match();
+  bool walk(std::span<const Name> names);
   // Leading blocks that each of `wanted` holds, and the `num_longest` longest runs of all seats,
-  // longest first, in one walk over the names.
-  void match(std::span<const Name> names, std::span<const uint32_t> wanted, uint32_t num_longest,
-             std::vector<uint32_t>& runs, std::vector<Run>& longest);
+  // longest first. Ends the match.
+  void end_match(std::span<const uint32_t> wanted, uint32_t num_longest,
+                 std::vector<uint32_t>& runs, std::vector<Run>& longest);
 
   uint32_t size() const { return table_.size(); }
   uint32_t num_blocks(uint32_t seat) const { return seats_[seat].num_blocks; }
@@ -64,8 +68,8 @@ class PrefixIndex {
   void erase(uint32_t index);
   void sweep(uint32_t num_entries);
   void drop_given_up(uint32_t index);
-  void intersect(const Holders& holders, Bits& alive, uint32_t depth);
-  void note(uint64_t bits, size_t word, uint32_t depth);
+  bool intersect(const Holders& holders);
+  void note(uint64_t bits, size_t word);
 
   uint32_t blocks_max_;
   Table table_;
@@ -77,8 +81,9 @@ class PrefixIndex {
   std::vector<uint32_t> seats_sweeping_;  // given up before the current sweep began
   std::vector<uint32_t> seats_given_up_;  // since then
   uint32_t sweep_at_ = 0;
-  // Scratch of match(), kept to allocate nothing per call.
-  Bits alive_;
+  // Of the match, kept to allocate nothing per call.
+  uint32_t walked_ = 0;
+  Bits alive_;  // seats that hold all names walked
   Bits few_bits_;
   std::vector<uint32_t> depth_;
   std::vector<Run> ended_;
