@@ -164,6 +164,13 @@ class WorkerPoolSpec(WorkerSettings, Replicas, ImageSettings):
     redis_url: str | None = Field(
         default=None, max_length=1024, description="Redis with the index of blocks; absent: none."
     )
+    updated_max: int | None = Field(
+        default=None,
+        ge=0,
+        le=REPLICAS_MAX,
+        description="Workers that may be of the present template yet; absent: all. A ModelService "
+        "sets it during a rollout, so that its prefill and decode workers change in step.",
+    )
 
 
 class PrefillPoolSpec(WorkerPoolSpec):
@@ -215,6 +222,13 @@ class PoolStatus(Conditions):
 
     replicas: int | None = Field(default=None, description="Pods that exist.")
     ready_replicas: int | None = Field(default=None, description="Pods that can serve.")
+    outdated_replicas: int | None = Field(
+        default=None, description="Pods of an older template that a rollout has yet to replace."
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Name of the workers' present template, as in label kvasir.dev/revision.",
+    )
     selector: str | None = Field(
         default=None, description="Label selector of the pods, for autoscalers."
     )

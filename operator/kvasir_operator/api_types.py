@@ -216,6 +216,27 @@ class PodSettings(ApiModel):
     )
 
 
+class Rollout(ApiModel):
+    """How workers are replaced when their template changes."""
+
+    RULES = (
+        Rule(
+            "self.maxSurge + self.maxUnavailable > 0",
+            "maxSurge and maxUnavailable must not both be 0",
+        ),
+    )
+    max_surge: int = Field(
+        default=1, ge=0, le=100, description="Workers that may exist beyond `replicas` meanwhile."
+    )
+    max_unavailable: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="Workers that may be missing meanwhile; 0: the capacity never falls below "
+        "what `replicas` asks for.",
+    )
+
+
 class WorkerSettings(PodSettings):
     """A prefill or decode worker."""
 
@@ -233,6 +254,10 @@ class WorkerSettings(PodSettings):
         ge=1,
         le=3600,
         description="How long a worker may finish its requests before it is removed, in seconds.",
+    )
+    rollout: Rollout = Field(
+        default_factory=Rollout,
+        description="How workers are replaced when the image or another setting of them changes.",
     )
 
 

@@ -18,6 +18,7 @@ MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 UNLABELLED_KINDS = tuple(kind.kind for kind in KINDS)  # watched whatever their labels are
 WATCHED_KINDS = (
     *UNLABELLED_KINDS,
+    "ReplicaSet",
     "StatefulSet",
     "Deployment",
     "PodDisruptionBudget",

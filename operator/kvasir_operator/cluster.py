@@ -70,6 +70,7 @@ API_PATHS = {
     "Event": ("/api/v1", "events"),
     "Deployment": ("/apis/apps/v1", "deployments"),
     "Lease": ("/apis/coordination.k8s.io/v1", "leases"),
+    "ReplicaSet": ("/apis/apps/v1", "replicasets"),
     "StatefulSet": ("/apis/apps/v1", "statefulsets"),
     "PodDisruptionBudget": ("/apis/policy/v1", "poddisruptionbudgets"),
     **{kind.kind: (f"/apis/{GROUP}/{VERSION}", kind.plural) for kind in KINDS},
@@ -156,7 +157,8 @@ class KubeCluster:
                     accept=accept,
                 )
             )
-            items += page["items"]
+            named = {"apiVersion": page.get("apiVersion", ""), "kind": kind}  # items lack both
+            items += [{**item, **named} for item in page["items"]]
             token = page["metadata"].get("continue", "")
             if not token:
                 return items

@@ -15,13 +15,15 @@ from kvasir_operator.cluster import Cluster
 from kvasir_operator.core.conditions import Problem, Reason
 from kvasir_operator.core.drift import contains, is_as_desired
 from kvasir_operator.core.manifests import (
+    DELETION_COST_ANNOTATION,
+    DELETION_COST_DRAINED,
     DRAIN_ANNOTATION,
     Manifest,
     Ref,
     ref_of,
     selector_text,
 )
-from kvasir_operator.core.plan import child_refs, make_plan, pod_labels
+from kvasir_operator.core.plan import child_refs, listed_children, make_plan, pod_labels
 from kvasir_operator.core.views import PodView
 from kvasir_operator.core.world import Plan, World
 from kvasir_operator.drain import Drainer
@@ -83,6 +85,9 @@ class Reconciler:
             if found is not None:
                 live[child] = found
         labels = selector_text(pod_labels(world.owner))
+        for kind in listed_children(world.owner):
+            for found in await self._cluster.list(kind, world.owner.namespace, labels=labels):
+                live[ref_of(found)] = found
         pods = await self._cluster.list("Pod", world.owner.namespace, labels=labels)
         self._audit_reads(obj, live, pods)
         return replace(
@@ -157,7 +162,11 @@ class Reconciler:
         if pod.drain_started_ms is None:
             started = datetime.fromtimestamp(world.now_ms // 1000, UTC).isoformat()
             ref = _pod_ref(world, pod)
-            await self._cluster.annotate(ref, pod.uid, {DRAIN_ANNOTATION: started})
+            marks = {
+                DRAIN_ANNOTATION: started,
+                DELETION_COST_ANNOTATION: DELETION_COST_DRAINED,
+            }
+            await self._cluster.annotate(ref, pod.uid, marks)
             num_writes = 1
         self._drainer.start(world.owner.ref, pod, timeout_s=timeout_s)
         return num_writes
@@ -170,7 +179,7 @@ def _pod_ref(world: World, pod: PodView) -> Ref:
 def _is_waiting(obj: Manifest) -> bool:
     """Whether a StatefulSet lacks pods, or a pod's container has not been made yet."""
     status = obj.get("status", {})
-    if obj.get("kind") == "StatefulSet":
+    if obj.get("kind") in ("StatefulSet", "ReplicaSet"):
         return bool(status.get("replicas", 0) < obj["spec"].get("replicas", 1))
     containers = [*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())]
     return any(

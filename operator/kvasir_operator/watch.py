@@ -26,6 +26,7 @@ from kvasir_operator.core.pool import ROLES
 logger = logging.getLogger(__name__)
 
 CHILD_RESOURCES = (
+    ("apps", "v1", "replicasets"),
     ("apps", "v1", "statefulsets"),
     ("apps", "v1", "deployments"),
     ("policy", "v1", "poddisruptionbudgets"),

@@ -5,8 +5,17 @@ import json
 from typing import Any
 
 from kvasir_operator.api import API_VERSION
-from kvasir_operator.core.manifests import DRAIN_ANNOTATION, FIELD_MANAGER, Manifest, Ref, ref_of
+from kvasir_operator.core.manifests import (
+    DRAIN_ANNOTATION,
+    FIELD_MANAGER,
+    REVISION_LABEL,
+    Manifest,
+    Ref,
+    ref_of,
+    selector_text,
+)
 from kvasir_operator.core.plan import make_plan
+from kvasir_operator.core.views import PodView
 from kvasir_operator.core.world import Plan, World
 from kvasir_operator.errors import ClusterError
 
@@ -45,14 +54,17 @@ def make_decode_pool(**spec: Any) -> Manifest:
 def make_pod(
     name: str,
     *,
+    revision: str = "",
     ready: bool = True,
     running: bool = True,
     drain_started: str = "",
     leaving: bool = False,
     **status: Any,
 ) -> Manifest:
-    """A pod of a worker."""
+    """A pod; with a revision, a worker's."""
     metadata: Manifest = {"name": name, "namespace": "default", "uid": f"uid-of-{name}"}
+    if revision:
+        metadata["labels"] = {REVISION_LABEL: revision}
     if drain_started:
         metadata["annotations"] = {DRAIN_ANNOTATION: drain_started}
     if leaving:
@@ -67,6 +79,24 @@ def make_pod(
             **status,
         },
     }
+
+
+def make_pod_view(name: str, **facts: Any) -> PodView:
+    """A worker that serves and has nothing to do."""
+    return PodView(
+        **{
+            "name": name,
+            "uid": f"uid-of-{name}",
+            "ip": "10.0.0.1",
+            "revision": "new",
+            "is_ready": True,
+            "is_running": True,
+            "is_leaving": False,
+            "drain_started_ms": None,
+            "problem": None,
+            **facts,
+        }
+    )
 
 
 def make_stateful_set(name: str, *, replicas: int, ready: int | None = None) -> Manifest:
@@ -89,6 +119,29 @@ def make_stateful_set(name: str, *, replicas: int, ready: int | None = None) -> 
             "updatedReplicas": replicas,
         },
     }
+
+
+def revision_of(pool: Manifest) -> str:
+    """The revision of a pool's present template."""
+    revision: str = plan_for(pool).status["revision"]
+    return revision
+
+
+def make_workers(pool: Manifest, *pods: Manifest) -> list[Manifest]:
+    """The pods as workers of the pool's present template, unless they have a revision."""
+    revision = revision_of(pool)
+    for pod in pods:
+        pod["metadata"].setdefault("labels", {}).setdefault(REVISION_LABEL, revision)
+    return list(pods)
+
+
+def make_replica_set(pool: Manifest, *, replicas: int) -> Manifest:
+    """The ReplicaSet that the operator makes for the pool's present template."""
+    [made] = [c for c in plan_for(pool).children if c["kind"] == "ReplicaSet"]
+    made["metadata"]["uid"] = f"uid-of-{made['metadata']['name']}"
+    made["spec"]["replicas"] = replicas
+    made["status"] = {"replicas": replicas}
+    return made
 
 
 def make_world(obj: Manifest, *live: Manifest, **facts: Any) -> World:
@@ -144,10 +197,15 @@ class FakeCluster:
     async def list(
         self, kind: str, namespace: str, *, labels: str = "", fields: str = ""
     ) -> list[Manifest]:
-        """See Cluster; pods and events only."""
-        del namespace, labels
+        """See Cluster; any pods, events about an object, others by their labels."""
         if kind == "Pod":
             return copy.deepcopy(self.pods)
+        if kind != "Event":
+            return [
+                copy.deepcopy(obj)
+                for ref, obj in self.objects.items()
+                if ref[:2] == (kind, namespace) and _has_labels(obj, labels)
+            ]
         return [e for e in self.events if f"involvedObject.uid={e['about']}" in fields]
 
     async def apply(self, manifest: Manifest) -> Manifest:
@@ -185,6 +243,11 @@ class FakeCluster:
         self.writes.append(("delete", ref))
         self.objects.pop(ref, None)
         self.pods = [pod for pod in self.pods if not uid or pod["metadata"]["uid"] != uid]
+
+
+def _has_labels(obj: Manifest, selector: str) -> bool:
+    own = obj["metadata"].get("labels", {}).items()
+    return set(selector.split(",")) <= {selector_text(dict([pair])) for pair in own}
 
 
 def _merge(live: Any, desired: Any) -> Any:

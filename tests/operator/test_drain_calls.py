@@ -10,6 +10,7 @@ from kvasir_operator.core.manifests import Ref
 from kvasir_operator.core.views import DrainView, PodView
 from kvasir_operator.drain import Drainer
 from kvasir_proto.v1 import worker_pb2, worker_pb2_grpc
+from operator_builders import make_pod_view
 
 POOL = Ref("DecodePool", "default", "chat-decode")
 
@@ -32,8 +33,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         yield worker_pb2.DrainProgress(drained=True)
 
 
-def make_pod_view() -> PodView:
-    return PodView("p-0", "uid", 0, "127.0.0.1", True, True, False, None, None)
+def make_worker() -> PodView:
+    return make_pod_view("p-0", uid="uid", ip="127.0.0.1")
 
 
 async def serve(worker: FakeWorker, monkeypatch: pytest.MonkeyPatch) -> grpc.aio.Server:
@@ -65,8 +66,8 @@ async def test_drain_follows_the_worker_to_its_end(
         changed.set()
 
     drainer = Drainer(on_progress=on_progress)
-    assert drainer.start(POOL, make_pod_view(), timeout_s=30)
-    assert not drainer.start(POOL, make_pod_view(), timeout_s=30)
+    assert drainer.start(POOL, make_worker(), timeout_s=30)
+    assert not drainer.start(POOL, make_worker(), timeout_s=30)
     view = await wait_until_over(drainer, changed)
     assert view == DrainView(0, 0, is_over=True)
     assert worker.timeouts_ms == [30_000] * (num_failures + 1)
@@ -83,7 +84,7 @@ async def test_worker_that_cannot_be_reached_is_given_up_at_the_deadline(
     monkeypatch.setattr(drain_module, "ANSWER_MARGIN_S", 0.1)
     changed = asyncio.Event()
     drainer = Drainer(on_progress=lambda _: changed.set())
-    assert drainer.start(POOL, make_pod_view(), timeout_s=0)
+    assert drainer.start(POOL, make_worker(), timeout_s=0)
     view = await wait_until_over(drainer, changed)
     assert view == DrainView(is_over=True)
     await drainer.close()

@@ -111,10 +111,14 @@ async def test_missing_object_is_none_and_a_delete_of_it_no_error(
 
 async def test_list_follows_pages(api: FakeApi, cluster: KubeCluster) -> None:
     api.answers = [
-        (200, {"items": [{"n": 1}], "metadata": {"continue": "more"}}),
-        (200, {"items": [{"n": 2}], "metadata": {}}),
+        (200, {"apiVersion": "v1", "items": [{"n": 1}], "metadata": {"continue": "more"}}),
+        (200, {"apiVersion": "v1", "items": [{"n": 2}], "metadata": {}}),
     ]
-    assert await cluster.list("Pod", "ns", labels="a=b") == [{"n": 1}, {"n": 2}]
+    found = await cluster.list("Pod", "ns", labels="a=b")
+    assert [(pod["n"], pod["kind"], pod["apiVersion"]) for pod in found] == [
+        (1, "Pod", "v1"),
+        (2, "Pod", "v1"),
+    ]
     assert api.requests[0][3]["labelSelector"] == "a=b"
     assert api.requests[1][3]["continue"] == "more"
 

@@ -120,3 +120,79 @@ def test_a_stop_hands_over_at_once(api: KubeApi) -> None:
         wait_for("the other", lambda: holder(api) in ({"c", "d"} - {leader.name}))
         took_s = time.monotonic() - stopped_s
         assert took_s < 5
+
+
+def worker_pods(api: KubeApi, pool: str) -> list[dict[str, object]]:
+    """The pods of a pool that are not on their way out."""
+    pods = api.json("pods", "-l", f"kvasir.dev/pool={pool}")["items"]
+    return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+
+def run_pods(api: KubeApi) -> None:
+    """Do the kubelet's part: every pod runs and is ready; those that go are gone."""
+    for pod in api.json("pods")["items"]:
+        name, status = pod["metadata"]["name"], pod["status"]
+        if "deletionTimestamp" in pod["metadata"]:
+            api("delete", "pod", name, "--force", "--grace-period=0", check=False)
+        elif status.get("phase") != "Running":
+            container = pod["spec"]["containers"][0]["name"]
+            state = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+            entry = {
+                "name": container,
+                "ready": True,
+                "state": state,
+                "image": "x",
+                "imageID": "x",
+                "restartCount": 0,
+            }
+            ready = {"type": "Ready", "status": "True"}
+            api.patch_status(
+                f"pod/{name}",
+                {"phase": "Running", "conditions": [ready], "containerStatuses": [entry]},
+            )
+
+
+def is_settled(api: KubeApi, pool: str) -> bool:
+    """Whether the operator has nothing more to do for a pool."""
+    run_pods(api)
+    found = api.json("dcp", pool)
+    status = found.get("status", {})
+    states = {c["type"]: c["status"] for c in status.get("conditions", ())}
+    return (
+        status.get("observedGeneration") == found["metadata"]["generation"]
+        and states["Progressing"] == "False"
+        and states["Available"] == "True"
+    )
+
+
+def test_scaling_and_rollout_with_real_controllers(api: KubeApi) -> None:
+    with operator(api, "e") as process:
+        pool = make_object("DecodePool", "roll", {"model": MODEL, "replicas": 2})
+        pool["spec"]["drainTimeoutSeconds"] = 1
+        pool["metadata"] = {"name": "roll", "namespace": "default"}
+        api.apply(pool)
+        wait_for("two workers", lambda: is_settled(api, "roll"), limit_s=60)
+        before = {pod["metadata"]["uid"] for pod in worker_pods(api, "roll")}
+        first = api.json("dcp", "roll")["status"]["revision"]
+        api("patch", "dcp", "roll", "--type=merge", "-p", '{"spec": {"image": "kvasir:next"}}')
+        wait_for("the rollout", lambda: is_settled(api, "roll"), limit_s=90)
+        after = worker_pods(api, "roll")
+        assert len(after) == 2
+        assert not before & {pod["metadata"]["uid"] for pod in after}
+        assert {pod["spec"]["containers"][0]["image"] for pod in after} == {"kvasir:next"}
+        assert api.json("dcp", "roll")["status"]["revision"] != first
+        wait_for(
+            "the old ReplicaSet to be gone",
+            lambda: len(api.json("rs", "-l", "kvasir.dev/pool=roll")["items"]) == 1,
+        )
+        api("scale", "dcp", "roll", "--replicas=1")
+        wait_for("one worker", lambda: is_settled(api, "roll"), limit_s=60)
+        assert len(worker_pods(api, "roll")) == 1
+        writes = process.writes()
+        api("annotate", "dcp", "roll", "touched=1")
+        seen = process.metric("kvasir_operator_reconciles_total{.*}")
+        wait_for(
+            "a reconcile",
+            lambda: process.metric("kvasir_operator_reconciles_total{.*}") > seen,
+        )
+        assert process.writes() == writes

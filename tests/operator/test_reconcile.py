@@ -1,7 +1,12 @@
 """Reconciles against a cluster in memory: convergence, no idle writes, refusals, drains."""
 
 from kvasir_operator.audit import WatchAudit
-from kvasir_operator.core.manifests import DRAIN_ANNOTATION, Manifest, Ref
+from kvasir_operator.core.manifests import (
+    DELETION_COST_ANNOTATION,
+    DRAIN_ANNOTATION,
+    Manifest,
+    Ref,
+)
 from kvasir_operator.core.views import DrainView, PodView
 from kvasir_operator.errors import ClusterError
 from kvasir_operator.reconcile import Reconciler
@@ -11,11 +16,14 @@ from operator_builders import (
     make_decode_pool,
     make_pod,
     make_service,
+    make_workers,
+    revision_of,
 )
 
 SERVICE = Ref("ModelService", "default", "chat")
 DECODE = Ref("DecodePool", "default", "chat-decode")
-STATEFUL_SET = Ref("StatefulSet", "default", "chat-decode")
+SET_NAME = f"chat-decode-{revision_of(make_decode_pool())}"
+REPLICA_SET = Ref("ReplicaSet", "default", SET_NAME)
 
 
 class FakeDrainer:
@@ -43,17 +51,11 @@ def make_reconciler(cluster: FakeCluster, drainer: FakeDrainer | None = None) ->
 
 
 def settle(cluster: FakeCluster, *, pods: int) -> None:
-    """Do what the StatefulSet controller and the kubelet do."""
-    live = cluster.objects[STATEFUL_SET]
-    live["status"] = {
-        "observedGeneration": live["metadata"]["generation"],
-        "replicas": pods,
-        "readyReplicas": pods,
-        "updatedReplicas": pods,
-    }
-    names = [f"chat-decode-{n}" for n in range(pods)]
-    known = {pod["metadata"]["name"]: pod for pod in cluster.pods}
-    cluster.pods = [known.get(name, make_pod(name)) for name in names]
+    """Do what the ReplicaSet controller and the kubelet do."""
+    live = cluster.objects[REPLICA_SET]
+    live["status"] = {"observedGeneration": live["metadata"]["generation"], "replicas": pods}
+    pool = cluster.objects[DECODE]
+    cluster.pods = make_workers(pool, *(make_pod(f"chat-decode-{n}") for n in range(pods)))
 
 
 async def make_settled_pool(cluster: FakeCluster, *, replicas: int) -> Reconciler:
@@ -88,13 +90,14 @@ async def test_settled_pool_writes_nothing() -> None:
 async def test_drift_is_repaired_and_foreign_fields_stay() -> None:
     cluster = FakeCluster()
     reconciler = await make_settled_pool(cluster, replicas=1)
-    live = cluster.objects[STATEFUL_SET]
-    live["spec"]["podManagementPolicy"] = "OrderedReady"
+    live = cluster.objects[REPLICA_SET]
+    live["spec"]["template"]["spec"]["enableServiceLinks"] = True
     live["metadata"]["labels"]["team"] = "serving"
     await reconciler.reconcile(DECODE)
-    assert cluster.writes[0] == ("apply", STATEFUL_SET)
-    assert cluster.objects[STATEFUL_SET]["spec"]["podManagementPolicy"] == "Parallel"
-    assert cluster.objects[STATEFUL_SET]["metadata"]["labels"]["team"] == "serving"
+    assert cluster.writes[0] == ("apply", REPLICA_SET)
+    template = cluster.objects[REPLICA_SET]["spec"]["template"]
+    assert template["spec"]["enableServiceLinks"] is False
+    assert cluster.objects[REPLICA_SET]["metadata"]["labels"]["team"] == "serving"
 
 
 async def test_status_after_a_change_tells_of_the_change() -> None:
@@ -115,12 +118,14 @@ async def test_scale_in_marks_drains_then_removes() -> None:
     reconciler = make_reconciler(cluster, drainer)
     cluster.objects[DECODE]["spec"]["replicas"] = 1
     await reconciler.reconcile(DECODE)
-    assert DRAIN_ANNOTATION in cluster.pods[1]["metadata"]["annotations"]
+    annotations = cluster.pods[0]["metadata"]["annotations"]
+    assert DRAIN_ANNOTATION in annotations
+    assert int(annotations[DELETION_COST_ANNOTATION]) < 0
     assert drainer.timeouts_s == [60]
-    assert cluster.objects[STATEFUL_SET]["spec"]["replicas"] == 2
-    drainer.drains["uid-of-chat-decode-1"] = DrainView(0, 0, is_over=True)
+    assert cluster.objects[REPLICA_SET]["spec"]["replicas"] == 2
+    drainer.drains["uid-of-chat-decode-0"] = DrainView(0, 0, is_over=True)
     await reconciler.reconcile(DECODE)
-    assert cluster.objects[STATEFUL_SET]["spec"]["replicas"] == 1
+    assert cluster.objects[REPLICA_SET]["spec"]["replicas"] == 1
     assert drainer.timeouts_s == [60]
 
 
@@ -129,7 +134,8 @@ async def test_drain_of_an_earlier_operator_is_taken_up_without_a_new_mark() -> 
     await make_settled_pool(cluster, replicas=2)
     cluster.objects[DECODE]["spec"]["replicas"] = 1
     now = "2999-01-01T00:00:00+00:00"
-    cluster.pods[1] = make_pod("chat-decode-1", drain_started=now)
+    pool = cluster.objects[DECODE]
+    cluster.pods[1:] = make_workers(pool, make_pod("chat-decode-1", drain_started=now))
     await make_reconciler(cluster, drainer).reconcile(DECODE)
     assert list(drainer.drains) == ["uid-of-chat-decode-1"]
     assert "annotate" not in [verb for verb, _ in cluster.writes]
@@ -138,7 +144,7 @@ async def test_drain_of_an_earlier_operator_is_taken_up_without_a_new_mark() -> 
 async def test_refused_child_becomes_a_condition_and_the_rest_is_applied() -> None:
     cluster = FakeCluster()
     cluster.add(make_decode_pool())
-    cluster.refused[STATEFUL_SET] = ClusterError(422, "Invalid", "spec.x: wrong")
+    cluster.refused[REPLICA_SET] = ClusterError(422, "Invalid", "spec.x: wrong")
     await make_reconciler(cluster).reconcile(DECODE)
     degraded = condition_of(cluster.objects[DECODE]["status"], "Degraded")
     assert degraded["reason"] == "ApplyFailed"
@@ -149,7 +155,8 @@ async def test_refused_child_becomes_a_condition_and_the_rest_is_applied() -> No
 async def test_warning_event_of_a_waiting_pod_reaches_the_condition() -> None:
     cluster = FakeCluster()
     await make_settled_pool(cluster, replicas=1)
-    cluster.pods = [make_pod("chat-decode-0", running=False, ready=False)]
+    pool = cluster.objects[DECODE]
+    cluster.pods = make_workers(pool, make_pod("chat-decode-0", running=False, ready=False))
     cluster.events = [
         {
             "about": "uid-of-chat-decode-0",

@@ -38,7 +38,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
   - kvcachepools/finalizers
   verbs: [update]
 - apiGroups: [apps]
-  resources: [deployments, statefulsets]
+  resources: [deployments, replicasets, statefulsets]
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [policy]
   resources: [poddisruptionbudgets]

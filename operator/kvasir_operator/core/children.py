@@ -1,7 +1,12 @@
 """The objects around the pods: workloads, Services, ServiceAccounts and disruption budgets."""
 
-from kvasir_operator.core.manifests import Manifest, Owner, child
+import hashlib
+import json
+
+from kvasir_operator.core.manifests import REVISION_LABEL, Manifest, Owner, child
 from kvasir_operator.core.pods import Part, pod_template
+
+REVISION_CHARS = 8  # a pod's name, POOL-REVISION-xxxxx, must fit into a label
 
 
 def service_account(owner: Owner, name: str, labels: dict[str, str]) -> Manifest:
@@ -79,6 +84,31 @@ def stateful_set(
             "podManagementPolicy": "Parallel",
             "selector": {"matchLabels": labels},
             "template": pod_template(part, labels),
+        },
+    )
+
+
+def revision_of(part: Part, labels: dict[str, str]) -> str:
+    """A name of the pods' template: equal templates, equal names."""
+    text = json.dumps(pod_template(part, labels), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:REVISION_CHARS]
+
+
+def replica_set(
+    owner: Owner, revision: str, labels: dict[str, str], part: Part, *, replicas: int
+) -> Manifest:
+    """Workers of one revision."""
+    own = {**labels, REVISION_LABEL: revision}
+    return child(
+        owner,
+        "apps/v1",
+        "ReplicaSet",
+        name=f"{owner.name}-{revision}",
+        labels=own,
+        spec={
+            "replicas": replicas,
+            "selector": {"matchLabels": own},
+            "template": pod_template(part, own),
         },
     )
 

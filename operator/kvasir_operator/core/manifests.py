@@ -15,6 +15,9 @@ MANAGED_BY = {"app.kubernetes.io/managed-by": FIELD_MANAGER}
 POOL_LABEL = "kvasir.dev/pool"
 ROLE_LABEL = "kvasir.dev/role"
 SERVICE_LABEL = "kvasir.dev/model-service"
+REVISION_LABEL = "kvasir.dev/revision"
+DELETION_COST_ANNOTATION = "controller.kubernetes.io/pod-deletion-cost"
+DELETION_COST_DRAINED = "-1000"  # below the default of 0: a ReplicaSet removes it first
 DRAIN_ANNOTATION = "kvasir.dev/drain-started"
 
 WORKER_GRPC_PORT = 50051

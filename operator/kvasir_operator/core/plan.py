@@ -29,10 +29,15 @@ def make_plan(world: World) -> Plan:
 
 
 def child_refs(owner: Owner) -> tuple[Ref, ...]:
-    """Every object that a resource may own: what has to be observed."""
+    """Every object with a fixed name that a resource may own."""
     if owner.kind == MODEL_SERVICE.kind:
         return service_children(owner)
     return pool_children(owner)
+
+
+def listed_children(owner: Owner) -> tuple[str, ...]:
+    """Kinds of children whose names are not fixed: they are found by `pod_labels`."""
+    return ("ReplicaSet",) if owner.kind in ("PrefillPool", "DecodePool") else ()
 
 
 def pod_labels(owner: Owner) -> dict[str, str]:

@@ -1,35 +1,31 @@
-"""Plans a pool: its StatefulSet and what is around it, and who drains before a scale-in.
+"""Plans a pool: the workloads that make its pods, and what is around them.
 
-Invariant: a worker pod that is no longer wanted stays until it is drained, is not running, or its
-time is over; the StatefulSet is lowered only past such pods. The pool's `spec.replicas` is what
-users and autoscalers write, and the operator only reads it.
+Workers belong to a ReplicaSet per revision of their template, so that any one of them can leave
+(see core/workers.py and adr 6); KV nodes belong to a StatefulSet. The pool's `spec.replicas` is
+what users and autoscalers write, and the operator only reads it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from kvasir_operator.api import DecodePoolSpec, KVCachePoolSpec, PrefillPoolSpec, WorkerPoolSpec
 from kvasir_operator.core import children as make
-from kvasir_operator.core.conditions import (
-    ConditionType,
-    Finding,
-    Problem,
-    Reason,
-    degraded,
-    to_conditions,
-)
+from kvasir_operator.core.conditions import Problem
 from kvasir_operator.core.manifests import (
+    REVISION_LABEL,
     WORKER_DATA_PORT,
     WORKER_GRPC_PORT,
     WORKER_HTTP_PORT,
     Manifest,
     Owner,
     Ref,
+    is_owned_by,
+    ref_of,
     role_labels,
-    selector_text,
 )
 from kvasir_operator.core.pods import GRACE_MARGIN_S, MODEL_FOLDER, Part
-from kvasir_operator.core.views import PodView, WorkloadView, pod_views, workload_view
+from kvasir_operator.core.pool_status import PoolFacts, pool_status
+from kvasir_operator.core.views import PodView, pod_views, workload_view
+from kvasir_operator.core.workers import Goal, Step, plan_step
 from kvasir_operator.core.world import (
     REQUEUE_DRAINING_MS,
     REQUEUE_UNSETTLED_MS,
@@ -46,11 +42,12 @@ SPECS: dict[str, type[PoolSpec]] = {
     "KVCachePool": KVCachePoolSpec,
 }
 DRAIN_MARGIN_S = 10  # after the worker's own deadline: it should have answered by then
+WORKLOADS = ("ReplicaSet", "StatefulSet")
 PORTS = {"grpc": WORKER_GRPC_PORT, "http": WORKER_HTTP_PORT, "data": WORKER_DATA_PORT}
 
 
 def pool_children(owner: Owner) -> tuple[Ref, ...]:
-    """Every object that a pool may own."""
+    """Every object with a fixed name that a pool may own."""
     kinds = ("ServiceAccount", "Service", "PodDisruptionBudget", "StatefulSet")
     return tuple(Ref(kind, owner.namespace, owner.name) for kind in kinds)
 
@@ -60,69 +57,163 @@ def pool_labels(owner: Owner) -> dict[str, str]:
     return role_labels(owner, ROLES[owner.kind])
 
 
-@dataclass(frozen=True, slots=True)
-class Removal:
-    """Who leaves, and how many pods the StatefulSet has meanwhile."""
-
-    replicas: int
-    draining: tuple[PodView, ...] = ()
-    restarts: tuple[PodView, ...] = ()
-
-
 def plan_pool(world: World, spec: PoolSpec) -> Plan:
     """The plan for one pool."""
     owner, labels = world.owner, pool_labels(world.owner)
-    ref = Ref("StatefulSet", owner.namespace, owner.name)
-    workload = workload_view(world.live.get(ref))
-    pods = pod_views(world.pods, world.warnings)
-    removal = _plan_removal(world, spec, workload, pods)
+    around = [
+        make.service_account(owner, owner.name, labels),
+        make.headless_service(owner, owner.name, labels, PORTS),
+        make.disruption_budget(owner, owner.name, labels),
+    ]
+    if isinstance(spec, KVCachePoolSpec):
+        return _plan_kv_nodes(world, spec, around)
+    return _plan_workers(world, spec, around)
+
+
+def _plan_kv_nodes(world: World, spec: KVCachePoolSpec, around: list[Manifest]) -> Plan:
+    """KV nodes keep their names; one that is not wanted just leaves: its blocks are a cache."""
+    owner = world.owner
     part = _part(world, spec)
-    children, conflicts = without_conflicts(
-        world,
-        [
-            make.service_account(owner, owner.name, labels),
-            make.headless_service(owner, owner.name, labels, PORTS),
-            make.disruption_budget(owner, owner.name, labels),
-            make.stateful_set(owner, owner.name, labels, part, replicas=removal.replicas),
-        ],
+    nodes = make.stateful_set(owner, owner.name, pool_labels(owner), part, replicas=spec.replicas)
+    children, conflicts = without_conflicts(world, [*around, nodes])
+    workload = workload_view(world.live.get(ref_of(nodes)))
+    pods = pod_views(world.pods, world.warnings)
+    problems = _problems(world, conflicts, pods)
+    facts = PoolFacts(
+        wanted=spec.replicas,
+        needed=spec.min_replicas,
+        present=workload.replicas if workload else 0,
+        ready=workload.replicas_ready if workload else 0,
+        outdated=workload.replicas_outdated if workload else 0,
+        is_created=workload is not None,
+        is_observed=workload is not None and workload.is_observed,
     )
-    problems = (
+    return Plan(
+        status=pool_status(world, pool_labels(owner), facts, problems),
+        children=children,
+        requeue_after_ms=None if facts.is_settled and not problems else REQUEUE_UNSETTLED_MS,
+    )
+
+
+def _plan_workers(world: World, spec: WorkerPoolSpec, around: list[Manifest]) -> Plan:
+    """Workers come and go one by one: see core/workers.py."""
+    owner, labels, part = world.owner, pool_labels(world.owner), _part(world, spec)
+    newest = make.revision_of(part, labels)
+    sets = _replica_sets(world)
+    pods = [pod for pod in pod_views(world.pods, world.warnings) if pod.revision]
+    goal = Goal(
+        replicas=spec.replicas,
+        newest=newest,
+        updated_max=spec.updated_max,
+        max_surge=spec.rollout.max_surge,
+        max_unavailable=spec.rollout.max_unavailable,
+    )
+    step = plan_step(
+        goal, pods, revisions=sets, is_drained=lambda pod: _is_drained(world, spec, pod)
+    )
+    current = make.replica_set(owner, newest, labels, part, replicas=step.replicas[newest])
+    earlier = [
+        _scaled(live, step.replicas[revision])
+        for revision, live in sets.items()
+        if revision != newest and not _is_over(live, step.replicas[revision], pods)
+    ]
+    children, conflicts = without_conflicts(world, [*around, current])
+    problems = _problems(world, conflicts, pods)
+    facts = _worker_facts(world, spec, step, pods, newest)
+    return Plan(
+        status=pool_status(world, labels, facts, problems, draining=step.draining),
+        children=(*children, *earlier),
+        deletions=_superfluous(world, sets, step, facts, pods),
+        drains=tuple(pod for pod in step.draining if pod.uid not in world.drains),
+        restarts=step.restarts,
+        drain_timeout_s=spec.drain_timeout_seconds,
+        requeue_after_ms=_requeue_ms(step, is_settled=facts.is_settled and not problems),
+    )
+
+
+def _requeue_ms(step: Step, *, is_settled: bool) -> int | None:
+    if step.draining:
+        return REQUEUE_DRAINING_MS
+    return None if is_settled else REQUEUE_UNSETTLED_MS
+
+
+def _replica_sets(world: World) -> dict[str, Manifest]:
+    """The pool's ReplicaSets by revision."""
+    return {
+        live["metadata"].get("labels", {}).get(REVISION_LABEL, ""): live
+        for ref, live in sorted(world.live.items())
+        if ref.kind == "ReplicaSet" and is_owned_by(live, world.owner.uid)
+    }
+
+
+def _scaled(live: Manifest, replicas: int) -> Manifest:
+    """A ReplicaSet of an earlier revision as it stands, with another number of workers."""
+    metadata = live["metadata"]
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "ReplicaSet",
+        "metadata": {
+            key: metadata[key] for key in ("name", "namespace", "labels", "ownerReferences")
+        },
+        "spec": {**live["spec"], "replicas": replicas},
+    }
+
+
+def _is_over(live: Manifest, replicas: int, pods: Sequence[PodView]) -> bool:
+    """Whether an earlier revision has no worker any more and wants none."""
+    revision = live["metadata"]["labels"].get(REVISION_LABEL)
+    return (
+        replicas == 0
+        and live["spec"].get("replicas") == 0
+        and not any(pod.revision == revision for pod in pods)
+    )
+
+
+def _superfluous(
+    world: World,
+    sets: dict[str, Manifest],
+    step: Step,
+    facts: PoolFacts,
+    pods: Sequence[PodView],
+) -> tuple[Ref, ...]:
+    """ReplicaSets of earlier revisions without workers, and the StatefulSet of earlier releases."""
+    owner = world.owner
+    over = [
+        Ref("ReplicaSet", owner.namespace, live["metadata"]["name"])
+        for revision, live in sets.items()
+        if step.replicas[revision] == 0 and _is_over(live, 0, pods)
+    ]
+    before = world.live.get(Ref("StatefulSet", owner.namespace, owner.name))
+    if before is not None and is_owned_by(before, owner.uid) and facts.ready >= facts.wanted:
+        over.append(Ref("StatefulSet", owner.namespace, owner.name))
+    return tuple(over)
+
+
+def _worker_facts(
+    world: World, spec: WorkerPoolSpec, step: Step, pods: Sequence[PodView], newest: str
+) -> PoolFacts:
+    present = [pod for pod in pods if not pod.is_leaving]
+    live = world.live.get(Ref("ReplicaSet", world.owner.namespace, f"{world.owner.name}-{newest}"))
+    return PoolFacts(
+        wanted=spec.replicas,
+        needed=spec.min_replicas,
+        present=len(present),
+        ready=sum(pod.is_ready for pod in present),
+        outdated=step.num_outdated,
+        is_created=live is not None,
+        is_observed=live is not None,
+        revision=newest,
+    )
+
+
+def _problems(
+    world: World, conflicts: Sequence[Problem], pods: Sequence[PodView]
+) -> tuple[Problem, ...]:
+    return (
         *world.problems,
         *conflicts,
-        *world.workload_problems(ref),
+        *world.workload_problems(*(ref for ref in world.live if ref.kind in WORKLOADS)),
         *(pod.problem for pod in pods if pod.problem),
-    )
-    status = _status(world, spec, workload, removal, problems)
-    is_settled = workload is not None and workload.is_settled and not problems
-    requeue = REQUEUE_DRAINING_MS if removal.draining else REQUEUE_UNSETTLED_MS
-    return Plan(
-        status=status,
-        children=children,
-        drains=tuple(pod for pod in removal.draining if pod.uid not in world.drains),
-        restarts=removal.restarts,
-        drain_timeout_s=spec.drain_timeout_seconds if isinstance(spec, WorkerPoolSpec) else 0,
-        requeue_after_ms=None if is_settled and not removal.draining else requeue,
-    )
-
-
-def _plan_removal(
-    world: World, spec: PoolSpec, workload: WorkloadView | None, pods: Sequence[PodView]
-) -> Removal:
-    """A KV node just leaves: its blocks are a cache. A worker drains first."""
-    if isinstance(spec, KVCachePoolSpec) or workload is None:
-        return Removal(spec.replicas)
-    present = [pod for pod in pods if not pod.is_leaving]
-    surplus = [pod for pod in present if pod.ordinal >= spec.replicas]
-    marked = [
-        pod for pod in present if pod.ordinal < spec.replicas and pod.drain_started_ms is not None
-    ]
-    is_busy = {pod.uid: not _is_drained(world, spec, pod) for pod in (*surplus, *marked)}
-    busy = [pod for pod in surplus if is_busy[pod.uid]]
-    replicas = max([spec.replicas, *(pod.ordinal + 1 for pod in busy)])
-    return Removal(
-        replicas=min(replicas, max(spec.replicas, workload.replicas_wanted)),
-        draining=tuple(pod for pod in (*surplus, *marked) if is_busy[pod.uid]),
-        restarts=tuple(pod for pod in marked if not is_busy[pod.uid]),
     )
 
 
@@ -184,83 +275,3 @@ def _worker_args(owner: Owner, spec: WorkerPoolSpec) -> list[str]:
     for node in spec.kv_nodes:
         args += ["--kv-node", node]
     return args
-
-
-def _status(
-    world: World,
-    spec: PoolSpec,
-    workload: WorkloadView | None,
-    removal: Removal,
-    problems: Sequence[Problem],
-) -> Manifest:
-    findings = [
-        _available(spec, workload, problems),
-        _progressing(spec, workload, removal),
-        degraded(problems),
-    ]
-    if isinstance(spec, WorkerPoolSpec):
-        findings.append(_draining(removal.draining))
-    return {
-        "observedGeneration": world.generation,
-        "replicas": workload.replicas if workload else 0,
-        "readyReplicas": workload.replicas_ready if workload else 0,
-        "selector": selector_text(pool_labels(world.owner)),
-        "drainingPods": [_draining_pod(world, pod) for pod in removal.draining],
-        "conditions": to_conditions(
-            findings, world.conditions, generation=world.generation, now_ms=world.now_ms
-        ),
-    }
-
-
-def _draining_pod(world: World, pod: PodView) -> Manifest:
-    drain = world.drains.get(pod.uid)
-    entry: Manifest = {"name": pod.name}
-    if drain is not None and drain.requests_left is not None:
-        entry["requestsLeft"] = drain.requests_left
-    if drain is not None and drain.blocks_left is not None:
-        entry["blocksLeft"] = drain.blocks_left
-    return entry
-
-
-def _available(
-    spec: PoolSpec, workload: WorkloadView | None, problems: Sequence[Problem]
-) -> Finding:
-    ready = workload.replicas_ready if workload else 0
-    text = f"{ready} of {spec.replicas} ready, at least {spec.min_replicas} needed"
-    if ready >= spec.min_replicas:
-        return Finding(ConditionType.AVAILABLE, True, Reason.READY, text)
-    if problems:
-        text = f"{text}: {problems[0].message}"
-    reason = problems[0].reason if problems else Reason.WORKERS_NOT_READY
-    return Finding(ConditionType.AVAILABLE, False, reason, text)
-
-
-def _progressing(spec: PoolSpec, workload: WorkloadView | None, removal: Removal) -> Finding:
-    def under_way(reason: Reason, message: str) -> Finding:
-        return Finding(ConditionType.PROGRESSING, True, reason, message)
-
-    if workload is None:
-        return under_way(Reason.CREATING, "the pods are being created")
-    if removal.draining:
-        names = ", ".join(pod.name for pod in removal.draining)
-        return under_way(Reason.DRAINING, f"waiting for {names} to drain")
-    if workload.replicas_wanted != spec.replicas or workload.replicas != spec.replicas:
-        text = f"from {workload.replicas} to {spec.replicas} pods"
-        return under_way(Reason.SCALING, text)
-    if not workload.is_observed or workload.replicas_updated < workload.replicas_wanted:
-        text = f"{workload.replicas_updated} of {workload.replicas_wanted} pods are up to date"
-        return under_way(Reason.ROLLING_OUT, text)
-    if workload.replicas_ready < workload.replicas_wanted:
-        text = f"{workload.replicas_ready} of {workload.replicas_wanted} pods are ready"
-        return under_way(Reason.STARTING, text)
-    return Finding(ConditionType.PROGRESSING, False, Reason.STABLE, "all pods are as wanted")
-
-
-def _draining(draining: Sequence[PodView]) -> Finding:
-    if not draining:
-        return Finding(
-            ConditionType.DRAINING, False, Reason.NOT_DRAINING, "no worker is being removed"
-        )
-    names = ", ".join(pod.name for pod in draining)
-    text = f"requests of {names} are finished first"
-    return Finding(ConditionType.DRAINING, True, Reason.DRAINING, text)

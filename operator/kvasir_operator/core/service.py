@@ -23,6 +23,7 @@ from kvasir_operator.core.conditions import (
     is_condition_true,
     to_conditions,
 )
+from kvasir_operator.core.drift import contains
 from kvasir_operator.core.manifests import (
     MANAGED_BY,
     REDIS_PORT,
@@ -36,12 +37,15 @@ from kvasir_operator.core.manifests import (
     ref_of,
     role_labels,
 )
+from kvasir_operator.core.ownership import foreign_owner
 from kvasir_operator.core.pods import GRACE_MARGIN_S, MODEL_FOLDER, Part
+from kvasir_operator.core.rollout import Progress, updated_max
 from kvasir_operator.core.views import pod_views, workload_view
 from kvasir_operator.core.world import REQUEUE_UNSETTLED_MS, Plan, World, without_conflicts
 
 PARTS = {"prefill": "PrefillPool", "decode": "DecodePool", "kv": "KVCachePool"}
 DRAIN_TIMEOUT_S = 60  # the router's streams may take this long to end when its pod leaves
+NOT_OF_TEMPLATE = ("replicas", "minReplicas", "maxReplicas", "rollout")
 STATUS_FIELDS = {"prefill": "prefill", "decode": "decode", "kv": "kvCache"}
 
 
@@ -149,24 +153,58 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         "model": spec.model.model_dump(mode="json", by_alias=True, exclude_none=True),
         "kvNodes": [kv_node] if spec.kv_cache is not None else [],
     }
+    bodies = {
+        "prefill": _body(spec.prefill, worker),
+        "decode": _body(spec.decode, worker),
+    }
     pools = [
-        _pool(world, "prefill", spec.prefill, worker),
-        _pool(world, "decode", spec.decode, worker),
+        _pool(world, part, getattr(spec, part), body | _pace(world, bodies, part))
+        for part, body in bodies.items()
     ]
     if spec.kv_cache is not None:
-        pools.append(_pool(world, "kv", spec.kv_cache, common))
+        pools.append(_pool(world, "kv", spec.kv_cache, _body(spec.kv_cache, common)))
     return pools
 
 
+def _body(template: WorkerPoolTemplate | KvCachePoolTemplate, common: Manifest) -> Manifest:
+    return template.model_dump(mode="json", by_alias=True, exclude_none=True) | common
+
+
+def _pace(world: World, bodies: dict[str, Manifest], part: str) -> Manifest:
+    """`updatedMax` of a pool: the other one must keep up with its rollout."""
+    [other] = [name for name in bodies if name != part]
+    own, pool = _live_pool(world, part), _live_pool(world, other)
+    if own is None or pool is None:
+        return {}
+    wanted = own["spec"].get("replicas", 1)
+    other_wanted = pool["spec"].get("replicas", 1)
+    if _changes(pool, bodies[other]):
+        limit = updated_max(wanted, other=Progress(other_wanted, other_wanted))
+    elif _is_current(pool):
+        outdated = pool.get("status", {}).get("outdatedReplicas", 0)
+        limit = updated_max(wanted, other=Progress(other_wanted, outdated))
+    else:
+        limit = own["spec"].get("updatedMax")  # the other's status is yet to tell
+    return {} if limit is None else {"updatedMax": limit}
+
+
+def _changes(pool: Manifest, body: Manifest) -> bool:
+    """Whether applying `body` gives the pool's workers another template."""
+    template = {key: value for key, value in body.items() if key not in NOT_OF_TEMPLATE}
+    return not contains(pool["spec"], template)
+
+
 def _pool(
-    world: World, part: str, template: WorkerPoolTemplate | KvCachePoolTemplate, common: Manifest
+    world: World, part: str, template: WorkerPoolTemplate | KvCachePoolTemplate, body: Manifest
 ) -> Manifest:
     owner, kind, name = world.owner, PARTS[part], f"{world.owner.name}-{part}"
-    body = template.model_dump(mode="json", by_alias=True, exclude_none=True) | common
     live = world.live.get(Ref(kind, owner.namespace, name))
     if live is not None:
         kept = live["spec"].get("replicas", template.replicas)
-        body["replicas"] = min(max(kept, template.min_replicas), template.max_replicas)
+        bounded = min(max(kept, template.min_replicas), template.max_replicas)
+        body = body | {"replicas": bounded}
+        if bounded == kept and foreign_owner(live) is not None:
+            del body["replicas"]  # an autoscaler or a person sets it: it is theirs
     labels = role_labels(owner, part)
     manifest = child(owner, API_VERSION, kind, name=name, labels=labels, spec=body)
     if live is not None:  # refuse to overwrite `replicas` if somebody has scaled it since

@@ -4,13 +4,12 @@ The readers turn API objects into these views; they are total: a field that is n
 its zero.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
 from kvasir_operator.core.conditions import Problem
-from kvasir_operator.core.manifests import DRAIN_ANNOTATION, Manifest
+from kvasir_operator.core.manifests import DRAIN_ANNOTATION, REVISION_LABEL, Manifest
 from kvasir_operator.core.problems import pod_problem
 
 
@@ -20,13 +19,15 @@ class PodView:
 
     name: str
     uid: str
-    ordinal: int  # place in its StatefulSet; 0 for pods of a Deployment
     ip: str
-    is_ready: bool
+    revision: str  # of the template it was made from; empty: none of a worker pool
+    is_ready: bool  # it can serve
     is_running: bool  # its main container runs
     is_leaving: bool  # deletion has begun
     drain_started_ms: int | None
     problem: Problem | None
+    num_requests: int = 0  # that it works on, as routers and the worker tell
+    num_blocks_used: int = 0  # KV blocks of its memory that hold something
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ class WorkloadView:
     replicas_ready: int
     replicas_updated: int
     is_observed: bool  # its controller has seen the latest spec
+
+    @property
+    def replicas_outdated(self) -> int:
+        """Pods that are not of the latest template."""
+        return max(0, self.replicas_wanted - self.replicas_updated)
 
     @property
     def is_settled(self) -> bool:
@@ -71,22 +77,21 @@ def workload_view(obj: Manifest | None) -> WorkloadView | None:
 
 
 def pod_views(pods: Iterable[Manifest], warnings: Mapping[str, str]) -> tuple[PodView, ...]:
-    """Pods as views, by ordinal; `warnings` holds the latest warning event by UID."""
+    """Pods as views, by name; `warnings` holds the latest warning event by UID."""
     views = (pod_view(pod, warnings.get(pod["metadata"]["uid"], "")) for pod in pods)
-    return tuple(sorted(views, key=lambda view: (view.ordinal, view.name)))
+    return tuple(sorted(views, key=lambda view: view.name))
 
 
 def pod_view(pod: Manifest, warning: str) -> PodView:
     """One pod as a view."""
     metadata, status = pod["metadata"], pod.get("status", {})
     annotations = metadata.get("annotations", {})
-    ordinal = re.search(r"-(\d+)$", metadata["name"])
     containers = status.get("containerStatuses", ())
     return PodView(
         name=metadata["name"],
         uid=metadata["uid"],
-        ordinal=int(ordinal[1]) if ordinal else 0,
         ip=status.get("podIP", ""),
+        revision=metadata.get("labels", {}).get(REVISION_LABEL, ""),
         is_ready=any(
             c.get("type") == "Ready" and c.get("status") == "True"
             for c in status.get("conditions", ())
