@@ -22,8 +22,29 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "block_sparse_moe.gate": "ffn_gate_inp",
+    "mlp.gate": "ffn_gate_inp",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
 }
-EXPERT_PARTS = {"w1": "ffn_gate", "w2": "ffn_down", "w3": "ffn_up"}
+GEMMA_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+EXPERT_PARTS = {
+    "w1": "ffn_gate",
+    "w2": "ffn_down",
+    "w3": "ffn_up",
+    "gate_proj": "ffn_gate",
+    "down_proj": "ffn_down",
+    "up_proj": "ffn_up",
+}
+ARCHITECTURES = {
+    "mixtral": "llama",
+    "mistral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "gemma3_text": "gemma3",
+}
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -72,7 +93,7 @@ def llama3_divisors(rope: dict, head_dim: int) -> np.ndarray:
 def write_gguf(path: Path, model: Path, *, arch: str | None = None, tokenizer: dict) -> None:
     """Write `model` (a Hugging Face folder) as a float32 GGUF file."""
     config = json.loads((model / "config.json").read_text())
-    arch = arch or {"mixtral": "llama"}.get(config["model_type"], config["model_type"])
+    arch = arch or ARCHITECTURES.get(config["model_type"], config["model_type"])
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -81,13 +102,23 @@ def write_gguf(path: Path, model: Path, *, arch: str | None = None, tokenizer: d
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    rope = config.get("rope_parameters") or {"rope_theta": config["rope_theta"]}
+    writer.add_rope_freq_base(rope["rope_theta"])
+    add_scaling(writer, config)
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    if config.get("num_local_experts"):
-        writer.add_expert_count(config["num_local_experts"])
+    if num_experts := config.get("num_local_experts") or config.get("num_experts"):
+        writer.add_expert_count(num_experts)
         writer.add_expert_used_count(config["num_experts_per_tok"])
+    if size := config.get("moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(size)
+    if window := config.get("sliding_window"):
+        writer.add_sliding_window(window)
+    if cap := config.get("attn_logit_softcapping"):
+        writer.add_attn_logit_softcapping(cap)
+    if cap := config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(cap)
     add_tokenizer(writer, **tokenizer)
     for name, values in gguf_tensors(model, config, arch):
         writer.add_tensor(name, values)
@@ -97,10 +128,28 @@ def write_gguf(path: Path, model: Path, *, arch: str | None = None, tokenizer: d
     writer.close()
 
 
+def add_scaling(writer: gguf.GGUFWriter, config: dict) -> None:
+    """Rotary scaling; Llama 3's and LongRoPE's are tensors, with the length of the pretraining."""
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(scaling["factor"])
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    if config["model_type"] == "phi3":
+        part = config.get("partial_rotary_factor", 1.0)
+        writer.add_rope_dimension_count(int(config["head_dim"] * part))
+        length = config["max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(config.get("original_max_position_embeddings", length))
+
+
 def gguf_tensors(model: Path, config: dict, arch: str) -> list[tuple[str, np.ndarray]]:
     tensors = read_safetensors(model / "model.safetensors")
     found: list[tuple[str, np.ndarray]] = []
     experts: dict[str, list[np.ndarray]] = {}
+    is_gemma = config["model_type"].startswith("gemma")
+    names = NAMES | GEMMA_NAMES if is_gemma else NAMES
     for name, bits in tensors.items():
         values = to_float32(bits)
         if ".experts." in name:
@@ -110,16 +159,25 @@ def gguf_tensors(model: Path, config: dict, arch: str) -> list[tuple[str, np.nda
         stem, suffix = name.rsplit(".", 1)
         if stem.startswith("model.layers."):
             _, _, layer, stem = stem.split(".", 3)
+            if is_gemma and stem.endswith("norm"):
+                values = values + np.float32(1)
             if arch == "llama" and stem in ("self_attn.q_proj", "self_attn.k_proj"):
                 key = "num_attention_heads" if "q_proj" in stem else "num_key_value_heads"
                 values = interleave(values, config[key])
-            found.append((f"blk.{layer}.{NAMES[stem]}.{suffix}", values))
+            found.append((f"blk.{layer}.{names[stem]}.{suffix}", values))
         else:
+            if is_gemma and stem == "model.norm":
+                values = values + np.float32(1)
             found.append((f"{NAMES[stem]}.{suffix}", values))
     found += [(name, np.stack(parts)) for name, parts in experts.items()]
-    if config["rope_parameters"]["rope_type"] == "llama3":
-        divisors = llama3_divisors(config["rope_parameters"], config["head_dim"])
-        found.append(("rope_freqs.weight", divisors))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type") == "llama3":
+        rope = {"rope_theta": config.get("rope_theta")} | rope
+        found.append(("rope_freqs.weight", llama3_divisors(rope, config["head_dim"])))
+    if rope.get("type") == "longrope":
+        for name in ("long", "short"):
+            factors = np.array(rope[f"{name}_factor"], np.float32)
+            found.append((f"rope_factors_{name}.weight", factors))
     return found
 
 
@@ -132,15 +190,41 @@ def add_tokenizer(
     model: str = "gpt2",
     pre: str = "gpt-2",
     template: str = "{{ messages[0]['content'] }}",
+    scores: list[float] | None = None,
+    adds_prefix: bool | None = None,
 ) -> None:
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(merges)
+    if scores is not None:
+        writer.add_token_scores(scores)
+    if merges:
+        writer.add_token_merges(merges)
+    if adds_prefix is not None:
+        writer.add_add_space_prefix(adds_prefix)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(template)
+
+
+PIECES = "\u2581 h e l o w r d \u2581h el lo \u2581hel \u2581hello \u2581w or ld orld \u2581world"
+"""Letters first, then pieces in the order in which they were learnt."""
+
+
+def pieces_tokenizer(**changes: object) -> dict:
+    """A vocabulary as SentencePiece trains one: unknown, control, bytes, then scored pieces."""
+    special = ["<unk>", "<s>", "</s>", "<|end|>", "<tool>"]
+    pieces = PIECES.split(" ")
+    tokens = special + [f"<0x{byte:02X}>" for byte in range(256)] + pieces
+    return {
+        "tokens": tokens,
+        "merges": [],
+        "types": [2, 3, 3, 3, 4] + [6] * 256 + [1] * len(pieces),
+        "scores": [0.0] * (len(special) + 256) + [-float(i) for i in range(len(pieces))],
+        "model": "llama",
+        "pre": "default",
+    } | changes
 
 
 def small_tokenizer(**changes: object) -> dict:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gguf_builder
 import numpy as np
 import pytest
 from gguf_builder import read_safetensors, small_tokenizer, write_gguf
@@ -97,12 +98,20 @@ def test_control_tokens_are_special_and_end_tokens_are_listed(imported) -> None:
     ("arch", "tokenizer", "message"),
     [
         ("mamba", {}, "architecture 'mamba' is not supported"),
-        (None, {"model": "llama"}, "tokenizer type 'llama' is not supported"),
+        (None, {"model": "bert"}, "tokenizer type 'bert' is not supported"),
+        (None, {"model": "llama"}, "its tokenizer has no unknown token"),
         (None, {"pre": "tekken"}, "pre-tokenizer 'tekken' is not supported"),
         (None, {"merges": ["ab"]}, "merge"),
         (None, {"merges": ["zzz yyy"]}, "tokenizer cannot be rebuilt"),
     ],
-    ids=["architecture", "tokenizer", "pre-tokenizer", "merge", "merge-of-unknown-tokens"],
+    ids=[
+        "architecture",
+        "tokenizer",
+        "pieces",
+        "pre-tokenizer",
+        "merge",
+        "merge-of-unknown-tokens",
+    ],
 )
 def test_unsupported_file_is_refused_and_leaves_nothing(
     arch: str | None, tokenizer: dict, message: str, tmp_path: Path
@@ -121,6 +130,20 @@ def test_cut_off_file_is_refused(tmp_path: Path) -> None:
     source.write_bytes(source.read_bytes()[:-100_000])
     with pytest.raises(RefusedError, match="damaged or cut off"):
         import_gguf(source, tmp_path / "model", label="test")
+
+
+def test_file_without_a_tensor_of_its_model_is_refused(tmp_path: Path, monkeypatch) -> None:
+    source = tmp_path / "m.gguf"
+    whole = gguf_builder.gguf_tensors
+    monkeypatch.setattr(
+        gguf_builder,
+        "gguf_tensors",
+        lambda *args: [item for item in whole(*args) if item[0] != "blk.1.ffn_up.weight"],
+    )
+    write_gguf(source, GOLDENS / "llama-gqa-tied", tokenizer=small_tokenizer())
+    with pytest.raises(RefusedError, match=r"lack the tensor model\.layers\.1\.mlp\.up_proj"):
+        import_gguf(source, tmp_path / "model", label="test")
+    assert not (tmp_path / "model").exists()
 
 
 def test_occupied_folder_is_left_alone(tmp_path: Path) -> None:

@@ -212,9 +212,9 @@ def random_tensors(config: dict[str, Any], seed: int = 5) -> dict[str, np.ndarra
     return tensors
 
 
-def make_family_model(family: str, folder: Path) -> Path:
-    """A model folder of one of FAMILIES."""
-    config = FAMILIES[family]
+def make_family_model(family: str, folder: Path, **changes: Any) -> Path:
+    """A model folder of one of FAMILIES, with fields of its config.json replaced."""
+    config = FAMILIES[family] | changes
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     write_safetensors(folder / "model.safetensors", random_tensors(config))

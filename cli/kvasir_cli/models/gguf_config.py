@@ -5,24 +5,25 @@ Decides which architectures are imported and how llama.cpp's keys are called by 
 
 from typing import Any
 
-import numpy as np
+from kvasir_engine.config import FAMILIES
 
 from kvasir_cli.errors import RefusedError
-from kvasir_cli.models.gguf_file import GgufFile
+from kvasir_cli.models.gguf_file import GgufFile, float32_text
+from kvasir_cli.models.gguf_rope import rope_scaling
 
 MODEL_TYPES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "phi3": "phi3",
 }
-MIXTRAL = ("mixtral", "MixtralForCausalLM")
-LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
-"""low_freq_factor and high_freq_factor of every released Llama 3.1 and later model."""
-
-
-def has_experts(file: GgufFile) -> bool:
-    """Whether the model is a mixture of experts (llama.cpp keeps Mixtral under `llama`)."""
-    return file.get(f"{file.architecture}.expert_count", int, 0) > 0
+"""llama.cpp keeps Mistral and Mixtral under `llama` too."""
+GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
+"""The one size whose scores are scaled by hidden_size / heads and not by the head size: the file
+does not say, llama.cpp tells it by its layers."""
 
 
 def hf_config(file: GgufFile) -> dict[str, Any]:
@@ -31,22 +32,17 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     Raises:
         RefusedError: an architecture or a feature that is not supported; it says which.
     """
-    arch = file.architecture
-    if arch not in MODEL_TYPES:
-        raise RefusedError(
-            f"{file.path}: architecture {arch!r} is not supported "
-            f"(supported: {', '.join(MODEL_TYPES)}, and llama with experts)"
-        )
+    arch, kind = file.architecture, model_type(file)
     num_heads = file.need(f"{arch}.attention.head_count", int)
     hidden = file.need(f"{arch}.embedding_length", int)
     head_dim = file.get(f"{arch}.attention.key_length", int, 0) or hidden // num_heads
-    _refuse_odd_heads(file, head_dim)
+    theta = float32_text(file.get(f"{arch}.rope.freq_base", float, 10000.0))
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise RefusedError(f"{file.path}: it has no tensor token_embd.weight")
     config: dict[str, Any] = {
-        "architectures": [MODEL_TYPES[arch]],
-        "model_type": arch,
+        "architectures": [FAMILIES[kind].architecture],
+        "model_type": kind,
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": file.need(f"{arch}.feed_forward_length", int),
@@ -55,18 +51,23 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
         "num_key_value_heads": file.get(f"{arch}.attention.head_count_kv", int, num_heads),
         "head_dim": head_dim,
         "max_position_embeddings": file.need(f"{arch}.context_length", int),
-        "rms_norm_eps": _float(file.need(f"{arch}.attention.layer_norm_rms_epsilon", float)),
-        "rope_theta": _float(file.get(f"{arch}.rope.freq_base", float, 10000.0)),
+        "rms_norm_eps": float32_text(file.need(f"{arch}.attention.layer_norm_rms_epsilon", float)),
+        "rope_theta": theta,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "vocab_size": int(embedding.shape[1]),
         "dtype": "bfloat16",
         "torch_dtype": "bfloat16",
     }
-    if arch != "qwen2":  # where biases are part of the type
+    if FAMILIES[kind].bias == "field":  # elsewhere biases are part of the type
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-    if has_experts(file):
-        _add_experts(file, config)
-    _add_rope(file, config)
+    config |= _rotary_part(file, head_dim) | _experts(file, kind) | _windows(file, kind)
+    config |= _gemma(file, config) if arch.startswith("gemma") else {}
+    scaling = rope_scaling(file, theta=theta, head_dim=head_dim)
+    config |= _rope(kind, theta, scaling)
+    if kind == "phi3":
+        config["original_max_position_embeddings"] = file.get(
+            f"{arch}.rope.scaling.original_context_length", int, config["max_position_embeddings"]
+        )
     for key in ("bos", "eos", "padding"):
         name = f"tokenizer.ggml.{key}_token_id"
         if name in file.fields:
@@ -74,67 +75,92 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     return config
 
 
-def _float(value: float) -> float:
-    """The shortest decimal of a float32: 1e-05 and not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
+def model_type(file: GgufFile) -> str:
+    """Hugging Face's name of the kind of model.
 
-
-def _refuse_odd_heads(file: GgufFile, head_dim: int) -> None:
-    arch = file.architecture
-    for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
-        if (value := file.get(key, int, head_dim)) != head_dim:
-            raise RefusedError(f"{file.path}: {key} {value} differs from the head size {head_dim}")
-
-
-def _add_experts(file: GgufFile, config: dict[str, Any]) -> None:
-    arch = file.architecture
-    if arch != "llama":
-        raise RefusedError(f"{file.path}: experts are supported for architecture llama alone")
-    config["model_type"], architecture = MIXTRAL
-    config["architectures"] = [architecture]
-    config["num_local_experts"] = file.need(f"{arch}.expert_count", int)
-    config["num_experts_per_tok"] = file.need(f"{arch}.expert_used_count", int)
-    config["sliding_window"] = None
-
-
-def _add_rope(file: GgufFile, config: dict[str, Any]) -> None:
-    arch = file.architecture
-    kind = file.get(f"{arch}.rope.scaling.type", str, "none")
-    if kind != "none":
-        raise RefusedError(f"{file.path}: rotary scaling of type {kind!r} is not supported")
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
-    factors = file.tensors.get("rope_freqs.weight")
-    if factors is not None:
-        scaling = _llama3_scaling(
-            np.asarray(factors.data, dtype=np.float64), config["rope_theta"], config["head_dim"]
-        )
-        if scaling is None:
-            raise RefusedError(f"{file.path}: its rope_freqs are not those of Llama 3 scaling")
-        rope |= scaling
-        config["rope_scaling"] = scaling
-    config["rope_parameters"] = rope
-
-
-def _llama3_scaling(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """The Llama 3 parameters that give these divisors of frequencies, or None.
-
-    GGUF keeps only the divisors; the training length is found by trying powers of two, the rest
-    is the same in every released model.
+    Raises:
+        RefusedError: the architecture is not supported.
     """
-    inverse = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    wavelengths = 2 * np.pi / inverse
-    scale = float(np.round(factors.max(), 4))
-    for length in (2**power for power in range(6, 21)):
-        smooth = (length / wavelengths - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW)
-        expected = 1 / ((1 - smooth) / scale + smooth)
-        expected = np.where(wavelengths < length / LLAMA3_HIGH, 1.0, expected)
-        expected = np.where(wavelengths > length / LLAMA3_LOW, scale, expected)
-        if np.allclose(expected, factors, rtol=1e-4):
-            return {
-                "rope_type": "llama3",
-                "factor": scale,
-                "low_freq_factor": LLAMA3_LOW,
-                "high_freq_factor": LLAMA3_HIGH,
-                "original_max_position_embeddings": length,
-            }
-    return None
+    arch = file.architecture
+    if arch not in MODEL_TYPES:
+        raise RefusedError(
+            f"{file.path}: architecture {arch!r} is not supported "
+            f"(supported: {', '.join(MODEL_TYPES)})"
+        )
+    has_experts = file.get(f"{arch}.expert_count", int, 0) > 0
+    if has_experts and arch not in ("llama", "qwen3moe"):
+        raise RefusedError(f"{file.path}: experts of architecture {arch!r} are not supported")
+    if arch == "llama" and has_experts:
+        return "mixtral"
+    has_window = file.get(f"{arch}.attention.sliding_window", int, 0) > 0
+    return "mistral" if arch == "llama" and has_window else MODEL_TYPES[arch]
+
+
+def _rotary_part(file: GgufFile, head_dim: int) -> dict[str, Any]:
+    """How much of a head rotates; values must be as wide as keys."""
+    arch = file.architecture
+    rotary = file.get(f"{arch}.rope.dimension_count", int, head_dim)
+    for key, value in (
+        ("attention.value_length", file.get(f"{arch}.attention.value_length", int, head_dim)),
+        ("rope.dimension_count", head_dim if arch == "phi3" else rotary),
+    ):
+        if value != head_dim:
+            text = f"{arch}.{key} {value} differs from the head size {head_dim}"
+            raise RefusedError(f"{file.path}: {text}")
+    return {} if rotary == head_dim else {"partial_rotary_factor": rotary / head_dim}
+
+
+def _experts(file: GgufFile, kind: str) -> dict[str, Any]:
+    field = FAMILIES[kind].experts_field
+    if not field:
+        return {}
+    arch = file.architecture
+    found: dict[str, Any] = {
+        field: file.need(f"{arch}.expert_count", int),
+        "num_experts_per_tok": file.need(f"{arch}.expert_used_count", int),
+    }
+    if kind == "qwen3_moe":  # llama.cpp always scales the shares of the chosen
+        found["norm_topk_prob"] = True
+        found["moe_intermediate_size"] = file.need(f"{arch}.expert_feed_forward_length", int)
+    return found
+
+
+def _windows(file: GgufFile, kind: str) -> dict[str, Any]:
+    """The sliding window, where the type has one."""
+    arch = file.architecture
+    window = file.get(f"{arch}.attention.sliding_window", int, 0) or None
+    if FAMILIES[kind].windows in ("all", "pattern"):
+        return {"sliding_window": window}
+    if window is not None:
+        raise RefusedError(f"{file.path}: {arch}.attention.sliding_window is not supported")
+    return {}
+
+
+def _gemma(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    arch, num_heads = file.architecture, config["num_attention_heads"]
+    is_largest = config["num_hidden_layers"] == GEMMA_27B_LAYERS[arch]
+    found: dict[str, Any] = {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": (
+            config["hidden_size"] // num_heads if is_largest else config["head_dim"]
+        ),
+    }
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if f"{arch}.{name}" in file.fields:
+            found[name] = float32_text(file.need(f"{arch}.{name}", float))
+    pattern = f"{arch}.attention.sliding_window_pattern"
+    if pattern in file.fields:
+        found["sliding_window_pattern"] = file.need(pattern, int)
+    if arch == "gemma3":
+        local = file.get(f"{arch}.rope.freq_base_swa", float, 10000.0)
+        found["rope_local_base_freq"] = float32_text(local)
+    return found
+
+
+def _rope(kind: str, theta: float, scaling: dict[str, Any] | None) -> dict[str, Any]:
+    """The fields that older and newer readers look at."""
+    found: dict[str, Any] = {"rope_scaling": scaling} if scaling else {}
+    if kind != "gemma3_text":  # there the newer field has an object for each kind of layer
+        found["rope_parameters"] = (scaling or {"rope_type": "default"}) | {"rope_theta": theta}
+    return found

@@ -58,6 +58,17 @@ class GgufFile:
         field = self.fields[key]
         return [bytes(field.parts[index]).decode("utf-8", "replace") for index in field.data]
 
+    def floats(self, key: str) -> list[float]:
+        """A metadata array of numbers.
+
+        Raises:
+            RefusedError: the file does not have it.
+        """
+        if key not in self.fields:
+            raise RefusedError(f"{self.path}: its metadata lacks {key}")
+        field = self.fields[key]
+        return [float(field.parts[index][0]) for index in field.data]
+
     def integers(self, key: str) -> list[int]:
         """A metadata array of integers, empty if the file does not have it."""
         if key not in self.fields:
@@ -82,6 +93,11 @@ def open_gguf(path: Path) -> GgufFile:
     except (ValueError, IndexError, KeyError, OSError, struct.error, UnicodeDecodeError) as error:
         raise RefusedError(f"{path} is damaged or cut off: {error}") from error
     return GgufFile(path, dict(reader.fields), {tensor.name: tensor for tensor in reader.tensors})
+
+
+def float32_text(value: float) -> float:
+    """The shortest decimal of a float32: 1e-05 and not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
 
 
 def dequantise(rows: np.ndarray, tensor: gguf.ReaderTensor) -> np.ndarray:

@@ -4,17 +4,19 @@ The order: refuse what is not supported, then write beside the target, then rena
 one piece of one tensor at a time.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kvasir_engine.config import parse_config
+from kvasir_engine.tensors import check_tensors
 from kvasir_proto.errors import KvasirError
 
 from kvasir_cli.errors import RefusedError
 from kvasir_cli.models.folder import new_folder, refuse_full_disk, refuse_occupied, write_json
 from kvasir_cli.models.gguf_config import hf_config
 from kvasir_cli.models.gguf_file import GgufFile, open_gguf
-from kvasir_cli.models.gguf_tensors import pieces, plan_tensors
+from kvasir_cli.models.gguf_tensors import Planned, pieces, plan_tensors
 from kvasir_cli.models.gguf_tokenizer import end_token_ids, read_vocabulary
 from kvasir_cli.models.safetensors import write_model
 from kvasir_cli.models.tokenizer_json import write_tokenizer
@@ -34,8 +36,8 @@ def import_gguf(source: Path, target: Path, *, label: str) -> int:
     refuse_occupied(target)
     file = open_gguf(source)
     config = hf_config(file)
-    _refuse_uncomputable(file, config)
     planned = {item.spec.name: item for item in plan_tensors(file, config)}
+    _refuse_uncomputable(file, config, planned)
     vocabulary = read_vocabulary(file)
     specs = [item.spec for item in planned.values()]
     num_bytes = sum(spec.num_bytes for spec in specs)
@@ -50,9 +52,12 @@ def import_gguf(source: Path, target: Path, *, label: str) -> int:
     return num_bytes
 
 
-def _refuse_uncomputable(file: GgufFile, config: dict[str, Any]) -> None:
+def _refuse_uncomputable(
+    file: GgufFile, config: dict[str, Any], planned: Mapping[str, Planned]
+) -> None:
     """Raise before the weights are written, if the engine would refuse the folder."""
+    shapes = {name: item.spec.shape for name, item in planned.items()}
     try:
-        parse_config(config)
+        check_tensors(parse_config(config), shapes)
     except KvasirError as error:
         raise RefusedError(f"{file.path}: {error.message}") from error

@@ -1,4 +1,4 @@
-"""tokenizer.json and its neighbours, for byte-level BPE vocabularies.
+"""tokenizer.json and its neighbours, for BPE vocabularies: of bytes, and SentencePiece's.
 
 Decides how a vocabulary, its merges and a pre-tokenizer type become files that the library
 `tokenizers` and the engine read. Invariant: the library has loaded the result once before it is
@@ -19,6 +19,14 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPACE_MARK = "\u2581"
+"""What SentencePiece writes for a space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,33 @@ class PreTokenizer:
         return steps
 
 
+@dataclass(frozen=True, slots=True)
+class SentencePiece:
+    """Text is not cut: spaces are marked and merges cross them; other bytes have tokens."""
+
+    adds_prefix: bool
+    """Whether a text begins with a space that is not written."""
+
+    def normalizer(self) -> dict[str, Any]:
+        """Of tokenizer.json."""
+        mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
+        if not self.adds_prefix:
+            return mark
+        prepend = {"type": "Prepend", "prepend": SPACE_MARK}
+        return {"type": "Sequence", "normalizers": [prepend, mark]}
+
+    def decoder(self) -> dict[str, Any]:
+        """Of tokenizer.json."""
+        steps: list[dict[str, Any]] = [
+            {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ]
+        if self.adds_prefix:
+            steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+        return {"type": "Sequence", "decoders": steps}
+
+
 PRE_TOKENIZERS = {
     "gpt-2": PreTokenizer(),
     "smollm": PreTokenizer(digits_apart=True),
@@ -53,6 +88,7 @@ PRE_TOKENIZERS = {
     "llama3": PreTokenizer(_LLAMA3, ignore_merges=True),
     "qwen2": PreTokenizer(_QWEN2, nfc=True),
     "deepseek-r1-qwen": PreTokenizer(_QWEN2, nfc=True),
+    "gpt-4o": PreTokenizer(_GPT4O),
 }
 
 
@@ -72,7 +108,7 @@ class Vocabulary:
     tokens: dict[str, int]
     merges: Sequence[tuple[str, str]]
     added: Sequence[AddedToken]
-    pre_tokenizer: PreTokenizer
+    pre_tokenizer: PreTokenizer | SentencePiece
     bos: str | None = None
     eos: str | None = None
     pad: str | None = None
@@ -109,28 +145,46 @@ def _byte_level(*, use_regex: bool) -> dict[str, Any]:
 
 
 def _tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
-    pre = vocabulary.pre_tokenizer
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [_added(token) for token in vocabulary.added],
-        "normalizer": {"type": "NFC"} if pre.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre.steps()},
+        **_text_steps(vocabulary.pre_tokenizer),
         "post_processor": _post_processor(vocabulary),
+        "model": _bpe(vocabulary),
+    }
+
+
+def _text_steps(kind: PreTokenizer | SentencePiece) -> dict[str, Any]:
+    """What happens to text before merges apply, and after tokens are joined."""
+    if isinstance(kind, SentencePiece):
+        return {
+            "normalizer": kind.normalizer(),
+            "pre_tokenizer": None,
+            "decoder": kind.decoder(),
+        }
+    return {
+        "normalizer": {"type": "NFC"} if kind.nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": kind.steps()},
         "decoder": _byte_level(use_regex=True),
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": pre.ignore_merges,
-            "vocab": vocabulary.tokens,
-            "merges": [list(merge) for merge in vocabulary.merges],
-        },
+    }
+
+
+def _bpe(vocabulary: Vocabulary) -> dict[str, Any]:
+    kind = vocabulary.pre_tokenizer
+    is_pieces = isinstance(kind, SentencePiece)
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": vocabulary.unknown if is_pieces else None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": is_pieces,
+        "byte_fallback": is_pieces,
+        "ignore_merges": not isinstance(kind, SentencePiece) and kind.ignore_merges,
+        "vocab": vocabulary.tokens,
+        "merges": [list(merge) for merge in vocabulary.merges],
     }
 
 
@@ -146,9 +200,10 @@ def _added(token: AddedToken) -> dict[str, Any]:
     }
 
 
-def _post_processor(vocabulary: Vocabulary) -> dict[str, Any]:
+def _post_processor(vocabulary: Vocabulary) -> dict[str, Any] | None:
     if not vocabulary.bos_is_added or vocabulary.bos is None:
-        return _byte_level(use_regex=True)
+        is_pieces = isinstance(vocabulary.pre_tokenizer, SentencePiece)
+        return None if is_pieces else _byte_level(use_regex=True)
     bos = vocabulary.bos
     start = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
