@@ -213,7 +213,8 @@ class Conditions(ApiModel):
         default=(),
         json_schema_extra=map_list("type"),
         description="Available: it can serve. Progressing: a change is under way. Degraded: "
-        "something is wrong; the message says what. Draining: workers finish before they go.",
+        "something is wrong; the message says what. Draining: workers finish before they go. "
+        "ReplicasContested: several autoscalers set the number of pods.",
     )
 
 
@@ -228,6 +229,11 @@ class PoolStatus(Conditions):
     revision: str | None = Field(
         default=None,
         description="Name of the workers' present template, as in label kvasir.dev/revision.",
+    )
+    replicas_owner: str | None = Field(
+        default=None,
+        description="Who sets `spec.replicas`, if it is not the operator: an autoscaler or the "
+        "field manager that wrote it last (kubectl scale). The ModelService then leaves it alone.",
     )
     selector: str | None = Field(
         default=None, description="Label selector of the pods, for autoscalers."

@@ -6,7 +6,8 @@ nothing. What the API server refuses becomes a condition, not a loop.
 
 import logging
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -14,16 +15,25 @@ from kvasir_operator.audit import WATCHED_KINDS, WatchAudit
 from kvasir_operator.cluster import Cluster
 from kvasir_operator.core.conditions import Problem, Reason
 from kvasir_operator.core.drift import contains, is_as_desired
+from kvasir_operator.core.events import Event, events_between, manifest_of
 from kvasir_operator.core.manifests import (
     DELETION_COST_ANNOTATION,
     DELETION_COST_DRAINED,
     DRAIN_ANNOTATION,
+    FIELD_MANAGER,
     Manifest,
     Ref,
     ref_of,
     selector_text,
 )
-from kvasir_operator.core.plan import child_refs, listed_children, make_plan, pod_labels
+from kvasir_operator.core.ownership import AUTOSCALER_KIND
+from kvasir_operator.core.plan import (
+    child_refs,
+    is_scalable,
+    listed_children,
+    make_plan,
+    pod_labels,
+)
 from kvasir_operator.core.views import PodView
 from kvasir_operator.core.world import Plan, World
 from kvasir_operator.drain import Drainer
@@ -69,7 +79,19 @@ class Reconciler:
         if not _is_status_current(obj, plan.status):
             await self._cluster.apply_status(ref, plan.status)
             num_writes += 1
+            await self._tell(obj, events_between(obj.get("status", {}), plan.status))
         return Outcome(num_writes=num_writes, requeue_after_ms=plan.requeue_after_ms)
+
+    async def _tell(self, obj: Manifest, events: Sequence[Event]) -> None:
+        """Record events; one that cannot be recorded is not worth a second reconcile."""
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        for event in events:
+            name = uuid.uuid4().hex[:16]
+            manifest = manifest_of(event, obj, component=FIELD_MANAGER, time=now, name=name)
+            try:
+                await self._cluster.create_event(obj["metadata"]["namespace"], manifest)
+            except ClusterError as error:
+                logger.info("event %s of %s: %s", event.reason, ref_of(obj), error)
 
     async def _observe(self, obj: Manifest) -> World:
         world = World(
@@ -90,12 +112,16 @@ class Reconciler:
                 live[ref_of(found)] = found
         pods = await self._cluster.list("Pod", world.owner.namespace, labels=labels)
         self._audit_reads(obj, live, pods)
+        autoscalers = []
+        if is_scalable(world.owner):
+            autoscalers = await self._cluster.list(AUTOSCALER_KIND, world.owner.namespace)
         return replace(
             world,
             live=live,
             pods=pods,
             warnings=await self._warnings(world.owner.namespace, [*live.values(), *pods]),
             drains=self._drainer.views(),
+            autoscalers=autoscalers,
         )
 
     def _audit_reads(

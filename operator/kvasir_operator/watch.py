@@ -33,6 +33,7 @@ CHILD_RESOURCES = (
     ("", "v1", "services"),
     ("", "v1", "pods"),
 )
+AUTOSCALERS = ("autoscaling", "v2", "horizontalpodautoscalers")
 POOL_KIND_BY_ROLE = {role: kind for kind, role in ROLES.items()}
 
 
@@ -63,6 +64,12 @@ def make_registry(enqueue: Callable[[Ref], None], audit: WatchAudit) -> kopf.Ope
         if owner is not None:
             enqueue(owner)
 
+    def on_autoscaler(*, body: kopf.Body, **_: Any) -> None:
+        target = body["spec"]["scaleTargetRef"]
+        if target["kind"] in ROLES:
+            enqueue(Ref(target["kind"], body.metadata.namespace or "", target["name"]))
+
+    kopf.on.event(*AUTOSCALERS, registry=registry, id="autoscalers")(on_autoscaler)
     for kind in KINDS:
         kopf.on.event(GROUP, VERSION, kind.plural, registry=registry, id=kind.kind)(on_object)
     for group, version, plural in CHILD_RESOURCES:

@@ -180,6 +180,7 @@ class FakeCluster:
         self.objects: dict[Ref, Manifest] = {}
         self.pods: list[Manifest] = []
         self.events: list[Manifest] = []
+        self.told: list[Manifest] = []
         self.writes: list[tuple[str, Ref]] = []
         self.refused: dict[Ref, ClusterError] = {}
         self._version = 100
@@ -231,6 +232,11 @@ class FakeCluster:
         """See Cluster."""
         self.writes.append(("status", ref))
         self.objects[ref]["status"] = json.loads(json.dumps(status))
+
+    async def create_event(self, namespace: str, event: Manifest) -> None:
+        """See Cluster."""
+        assert namespace == event["metadata"]["namespace"]
+        self.told.append(event)
 
     async def annotate(self, ref: Ref, uid: str, annotations: dict[str, str]) -> None:
         """See Cluster; pods only."""

@@ -196,3 +196,49 @@ def test_scaling_and_rollout_with_real_controllers(api: KubeApi) -> None:
             lambda: process.metric("kvasir_operator_reconciles_total{.*}") > seen,
         )
         assert process.writes() == writes
+
+
+AUTOSCALER = {
+    "apiVersion": "autoscaling/v2",
+    "kind": "HorizontalPodAutoscaler",
+    "spec": {
+        "scaleTargetRef": {
+            "apiVersion": "kvasir.dev/v1alpha1",
+            "kind": "DecodePool",
+            "name": "chat-decode",
+        },
+        "maxReplicas": 5,
+    },
+}
+
+
+def test_replicas_of_others_are_left_alone_and_rivals_told_of(api: KubeApi) -> None:
+    service = make_object("ModelService", "chat", {"model": MODEL})
+    service["metadata"] = {"name": "chat", "namespace": "default"}
+    with operator(api, "f"):
+        api.apply(service)
+        wait_for("the pool", lambda: "chat-decode" in api("get", "dcp", "-o", "name"))
+        api("scale", "dcp", "chat-decode", "--replicas=3")
+        wait_for(
+            "the owner to be shown",
+            lambda: api.json("dcp", "chat-decode")["status"].get("replicasOwner") == "kubectl",
+        )
+        service["spec"]["decode"] = {"threads": 2}
+        api.apply(service)
+        wait_for(
+            "the change to arrive", lambda: api.json("dcp", "chat-decode")["spec"]["threads"] == 2
+        )
+        pool = api.json("dcp", "chat-decode", "--show-managed-fields")
+        assert pool["spec"]["replicas"] == 3
+        owners = {
+            entry["manager"]
+            for entry in pool["metadata"]["managedFields"]
+            if "f:replicas" in entry["fieldsV1"].get("f:spec", {})
+        }
+        assert owners == {"kubectl"}
+        for name in ("one", "two"):
+            api.apply(AUTOSCALER | {"metadata": {"name": name, "namespace": "default"}})
+        wait = ("wait", "--for=condition=ReplicasContested", "dcp/chat-decode", "--timeout=20s")
+        api(*wait)
+        assert "SeveralOwners" in api("describe", "dcp", "chat-decode")
+        wait_for("the event", lambda: "SeveralOwners" in api("get", "events"))

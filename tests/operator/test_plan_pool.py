@@ -197,6 +197,7 @@ def test_settled_pool_is_available_and_rests() -> None:
         "Progressing": "False",
         "Degraded": "False",
         "Draining": "False",
+        "ReplicasContested": "False",
     }
     assert plan.requeue_after_ms is None
     assert "kvasir.dev/pool=chat-decode" in plan.status["selector"]

@@ -40,6 +40,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 - apiGroups: [apps]
   resources: [deployments, replicasets, statefulsets]
   verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [autoscaling]
+  # Who else sets the number of a pool's workers.
+  resources: [horizontalpodautoscalers]
+  verbs: [list, watch]
 - apiGroups: [policy]
   resources: [poddisruptionbudgets]
   verbs: [get, list, watch, create, patch, delete]
@@ -56,7 +60,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 - apiGroups: [""]
   # Why a pod does not start (a volume that cannot be mounted) is only told in events.
   resources: [events]
-  verbs: [list]
+  verbs: [list, create]
 {{- end }}
 
 {{/* A number as Prometheus' clients write the bound of a bucket: 1.0, 2.5. */}}

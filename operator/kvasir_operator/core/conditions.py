@@ -22,6 +22,7 @@ class ConditionType(enum.StrEnum):
     PROGRESSING = "Progressing"  # a change is under way
     DEGRADED = "Degraded"  # something is wrong; the message says what
     DRAINING = "Draining"  # workers finish their requests before they go
+    REPLICAS_CONTESTED = "ReplicasContested"  # several writers set the number of workers
 
 
 class Reason(enum.StrEnum):
@@ -39,6 +40,8 @@ class Reason(enum.StrEnum):
     STARTING = "Starting"
     DRAINING = "Draining"
     NOT_DRAINING = "NotDraining"
+    SEVERAL_OWNERS = "SeveralOwners"
+    ONE_OWNER = "OneOwner"
     NO_PROBLEM = "NoProblem"
     MODEL_UNAVAILABLE = "ModelUnavailable"  # its volume, image or folder is not there or not right
     IMAGE_UNAVAILABLE = "ImageUnavailable"

@@ -40,6 +40,11 @@ def listed_children(owner: Owner) -> tuple[str, ...]:
     return ("ReplicaSet",) if owner.kind in ("PrefillPool", "DecodePool") else ()
 
 
+def is_scalable(owner: Owner) -> bool:
+    """Whether autoscalers may set the number of its pods."""
+    return owner.kind != MODEL_SERVICE.kind
+
+
 def pod_labels(owner: Owner) -> dict[str, str]:
     """Labels of the pods to observe."""
     if owner.kind == MODEL_SERVICE.kind:

@@ -12,6 +12,7 @@ from kvasir_operator.core.conditions import (
     to_conditions,
 )
 from kvasir_operator.core.manifests import Manifest, selector_text
+from kvasir_operator.core.ownership import Ownership, ownership
 from kvasir_operator.core.views import PodView
 from kvasir_operator.core.world import World
 
@@ -52,6 +53,8 @@ def pool_status(
     ]
     if draining is not None:
         findings.append(_draining(draining))
+    owners = ownership(world.obj, world.autoscalers)
+    findings.append(_contested(owners))
     status: Manifest = {
         "observedGeneration": world.generation,
         "replicas": facts.present,
@@ -63,6 +66,8 @@ def pool_status(
             findings, world.conditions, generation=world.generation, now_ms=world.now_ms
         ),
     }
+    if owners.owner:
+        status["replicasOwner"] = owners.owner
     if facts.revision:
         status["revision"] = facts.revision
     return status
@@ -105,6 +110,15 @@ def _progressing(facts: PoolFacts, draining: Sequence[PodView]) -> Finding:
     if facts.ready < facts.wanted:
         return under_way(Reason.STARTING, f"{facts.ready} of {facts.wanted} pods are ready")
     return Finding(ConditionType.PROGRESSING, False, Reason.STABLE, "all pods are as wanted")
+
+
+def _contested(owners: Ownership) -> Finding:
+    kind = ConditionType.REPLICAS_CONTESTED
+    if owners.rivals:
+        text = f"{' and '.join(owners.rivals)} all set the number of pods: keep one of them"
+        return Finding(kind, True, Reason.SEVERAL_OWNERS, text)
+    text = f"{owners.owner or 'the ModelService or its author'} sets the number of pods"
+    return Finding(kind, False, Reason.ONE_OWNER, text)
 
 
 def _draining(draining: Sequence[PodView]) -> Finding:

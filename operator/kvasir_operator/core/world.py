@@ -23,6 +23,7 @@ class World:
     now_ms: int
     warnings: Mapping[str, str] = field(default_factory=dict)  # latest one by UID of its object
     drains: Mapping[str, DrainView] = field(default_factory=dict)  # by pod UID
+    autoscalers: Sequence[Manifest] = ()  # of the namespace, where the object is a pool
     problems: tuple[Problem, ...] = ()  # met while the plan was carried out
 
     @property
