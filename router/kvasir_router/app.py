@@ -9,6 +9,7 @@ from kvasir_router.membership.fleet import Fleet
 from kvasir_router.metrics import CONTENT_TYPE, RouterMetrics
 from kvasir_router.openai.handlers import OpenAiApi
 from kvasir_router.openai.middleware import api_middleware
+from kvasir_router.peering.follow import Peers
 from kvasir_router.settings import RouterSettings
 from kvasir_router.tenants import Tenants
 
@@ -28,8 +29,8 @@ class Readiness:
 class Probes:
     """What Kubernetes and Prometheus ask."""
 
-    def __init__(self, readiness: Readiness, metrics: RouterMetrics) -> None:
-        self._readiness, self._metrics = readiness, metrics
+    def __init__(self, readiness: Readiness, peers: Peers, metrics: RouterMetrics) -> None:
+        self._readiness, self._peers, self._metrics = readiness, peers, metrics
 
     def routes(self) -> list[web.AbstractRouteDef]:
         """What to add to the application."""
@@ -56,7 +57,9 @@ class Probes:
     async def metrics(self, request: web.Request) -> web.Response:
         """Prometheus' text format."""
         fleet = self._readiness.fleet
-        text = self._metrics.text(fleet.view(), num_members=len(fleet.members()))
+        text = self._metrics.text(
+            fleet.view(), num_members=len(fleet.members()), num_peers=self._peers.num_connected
+        )
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
 

@@ -31,10 +31,16 @@ class RouterMetrics:
         self.continuations = self._counter(
             "continuations", "Attempts that failed after the first token", "reason"
         )
+        self.handed_back = self._counter(
+            "handed_back", "Requests that a worker gave up, by what came of it", "outcome"
+        )
+        self.moves = self._counter("moves", "Waiting requests moved away from hot workers")
         self.hit_tokens = self._counter(
             "hit_tokens", "Prompt tokens expected in the cache of the worker routed to"
         )
         self.in_flight = self._gauge("requests_in_flight", "Requests being served")
+        self.peers = self._gauge("peers", "Router replicas whose extended keys are followed")
+        self.keys_extended = self._gauge("keys_extended", "Prefixes whose keys are longer")
         self.workers = self._gauge(
             "workers", "Workers, by what they are to this router: prefill, decode, excluded", "use"
         )
@@ -57,9 +63,11 @@ class RouterMetrics:
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(f"{PREFIX}{name}", text, buckets=buckets, registry=self.registry)
 
-    def text(self, view: FleetView, *, num_members: int) -> bytes:
+    def text(self, view: FleetView, *, num_members: int, num_peers: int) -> bytes:
         """The exposition format; the fleet is counted as it is now."""
         workers = view.workers.values()
+        self.peers.set(num_peers)
+        self.keys_extended.set(view.keys.num_extended)
         self.workers.labels("prefill").set(sum(w.can_prefill for w in workers))
         self.workers.labels("decode").set(sum(w.can_decode for w in workers))
         self.workers.labels("excluded").set(num_members - len(workers))

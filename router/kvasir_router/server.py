@@ -7,6 +7,7 @@ finish within a bound, then the connections to the workers close.
 import asyncio
 import contextlib
 import logging
+import secrets
 
 from aiohttp import web
 
@@ -15,6 +16,9 @@ from kvasir_router.intake import Intake, TextModel
 from kvasir_router.membership.fleet import Fleet
 from kvasir_router.metrics import RouterMetrics
 from kvasir_router.openai.handlers import OpenAiApi
+from kvasir_router.peering.follow import Peers
+from kvasir_router.peering.service import RouterPeerService
+from kvasir_router.peering.wire import REPLICA_BYTES
 from kvasir_router.rpc.server import RpcServer
 from kvasir_router.rpc.service import InferenceService
 from kvasir_router.settings import RouterSettings
@@ -37,7 +41,12 @@ class RouterServer:
 
     def __init__(self, settings: RouterSettings, text: TextModel) -> None:
         self._settings = settings
-        self.fleet = Fleet(settings)
+        replica = secrets.token_bytes(REPLICA_BYTES)
+        self.fleet = Fleet(settings, replica=replica)
+        keys = self.fleet.view().keys
+        self.peers = Peers(
+            settings.peers, keys, replica=replica, interval_ms=settings.resolve_interval_ms
+        )
         self.metrics = RouterMetrics()
         self.readiness = Readiness(self.fleet)
         tenants = Tenants.load(settings.api_key_file)
@@ -50,7 +59,7 @@ class RouterServer:
         self._app = make_app(
             settings,
             api=OpenAiApi(settings, self._intake, self.dispatcher),
-            probes=Probes(self.readiness, self.metrics),
+            probes=Probes(self.readiness, self.peers, self.metrics),
             tenants=tenants,
             metrics=self.metrics,
         )
@@ -61,7 +70,7 @@ class RouterServer:
             tenants=tenants,
             metrics=self.metrics,
         )
-        self._rpc = RpcServer(settings, service)
+        self._rpc = RpcServer(settings, service, RouterPeerService(keys, replica=replica))
         self._runner = web.AppRunner(
             self._app,
             access_log=None,
@@ -80,6 +89,8 @@ class RouterServer:
         """
         self._tasks = [
             asyncio.create_task(self.fleet.run(), name="fleet"),
+            asyncio.create_task(self.peers.run(), name="peers"),
+            asyncio.create_task(self.dispatcher.moves.run(), name="moves"),
             asyncio.create_task(self._keep_health(), name="health"),
         ]
         await self._runner.setup()

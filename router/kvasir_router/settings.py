@@ -27,6 +27,10 @@ class RouterSettings(BaseModel):
     workers: tuple[str, ...] = ()
     """gRPC addresses: HOST:PORT, or dns:HOST:PORT for every address behind a name."""
 
+    peers: tuple[str, ...] = ()
+    """gRPC addresses of the other router replicas, or a dns: name of all of them, this one too.
+    They tell one another which keys are extended; without them each decides by what it sees."""
+
     ttft_slo_ms: int = Field(default=5_000, ge=1)
     """Target for the time to first token; a candidate above half of it loses its cache bonus."""
 
@@ -75,9 +79,9 @@ class RouterSettings(BaseModel):
     drain_timeout_ms: int = Field(default=30_000, ge=0)
     """At shutdown, streams may finish for this long."""
 
-    @field_validator("workers")
+    @field_validator("workers", "peers")
     @classmethod
-    def _check_workers(cls, workers: tuple[str, ...]) -> tuple[str, ...]:
-        for spec in workers:
+    def _check_specs(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
+        for spec in specs:
             parse_spec(spec)
-        return workers
+        return specs

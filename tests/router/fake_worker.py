@@ -35,6 +35,7 @@ class Script:
     stall_after: int | None = None  # tokens, then silence
     pause_after: int | None = None  # tokens, then it waits for `resume`
     fail_after: int | None = None  # tokens, then an ERROR frame
+    queue: bool = False  # it waits until it is handed back
     times: int = 1_000_000  # how many requests are treated so
 
 
@@ -54,12 +55,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     load: dict[str, Any] = field(default_factory=dict)
     draining: bool = False
     transfer_healthy: bool = True
+    blocks_unannounced: bool = False
     requests: list[worker_pb2.GenerateRequest] = field(default_factory=list)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     resume: asyncio.Event = field(default_factory=asyncio.Event)
     watchers: list[asyncio.Queue[worker_pb2.WorkerEvent]] = field(default_factory=list)
     held: set[bytes] = field(default_factory=set)
     mute: bool = False
+    waiting: dict[str, asyncio.Event] = field(default_factory=dict)
     grpc_port: int = 0
 
     async def start(self) -> "FakeWorker":
@@ -102,6 +105,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             context_length=512,
             draining=self.draining,
             kv_transfer_healthy=self.transfer_healthy,
+            blocks_unannounced=self.blocks_unannounced,
             kv_transfer_error="" if self.transfer_healthy else "canary failed",
             load=worker_pb2.WorkerLoad(**load),
         )
@@ -134,6 +138,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         finally:
             self.watchers.remove(queue)
 
+    async def HandBack(self, request, context):
+        """Requests that wait before their first token end as busy."""
+        found = [key for key in request.request_ids if key in self.waiting]
+        for key in found:
+            self.waiting.pop(key).set()
+        return worker_pb2.HandBackResponse(num_handed_back=len(found))
+
     def _scripted(self) -> Script:
         if self.script.times <= 0:
             return Script()
@@ -148,6 +159,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             error = KvasirError(script.refuse, "scripted", retry_after_ms=2_500)
             body = error_to_message(error).SerializeToString()
             return web.Response(status=error.status.http, body=body)
+        if script.queue:
+            handed_back = self.waiting[request.request_id] = asyncio.Event()
+            await handed_back.wait()
+            error = KvasirError(Reason.BUSY, "handed back")
+            return web.Response(status=429, body=error_to_message(error).SerializeToString())
         response = web.StreamResponse()
         await response.prepare(http)
         try:

@@ -69,7 +69,10 @@ class EventHub:
         metrics: WorkerMetrics,
         *,
         queue_max: int,
+        announces: bool = True,
     ) -> None:
+        """`announces`: watchers are told of blocks; else of the worker itself alone."""
+        self._announces = announces
         self._describe = describe
         self._metrics = metrics
         self._queue_max = queue_max
@@ -86,9 +89,9 @@ class EventHub:
         gone = [name for name in removed if self.held.pop(name, 0) is None]
         new = [name for name in stored if name not in self.held]
         self.held.update(dict.fromkeys(new))
-        if gone:
+        if gone and self._announces:
             self._send(worker_pb2.WorkerEvent(removed=gone))
-        if new:
+        if new and self._announces:
             self._send(worker_pb2.WorkerEvent(stored=new))
 
     def description_changed(self) -> None:
@@ -109,7 +112,7 @@ class EventHub:
         if len(self._watchers) >= WATCHERS_MAX:
             raise KvasirError(Reason.OVERLOADED, f"{WATCHERS_MAX} watchers are connected")
         interval_s = max(load_interval_ms or LOAD_INTERVAL_MS, LOAD_INTERVAL_MS_MIN) / 1000
-        watcher = Watcher(self.held, queue_max=self._queue_max)
+        watcher = Watcher(self.held if self._announces else (), queue_max=self._queue_max)
         self._watchers.add(watcher)
         try:
             async for event in self._numbered(watcher, interval_s):

@@ -72,7 +72,12 @@ class Host:
         self.state = WorkerState(Role(settings.role), max_requests=settings.max_requests)
         self.health = TransferHealth(failures_max=settings.transfer_failures_max)
         self.metrics = WorkerMetrics(self.gauges)
-        self.hub = EventHub(self.describe, self.metrics, queue_max=settings.watch_queue_max)
+        self.hub = EventHub(
+            self.describe,
+            self.metrics,
+            queue_max=settings.watch_queue_max,
+            announces=settings.block_events,
+        )
         self.in_flight = InFlight(
             self.state, self.metrics, timeout_ms_max=settings.request_timeout_ms
         )
@@ -145,6 +150,7 @@ class Host:
             kv_transfer_healthy=self.health.healthy,
             kv_transfer_error=self.health.error,
             version=_VERSION,
+            blocks_unannounced=not self.settings.block_events,
         )
         if self.serving is not None:
             _add_model(description, self.serving)

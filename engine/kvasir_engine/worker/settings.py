@@ -57,6 +57,8 @@ class WorkerSettings(PeerSettings):
     """Deadline of a request that names none, and the longest that one may name."""
     drain_timeout_ms: int = Field(default=60_000, ge=1)
     """How long running requests may take to end after SIGTERM."""
+    block_events: bool = True
+    """Tells routers which blocks it holds; without, they go by what they sent it."""
     watch_queue_max: int = Field(default=1024, ge=1)
     """Events waiting for one watcher; it must reconnect if it falls further behind."""
 

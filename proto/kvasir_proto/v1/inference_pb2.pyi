@@ -245,11 +245,17 @@ class FleetMember(_message.Message):
     BLOCKS_KNOWN_FIELD_NUMBER: _builtins.int
     REQUESTS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    TTFT_FACTOR_FIELD_NUMBER: _builtins.int
+    TTFT_ERROR_FIELD_NUMBER: _builtins.int
     reachable: _builtins.bool
     blocks_known: _builtins.int
     requests_in_flight: _builtins.int
     problem: _builtins.str
     """why it is not routed to, if it is not"""
+    ttft_factor: _builtins.float
+    """what experience multiplies estimates of its TTFT with"""
+    ttft_error: _builtins.float
+    """typical size of ln(actual / predicted TTFT) of late"""
     @_builtins.property
     def description(self) -> _worker_pb2.WorkerDescription: ...
     def __init__(
@@ -260,10 +266,12 @@ class FleetMember(_message.Message):
         blocks_known: _builtins.int = ...,
         requests_in_flight: _builtins.int = ...,
         problem: _builtins.str = ...,
+        ttft_factor: _builtins.float = ...,
+        ttft_error: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_known", b"blocks_known", "description", b"description", "problem", b"problem", "reachable", b"reachable", "requests_in_flight", b"requests_in_flight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_known", b"blocks_known", "description", b"description", "problem", b"problem", "reachable", b"reachable", "requests_in_flight", b"requests_in_flight", "ttft_error", b"ttft_error", "ttft_factor", b"ttft_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -81,6 +81,7 @@ class WorkerDescription(_message.Message):
     ISA_FIELD_NUMBER: _builtins.int
     NUM_THREADS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    BLOCKS_UNANNOUNCED_FIELD_NUMBER: _builtins.int
     role: _common_pb2.Role.ValueType
     model: _builtins.str
     """the name that clients use"""
@@ -95,6 +96,8 @@ class WorkerDescription(_message.Message):
     isa: _builtins.str
     num_threads: _builtins.int
     version: _builtins.str
+    blocks_unannounced: _builtins.bool
+    """true: it sends no block events; routers go by what they sent it"""
     @_builtins.property
     def address(self) -> _common_pb2.PeerAddress: ...
     @_builtins.property
@@ -117,10 +120,11 @@ class WorkerDescription(_message.Message):
         isa: _builtins.str = ...,
         num_threads: _builtins.int = ...,
         version: _builtins.str = ...,
+        blocks_unannounced: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "layout", b"layout", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "context_length", b"context_length", "draining", b"draining", "fingerprint", b"fingerprint", "isa", b"isa", "kv_transfer_error", b"kv_transfer_error", "kv_transfer_healthy", b"kv_transfer_healthy", "layout", b"layout", "load", b"load", "model", b"model", "num_threads", b"num_threads", "role", b"role", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_unannounced", b"blocks_unannounced", "context_length", b"context_length", "draining", b"draining", "fingerprint", b"fingerprint", "isa", b"isa", "kv_transfer_error", b"kv_transfer_error", "kv_transfer_healthy", b"kv_transfer_healthy", "layout", b"layout", "load", b"load", "model", b"model", "num_threads", b"num_threads", "role", b"role", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

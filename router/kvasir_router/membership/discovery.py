@@ -50,3 +50,24 @@ async def follow_dns(
             on_targets(targets)
             known = targets
         await asyncio.sleep(interval_ms / 1_000)
+
+
+async def follow_targets(
+    specs: Iterable[str], *, interval_ms: int, on_targets: Callable[[frozenset[str]], None]
+) -> None:
+    """Reports all targets of the specs, at once and whenever they change, for ever."""
+    specs = tuple(specs)
+    by_origin = {"": static_targets(specs)}
+    on_targets(by_origin[""])
+
+    async def follow(host: str, port: int) -> None:
+        def found(targets: frozenset[str]) -> None:
+            by_origin[f"{host}:{port}"] = targets
+            on_targets(frozenset().union(*by_origin.values()))
+
+        await follow_dns(host, port, interval_ms=interval_ms, on_targets=found)
+
+    async with asyncio.TaskGroup() as group:
+        for host, port in dns_names(specs):
+            group.create_task(follow(host, port))
+        await asyncio.Event().wait()

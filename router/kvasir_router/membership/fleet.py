@@ -7,6 +7,7 @@ is left to the core.
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
@@ -15,7 +16,7 @@ from kvasir_router.core.keys import KeyTree
 from kvasir_router.core.ledger import Ledger
 from kvasir_router.core.prefix import PrefixView
 from kvasir_router.membership import eligible
-from kvasir_router.membership.discovery import dns_names, follow_dns, static_targets
+from kvasir_router.membership.discovery import follow_targets
 from kvasir_router.membership.member import Member
 from kvasir_router.settings import RouterSettings
 
@@ -28,14 +29,14 @@ def now_ms() -> int:
 class Fleet:
     """Members by target, and what was learned from them."""
 
-    def __init__(self, settings: RouterSettings) -> None:
+    def __init__(self, settings: RouterSettings, *, replica: bytes) -> None:
+        """`replica`: names this life of this router to the others."""
         self._settings = settings
         self._members: dict[str, Member] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup
-        self._targets: dict[str, frozenset[str]] = {}  # origin -> its targets
         self._prefix = PrefixView(blocks_max=settings.blocks_known_max)
-        self._keys = KeyTree()
+        self._keys = KeyTree(replica=replica)
         self.ledger = Ledger()
         self._view = FleetView(
             prefix=self._prefix,
@@ -54,22 +55,13 @@ class Fleet:
     async def run(self) -> None:
         """Follows all members until cancelled."""
         async with asyncio.TaskGroup() as self._group:
-            self._set_targets("static", static_targets(self._settings.workers))
-            for host, port in dns_names(self._settings.workers):
-                self._group.create_task(self._follow_dns(host, port))
-            await asyncio.Event().wait()
+            await follow_targets(
+                self._settings.workers,
+                interval_ms=self._settings.resolve_interval_ms,
+                on_targets=self._set_targets,
+            )
 
-    async def _follow_dns(self, host: str, port: int) -> None:
-        await follow_dns(
-            host,
-            port,
-            interval_ms=self._settings.resolve_interval_ms,
-            on_targets=lambda targets: self._set_targets(f"{host}:{port}", targets),
-        )
-
-    def _set_targets(self, origin: str, targets: frozenset[str]) -> None:
-        self._targets[origin] = targets
-        wanted = frozenset().union(*self._targets.values())
+    def _set_targets(self, wanted: frozenset[str]) -> None:
         for target in self._members.keys() - wanted:
             self._tasks.pop(target).cancel()
             self._likeness.pop(target, None)
@@ -83,7 +75,9 @@ class Fleet:
 
     def on_event(self, member: Member, event: worker_pb2.WorkerEvent) -> None:
         """Learns from a member's event."""
-        if event.snapshot:
+        if member.description is not None and member.description.blocks_unannounced:
+            pass  # its cache is imitated, see `routed`
+        elif event.snapshot:
             self._prefix.snapshot(member.name, event.stored)
         else:
             self._prefix.removed(member.name, event.removed)
@@ -159,6 +153,24 @@ class Fleet:
         about = self._by_name[worker].description
         assert about is not None, worker
         return about.address
+
+    async def hand_back(self, worker: str, request_ids: Sequence[str], *, timeout_s: float) -> int:
+        """Asks a worker to hand requests back; returns how many it did.
+
+        Raises:
+            AioRpcError: it cannot be asked now.
+        """
+        member = self._by_name.get(worker)
+        return await member.hand_back(request_ids, timeout_s=timeout_s) if member else 0
+
+    def routed(self, request: Request, worker: str) -> None:
+        """A prompt goes to a worker: its blocks will be there, if it does not say so itself."""
+        member = self._by_name.get(worker)
+        about = member.description if member else None
+        if about is not None and about.blocks_unannounced:
+            self._prefix.routed(
+                worker, request.names, now_ms=now_ms(), blocks_max=about.load.blocks_total
+            )
 
     def is_lost(self, worker: str) -> bool:
         """Whether a member is unreachable. Who has left the fleet may still finish its streams."""

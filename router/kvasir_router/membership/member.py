@@ -52,6 +52,7 @@ class Member:
         self._listener = listener
         self._silence_s = silence_timeout_ms / 1_000
         self._sequence = 0
+        self._stub: worker_pb2_grpc.WorkerAsyncStub | None = None
 
     @property
     def name(self) -> str:
@@ -76,6 +77,17 @@ class Member:
             backoff_ms = BACKOFF_MS_MIN if was_reachable else min(2 * backoff_ms, BACKOFF_MS_MAX)
             await asyncio.sleep(backoff_ms * random.uniform(0.5, 1.0) / 1_000)
 
+    async def hand_back(self, request_ids: Sequence[str], *, timeout_s: float) -> int:
+        """Asks the worker to hand back those of these requests that still wait; how many did.
+
+        Raises:
+            AioRpcError: it cannot be asked now.
+        """
+        if self._stub is None:
+            return 0
+        request = worker_pb2.HandBackRequest(request_ids=request_ids)
+        return (await self._stub.HandBack(request, timeout=timeout_s)).num_handed_back
+
     def _lose(self, error: str) -> bool:
         was_reachable, self.reachable = self.reachable, False
         self.error = error
@@ -87,9 +99,9 @@ class Member:
     async def _follow(self) -> None:
         """One stream, to its end. Its deadline is per event: silence ends it."""
         async with grpc.aio.insecure_channel(self.target, options=_channel_options()) as channel:
-            stub = worker_pb2_grpc.WorkerStub(channel)
+            self._stub = worker_pb2_grpc.WorkerStub(channel)
             request = worker_pb2.WatchEventsRequest(load_interval_ms=LOAD_INTERVAL_MS)
-            call = stub.WatchEvents(request)
+            call = self._stub.WatchEvents(request)
             first = True
             while True:
                 async with asyncio.timeout(self._silence_s):

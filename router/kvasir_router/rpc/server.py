@@ -4,8 +4,9 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from kvasir_proto.v1 import inference_pb2
+from kvasir_proto.v1 import inference_pb2, peering_pb2, peering_pb2_grpc
 
+from kvasir_router.peering.service import RouterPeerService
 from kvasir_router.rpc.service import SERVICE, InferenceService
 from kvasir_router.settings import RouterSettings
 
@@ -14,9 +15,11 @@ STATUS_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class RpcServer:
-    """Serves kvasir.v1.Inference."""
+    """Serves kvasir.v1.Inference and, to the other replicas, kvasir.v1.RouterPeer."""
 
-    def __init__(self, settings: RouterSettings, service: InferenceService) -> None:
+    def __init__(
+        self, settings: RouterSettings, service: InferenceService, peering: RouterPeerService
+    ) -> None:
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             options=(
@@ -26,9 +29,11 @@ class RpcServer:
             maximum_concurrent_rpcs=settings.requests_in_flight_max,
         )
         self._server.add_generic_rpc_handlers((service.handler(),))
+        peering_pb2_grpc.add_RouterPeerServicer_to_server(peering, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (
             inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
+            peering_pb2.DESCRIPTOR.services_by_name["RouterPeer"].full_name,
             health.SERVICE_NAME,
             reflection.SERVICE_NAME,
         )

@@ -123,6 +123,8 @@ class InferenceService:
                     blocks_known=view.prefix.num_blocks.get(member.name, 0),
                     requests_in_flight=view.ledger.in_flight(member.name),
                     problem=problem,
+                    ttft_factor=view.calibration.factor(member.name),
+                    ttft_error=view.calibration.error(member.name),
                 )
                 for member, problem in self._fleet.members()
             ],

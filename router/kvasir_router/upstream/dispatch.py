@@ -21,12 +21,14 @@ from kvasir_proto.v1 import common_pb2, worker_pb2
 
 from kvasir_router.core.choose import Rejected, RejectReason, Route, excluding, pick
 from kvasir_router.core.fleet import Request
+from kvasir_router.core.rebalance import hand_back
 from kvasir_router.membership.fleet import Fleet, now_ms
 from kvasir_router.metrics import RouterMetrics
 from kvasir_router.settings import RouterSettings
 from kvasir_router.upstream.call import Call, Progress, Sink, generate_request
 from kvasir_router.upstream.client import Patience, WorkerClient, WorkerLostError
-from kvasir_router.upstream.retry import REFUSALS, Attempts, after_failure
+from kvasir_router.upstream.moves import Moves
+from kvasir_router.upstream.retry import REFUSALS, Attempts, after_failure, last_word
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Dispatcher:
     ) -> None:
         self._settings = settings
         self._fleet, self._client, self._metrics = fleet, client, metrics
+        self.moves = Moves(fleet, metrics)
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -69,6 +72,10 @@ class Dispatcher:
                     done = await self._attempt_all(call, request, sink, progress)
             except TimeoutError:
                 raise KvasirError(Reason.TIMEOUT, "the request's deadline has passed") from None
+            finally:
+                self.moves.forget(call.request_id)
+        if done.finish_reason == common_pb2.FINISH_REASON_STOP:
+            self._fleet.view().output.observe(done.usage.completion_tokens)
         self._metrics.served(call, progress)
         return done
 
@@ -113,14 +120,20 @@ class Dispatcher:
     ) -> worker_pb2.GenerateChunk:
         tried, last = Attempts(self._settings.attempts_max), None
         while True:
+            request = replace(request, waited_ms=now_ms() - call.arrived_ms)
             route, tried = await self._route(request, tried, last, progress)
             try:
                 return await self._attempt(call, request, route, sink, progress)
             except KvasirError as failure:
+                if failure.reason is Reason.BUSY and self.moves.take_moved(call.request_id):
+                    tried = replace(tried, exclude=tried.exclude | {route.computes})
+                    continue
                 self._note(call, failure, progress)
                 last = failure
             outcome = after_failure(tried, last, route, has_output=progress.has_output)
             if isinstance(outcome, KvasirError):
+                if last.reason in REFUSALS:
+                    self._metrics.handed_back.labels("refused").inc()
                 raise outcome
             tried = outcome
 
@@ -128,6 +141,9 @@ class Dispatcher:
         self, request: Request, tried: Attempts, last: KvasirError | None, progress: Progress
     ) -> tuple[Route, Attempts]:
         """The next route. When only workers that have failed are left, they get another chance."""
+        if tried.refused_by is not None:
+            assert last is not None, "it was handed back by an error"
+            return self._other_candidate(request, tried, last), tried
         decision = self._pick(request, tried)
         if isinstance(decision, Rejected) and tried.exclude:
             await asyncio.sleep(RETRY_PAUSE_MS * 2**tried.num_failed / 1_000)
@@ -141,6 +157,23 @@ class Dispatcher:
             raise last or error_of(decision)
         self._metrics.routed(decision)
         return decision, tried
+
+    def _other_candidate(self, request: Request, tried: Attempts, last: KvasirError) -> Route:
+        """Where a request goes that was handed back, if that is in time; else its client hears."""
+        assert tried.refused_by is not None
+        decision = hand_back(
+            self._fleet.view(),
+            excluding(request, *tried.exclude),
+            refused_by=tried.refused_by,
+            now_ms=now_ms(),
+        )
+        if isinstance(decision, Rejected):
+            self._metrics.rejected(decision)
+            self._metrics.handed_back.labels("refused").inc()
+            raise last_word(last)
+        self._metrics.routed(decision)
+        self._metrics.handed_back.labels("forwarded").inc()
+        return decision
 
     def _pick(self, request: Request, tried: Attempts) -> Route | Rejected:
         return pick(self._fleet.view(), excluding(request, *tried.exclude), now_ms=now_ms())
@@ -162,7 +195,12 @@ class Dispatcher:
         progress.num_attempts += 1
         if not progress.has_output:
             progress.sent_ms = now_ms()
-        with self._accounted(request, route), self._watched(route, progress) as lost:
+        self._fleet.routed(request, route.computes)
+        with (
+            self.moves.waiting(request, route),
+            self._accounted(request, route),
+            self._watched(route, progress) as lost,
+        ):
             async with contextlib.aclosing(self._frames(call, route, progress, lost)) as batches:
                 async for frames in batches:
                     is_done = bool(frames) and frames[-1].kind is FrameKind.DONE
@@ -182,6 +220,12 @@ class Dispatcher:
             progress.add(frame, now_ms=at_ms)
         if is_first:
             progress.route = route
+            self.moves.begun(call.request_id)
+            self._fleet.view().calibration.observe(
+                route.computes,
+                uncalibrated_ms=route.uncalibrated_ms,
+                actual_ms=at_ms - progress.sent_ms,
+            )
             self._fleet.ledger.prefilled(route.computes, request_id=call.request_id)
             await sink.begin(route)
         payloads = [frame.payload for frame in frames if frame.payload]

@@ -34,6 +34,8 @@ class Attempts:
     num_failed: int = 0
     num_refused: int = 0
     exclude: frozenset[str] = frozenset()
+    refused_by: str | None = None
+    """The worker that handed it back, if that is why another is tried."""
 
 
 def after_failure(
@@ -43,16 +45,18 @@ def after_failure(
     if failure.reason in CLIENTS_FAULT:
         return failure
     refused = failure.reason in REFUSALS
+    blamed = culprit(failure, route)
     tried = replace(
         tried,
         num_failed=tried.num_failed + 1,
         num_refused=tried.num_refused + refused,
-        exclude=tried.exclude | {culprit(failure, route)},
+        exclude=tried.exclude | {blamed},
+        refused_by=blamed if refused and not has_output else None,
     )
     if tried.num_failed >= tried.attempts_max:
-        return _last_word(failure)
+        return last_word(failure)
     if tried.num_refused >= REFUSALS_MAX and not has_output:
-        return _last_word(failure)
+        return last_word(failure)
     return tried
 
 
@@ -64,7 +68,7 @@ def culprit(failure: KvasirError, route: Route) -> str:
     return route.prefill if is_peers else route.decode
 
 
-def _last_word(failure: KvasirError) -> KvasirError:
+def last_word(failure: KvasirError) -> KvasirError:
     """The failure as the client should see it: `param` names a worker's field, not the client's."""
     if failure.reason in REFUSALS:
         retry_after_ms = failure.retry_after_ms or RETRY_AFTER_MS
