@@ -43,7 +43,8 @@ class Engine:
         self._random = random.Random(settings.seed)
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = itertools.count()
-        self.fleet = Fleet(settings, policy.discipline, self._random)
+        discipline = settings.worker_queue or policy.discipline
+        self.fleet = Fleet(settings, discipline, self._random)
         self.policies = [
             policy(view, settings, replica) for replica, view in enumerate(self.fleet.views)
         ]

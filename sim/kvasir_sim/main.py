@@ -1,5 +1,7 @@
 """One simulation, from its settings to its figures."""
 
+from collections.abc import Sequence
+
 from kvasir_sim.baselines import BASELINES
 from kvasir_sim.engine import Engine, Progress
 from kvasir_sim.kvasir_policy import KvasirPolicy
@@ -7,7 +9,7 @@ from kvasir_sim.policy import RoutingPolicy
 from kvasir_sim.readers import load_trace
 from kvasir_sim.result import SimResult, summarise
 from kvasir_sim.settings import SimSettings
-from kvasir_sim.trace import at_rate
+from kvasir_sim.trace import TraceRequest, at_rate
 
 POLICIES: dict[str, type[RoutingPolicy]] = {"kvasir": KvasirPolicy, **BASELINES}
 
@@ -20,6 +22,20 @@ def run_sim(settings: SimSettings, *, progress: Progress | None = None) -> SimRe
         ValueError: the trace is malformed, or nothing is left to count.
     """
     requests = load_trace(settings.trace, max_input=settings.max_input, count=settings.requests)
+    return simulate(settings, requests, progress=progress)
+
+
+def simulate(
+    settings: SimSettings,
+    requests: Sequence[TraceRequest],
+    *,
+    progress: Progress | None = None,
+) -> SimResult:
+    """As `run_sim`, of a trace that has been read.
+
+    Raises:
+        ValueError: nothing is left to count.
+    """
     engine = Engine(settings, POLICIES[settings.policy], progress=progress)
     engine.run(requests, at_rate(requests, settings.rate))
     counted = settings.warmup

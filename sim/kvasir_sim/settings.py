@@ -97,6 +97,10 @@ class SimSettings(BaseModel):
     slow_factor: float = Field(default=2.0, ge=1)
     """A slow worker takes this many times as long."""
 
+    worker_queue: Literal["fifo", "deadline"] | None = None
+    """How workers order what they were given: fifo, or Kvasir's admission queue, which may give a
+    request up. Not given: as the policy wants, deadline for kvasir and fifo for the others."""
+
     kv_node_tokens: int = Field(default=0, ge=0)
     """Tokens held by KV nodes that all workers share; 0: there are none."""
 

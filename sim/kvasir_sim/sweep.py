@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 
-from kvasir_sim.main import run_sim
+from kvasir_sim.main import simulate
+from kvasir_sim.readers import load_trace
 from kvasir_sim.result import SimResult
 from kvasir_sim.settings import PolicyName, SimSettings
+from kvasir_sim.trace import TraceRequest
 
 ATTAINMENT_WANTED = 0.9
 """Capacity is the highest rate at which this share of the requests meets its SLO."""
@@ -54,14 +56,16 @@ class Point:
 def run_sweep(
     runs: Sequence[SimSettings], *, num_processes: int, advance: Callable[[int], None]
 ) -> list[Point]:
-    """The figures of all runs; `advance(1)` is called as each ends.
+    """The figures of runs over one trace; `advance(1)` is called as each ends.
 
     Raises:
         OSError: the trace cannot be read.
         ValueError: the trace is malformed, or nothing is left to count.
     """
+    base = runs[0]
+    requests = load_trace(base.trace, max_input=base.max_input, count=base.requests)
     results: dict[int, SimResult] = {}
-    for index, result in _each(runs, num_processes):
+    for index, result in _each(runs, requests, num_processes):
         results[index] = result
         advance(1)
     return [
@@ -69,14 +73,16 @@ def run_sweep(
     ]
 
 
-def _each(runs: Sequence[SimSettings], num_processes: int) -> Iterator[tuple[int, SimResult]]:
+def _each(
+    runs: Sequence[SimSettings], requests: Sequence[TraceRequest], num_processes: int
+) -> Iterator[tuple[int, SimResult]]:
     if num_processes == 1:
         for index, run in enumerate(runs):
-            yield index, run_sim(run)
+            yield index, simulate(run, requests)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
-        pending = {pool.submit(run_sim, run): index for index, run in enumerate(runs)}
+        pending = {pool.submit(simulate, run, requests): index for index, run in enumerate(runs)}
         try:
             for done in as_completed(pending):
                 yield pending[done], done.result()

@@ -243,6 +243,17 @@ def test_every_request_is_answered_once(
     assert result == run_sim(chosen)
 
 
+@pytest.mark.parametrize(("queue", "refused"), [(None, 0), ("fifo", 0), ("deadline", 3)])
+def test_a_rule_may_be_given_kvasirs_queue(tmp_path: Path, queue: str | None, refused: int) -> None:
+    row = {"input_length": 1_000, "output_length": 1}
+    lines = [{**row, "timestamp": n, "hash_ids": [2 * n, 2 * n + 1]} for n in range(6)]
+    (tmp_path / "t").write_text("\n".join(map(json.dumps, lines)))
+    fields = {"trace": tmp_path / "t", "policy": "round-robin", "workers": 1, "warmup": 0}
+    fields |= {"rate": 100.0, "slo_ttft_ms": 3_500, "prefill_us_per_token": 1_000}
+    result = run_sim(SimSettings(**fields, worker_queue=queue))  # six at once, a second each
+    assert (result.refused, result.attainment) == (refused, 0.5)
+
+
 PUBLISHED = {
     # policy: attainment at 7, 8, 9 req/s with 1, 4 and 16 replicas, in an independent simulator
     "dualmap": {1: (1.0, 0.99, 0.94), 4: (0.99, 0.96, 0.86), 16: (0.98, 0.94, 0.82)},
