@@ -17,14 +17,15 @@ RUN /opt/build/bin/python -c "import tomllib; print(*tomllib.load(open('/src/pyp
 # 2. The native parts: compiled once into a build folder that step 3 finds up to date.
 WORKDIR /src
 ENV CMAKE_BUILD_PARALLEL_LEVEL=2
-COPY CMakeLists.txt LICENSE README.md ./
+COPY CMakeLists.txt LICENSE ./
 COPY engine/native engine/native
 COPY kvstore/native kvstore/native
 COPY router/native router/native
-RUN /opt/build/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['tool']['scikit-build']['wheel']['packages'], sep='\n')" | xargs mkdir -p \
+RUN /opt/build/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['tool']['scikit-build']['wheel']['packages'], sep='\n')" | xargs mkdir -p && touch README.md \
  && /opt/build/bin/pip wheel -q --no-build-isolation --no-deps -w /discarded .
 
 # 3. Kvasir's wheel.
+COPY README.md ./
 COPY proto proto
 COPY kvstore kvstore
 COPY engine engine

@@ -9,7 +9,7 @@ PACKAGES := operator router kvstore engine proto sim cli
 GENERATED := proto/kvasir_proto/v1 crds helm/kvasir docs/api.md
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check lint types drift gen format bench e2e clean redis
+.PHONY: help build demo test check lint types drift gen format bench e2e e2e-scale clean redis
 
 help: ## list these commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -55,6 +55,9 @@ bench: build ## engine and serving figures into bench/results
 
 e2e: build ## the whole on a real Kubernetes cluster (KUBECONFIG's, else a new kind cluster)
 	$(BIN)/python -m pytest e2e -p no:cacheprovider --timeout 900 -s
+
+e2e-scale: build ## the operator with 1,000 pools and 10,000 pods on a kind cluster, figures into bench/results
+	$(BIN)/python e2e/scale/scale.py --json bench/results/operator-scale.json
 
 redis:
 	@command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \

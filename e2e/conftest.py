@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e_shell import CommandError, Kubectl, run, say, show
+from e2e_shell import ROOT, CommandError, Helm, Kubectl, port_forward, run, say, show
 from kvasir_cli.models.smollm2 import models_folder
 
-ROOT = Path(__file__).parents[1]
 CLUSTER = "kvasir-e2e"
 NAMESPACE = "kvasir-e2e"
 SYSTEM_NAMESPACE = "kvasir-e2e-system"
@@ -65,7 +64,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         return
     kubeconfig = str(folder / "kubeconfig")
     node_image = os.environ.get("KIND_NODE_IMAGE", "")
-    run("kind", "delete", "cluster", "--name", CLUSTER, limit_s=120)
+    run("kind", "delete", "cluster", "--name", CLUSTER, limit_s=300)
     command = ["kind", "create", "cluster", "--name", CLUSTER, "--wait", "180s"]
     command += ["--config", str(ROOT / "e2e/kind.yaml"), "--kubeconfig", kubeconfig]
     run(*command, *(["--image", node_image] if node_image else []), limit_s=360)
@@ -73,7 +72,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if os.environ.get("KEEP"):
         say(f"the cluster stays: kind get kubeconfig --name {CLUSTER}")
         return
-    run("kind", "delete", "cluster", "--name", CLUSTER, limit_s=120)
+    run("kind", "delete", "cluster", "--name", CLUSTER, limit_s=300)
 
 
 @pytest.fixture(scope="session")
@@ -116,6 +115,30 @@ def kubectl(cluster: Cluster) -> Kubectl:
 def operator(cluster: Cluster) -> Kubectl:
     """kubectl in the operator's namespace."""
     return Kubectl(cluster.kubeconfig, SYSTEM_NAMESPACE, cache=cluster.cache)
+
+
+@pytest.fixture(scope="session")
+def helm(cluster: Cluster, images: Images) -> Helm:
+    """helm in the operator's namespace, with the values that the suite installs the chart with."""
+    repository, tag = images.kvasir.rsplit(":", 1)
+    values = (
+        *(f"image.repository={repository}", f"image.tag={tag}"),
+        *("operator.replicas=2", "networkPolicy.enabled=true", "dashboards.enabled=true"),
+    )
+    return Helm(cluster.kubeconfig, SYSTEM_NAMESPACE, values=values)
+
+
+@pytest.fixture(scope="session")
+def is_kind(cluster: Cluster) -> bool:
+    """Whether the cluster is one of kind: its nodes can be stopped."""
+    return bool(cluster.kind_name)
+
+
+@pytest.fixture
+def router(kubectl: Kubectl) -> Iterator[str]:
+    """The router's Service on this machine."""
+    with port_forward(kubectl, "service/smollm2-router", 8000) as url:
+        yield url
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -1,11 +1,13 @@
-"""Chat requests over the OpenAI HTTP API, streamed."""
+"""Chat requests over the OpenAI HTTP API, streamed; as a script, clients that ask all the time."""
 
+import http.client
+import itertools
 import json
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +63,8 @@ def chat(url: str, *messages: Message, limit_s: float = 60, **params: Any) -> An
                 _read_event(line.decode().strip(), answer, started_s)
     except urllib.error.HTTPError as error:
         raise CommandError(f"status {error.code}: {error.read().decode()}") from error
+    except http.client.HTTPException as error:
+        raise CommandError(f"{error!r}, after {answer.text!r}") from error
     if not answer.finish_reason:
         raise CommandError(f"the stream ended early, after {answer.text!r}")
     return answer
@@ -97,49 +101,48 @@ def tell(answer: Answer) -> None:
     )
 
 
+@dataclass(frozen=True)
 class Load:
-    """Clients that each ask one thing after another, until stopped; counts failures."""
+    """What clients ask again and again; `system` may hold {name}, which no two requests share."""
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        num_clients: int,
-        ask: Callable[[str], Sequence[Message]] = lambda name: [user(f"Tell me story {name}.")],
-        limit_s: float = 60,
-        **params: Any,
-    ) -> None:
-        self._url = url
-        self._ask = ask
-        self._limit_s = limit_s
-        self._params = params
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._threads = [
-            threading.Thread(target=self._run, args=(name,), daemon=True)
-            for name in "abcdefgh"[:num_clients]
-        ]
-        self.num_done = 0
-        self.failures: list[str] = []
+    url: str
+    num_clients: int
+    system: str
+    limit_s: float
+    params: dict[str, Any]
 
-    def _run(self, name: str) -> None:
-        while not self._stop.is_set():
-            messages = self._ask(f"{name}{self.num_done}")
+
+def run_load(load: Load) -> None:
+    """Ask until standard input ends; a line per request: done, or what went wrong."""
+    stop, lock = threading.Event(), threading.Lock()
+
+    def report(text: str) -> None:
+        with lock:
+            print(text.replace("\n", " "), flush=True)
+
+    def ask(client: int) -> None:
+        for count in itertools.count():
+            if stop.is_set():
+                return
+            name = f"{client}-{count}"
+            prompt = [system(load.system.format(name=name))] if load.system else []
+            asked = user(QUESTION if load.system else f"Tell me story {name}.")
             try:
-                chat(self._url, *messages, limit_s=self._limit_s, **self._params)
-                with self._lock:
-                    self.num_done += 1
+                chat(load.url, *prompt, asked, limit_s=load.limit_s, **load.params)
+                report("done")
             except (CommandError, OSError) as error:
-                self.failures.append(str(error))
-                self._stop.wait(0.2)
+                report(f"{time.strftime('%H:%M:%S')} {type(error).__name__} {error}")
+                stop.wait(0.2)
 
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(load.num_clients)]
+    for thread in threads:
+        thread.start()
+    sys.stdin.read()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    print("ended", flush=True)
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(self._limit_s + 10)
-        say(f"load: {self.num_done} requests done, {len(self.failures)} failed")
+
+if __name__ == "__main__":
+    run_load(Load(**json.loads(sys.argv[1])))

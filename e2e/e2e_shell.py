@@ -7,7 +7,7 @@ import select
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 POLL_INTERVAL_S = 0.5
 OUTPUT_LINES_MAX = 60
 PORT_FORWARD_LIMIT_S = 30
+ROOT = Path(__file__).parents[1]
 
 
 class CommandError(AssertionError):
@@ -42,6 +43,7 @@ def run(
     expect_failure: bool = False,
     quiet: bool = False,
     env: dict[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> str:
     """Run a command to its end; standard output, or of an expected failure also the errors."""
     if not quiet:
@@ -55,6 +57,7 @@ def run(
             timeout=limit_s,
             check=False,
             env={**os.environ, **(env or {})},
+            cwd=cwd,
         )
     except subprocess.TimeoutExpired as error:
         raise CommandError(f"{command[0]}: no end after {limit_s:.0f} s: {command}") from error
@@ -173,10 +176,28 @@ def followed_log(kubectl: Kubectl, pod: str, folder: Path) -> Iterator[Path]:
 
 
 def metric(url: str, name: str, **labels: str) -> float:
-    """One metric of a process, summed over the labels that are not given; 0 if it is not there."""
+    """One metric of a process, summed over the labels that are not given; 0 if it is not there.
+
+    A value that begins with "!" is one that the label must not have.
+    """
     text = urllib.request.urlopen(f"{url}/metrics", timeout=20).read().decode()
     total = 0.0
     for found in re.finditer(rf"^{name}({{.*}})? (.+)$", text, re.MULTILINE):
-        if all(f'{key}="{value}"' in (found[1] or "") for key, value in labels.items()):
-            total += float(found[2])
+        total += float(found[2]) * all(
+            (f'{key}="{value.removeprefix("!")}"' in (found[1] or "")) != value.startswith("!")
+            for key, value in labels.items()
+        )
     return total
+
+
+class Helm:
+    """helm with one kubeconfig and one namespace, run in the project's root."""
+
+    def __init__(self, kubeconfig: str, namespace: str, *, values: Sequence[str]) -> None:
+        self.values = tuple(word for value in values for word in ("--set", value))
+        self._where = ("--kubeconfig", kubeconfig, "--namespace", namespace)
+
+    def __call__(self, *args: str, **options: Any) -> str:
+        """Run one command; the notes of the chart are not printed."""
+        say("$ helm " + " ".join(args))
+        return run("helm", *args, *self._where, quiet=True, cwd=ROOT, **options)

@@ -1,0 +1,93 @@
+"""What the steps ask of the cluster: metrics of the operator, pods of a role, a settled state."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from e2e_shell import Kubectl, metric, port_forward, wait_for
+
+SERVICE = "msvc/smollm2"
+DECODE = "dcp/smollm2-decode"
+PREFILL = "pfp/smollm2-prefill"
+KINDS = "msvc,pfp,dcp,kvp"
+PARTS = "deployments,statefulsets,replicasets,services,pods,poddisruptionbudgets,serviceaccounts"
+CRDS = tuple(
+    f"crd/{plural}.kvasir.dev"
+    for plural in ("modelservices", "prefillpools", "decodepools", "kvcachepools")
+)
+OPERATOR = "app.kubernetes.io/name=kvasir-operator"
+OURS = "app.kubernetes.io/managed-by=kvasir-operator"
+DRAINS = "kvasir_operator_drains_total"
+ROLES = ("router", "prefill", "decode", "kv")
+
+
+def operator_metric(operator: Kubectl, name: str, **labels: str) -> float:
+    """One counter of the operator, summed over its pods and the labels that are not given."""
+    total = 0.0
+    for pod in operator.names("pods", "-l", OPERATOR):
+        with port_forward(operator, pod, 8080) as url:
+            total += metric(url, name, **labels)
+    return total
+
+
+def find_pods(kubectl: Kubectl, *roles: str) -> list[dict[str, Any]]:
+    """The pods of these roles that are not on their way out."""
+    pods = kubectl.json("pods", "-l", f"kvasir.dev/role in ({','.join(roles)})")["items"]
+    return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+
+def ready_pods(kubectl: Kubectl, *roles: str) -> dict[str, str]:
+    """The UIDs of the ready pods of these roles, by name."""
+    return {
+        pod["metadata"]["name"]: pod["metadata"]["uid"]
+        for pod in find_pods(kubectl, *roles)
+        if is_ready(pod)
+    }
+
+
+def is_ready(pod: Mapping[str, Any]) -> bool:
+    """Whether the pod's condition Ready is true."""
+    conditions = pod.get("status", {}).get("conditions", [])
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+
+
+def wait_for_ready(
+    kubectl: Kubectl, role: str, number: int, *, without: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Wait until a role has exactly this many pods, all ready and none of those in `without`."""
+
+    def found() -> dict[str, str]:
+        pods = find_pods(kubectl, role)
+        ready = ready_pods(kubectl, role)
+        is_all = len(pods) == len(ready) == number
+        return ready if is_all and not set(ready.values()) & set((without or {}).values()) else {}
+
+    what = f"{number} {role} pods" + (" in place of those before" if without else "")
+    pods: dict[str, str] = wait_for(what, found, limit_s=240)
+    return pods
+
+
+def wait_until_settled(kubectl: Kubectl, *, limit_s: float) -> None:
+    """Wait until the service is available and nothing is under way.
+
+    A change that the operator has not seen yet leaves the conditions as they were: callers first
+    wait for what the change brings.
+    """
+    wanted = {"Available": "True", "Progressing": "False", "Degraded": "False"}
+
+    def is_settled() -> bool:
+        for item in kubectl.json(KINDS)["items"]:
+            status = item.get("status", {})
+            found = {c["type"]: c["status"] for c in status.get("conditions", [])}
+            if any(found.get(kind) != state for kind, state in wanted.items()):
+                return False
+            if status["observedGeneration"] != item["metadata"]["generation"]:
+                return False
+        return True
+
+    wait_for("everything to be settled", is_settled, limit_s=limit_s)
+
+
+def patch(kubectl: Kubectl, what: str, change: object, **options: Any) -> str:
+    """Change fields of an object by a merge patch."""
+    return kubectl("patch", what, "--type=merge", "-p", json.dumps(change), **options)

@@ -1,0 +1,141 @@
+"""Parts are killed, a node is lost: requests go on, and what was lost comes back."""
+
+import time
+
+import pytest
+from conftest import NAMESPACE, Cluster
+from e2e_chat import QUESTION, chat, system, tell, user
+from e2e_clients import Clients
+from e2e_cluster import (
+    DECODE,
+    SERVICE,
+    find_pods,
+    patch,
+    ready_pods,
+    wait_for_ready,
+    wait_until_settled,
+)
+from e2e_shell import Kubectl, run, say, wait_for
+from kvasir_cli.demo import SYSTEM
+
+UNCACHED = "This is talk {name}. " + SYSTEM  # no worker has its beginning
+KILL = ("--force", "--grace-period=0", "--wait=false")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_killed_worker_is_not_missed(kubectl: Kubectl, role: str) -> None:
+    before = ready_pods(kubectl, role)
+    victim = next(iter(before))
+    with Clients(kubectl, num_clients=3, system=UNCACHED) as load:
+        wait_for("answers under load", load.has_done(3), limit_s=90)
+        kubectl("delete", "pod", victim, *KILL)
+        wait_for("answers after the kill", load.has_done(6), limit_s=90)
+        wait_for_ready(kubectl, role, len(before), without={victim: before[victim]})
+    assert load.failures == []
+    wait_until_settled(kubectl, limit_s=60)
+
+
+@pytest.mark.timeout(360)
+def test_kv_outlives_the_workers(kubectl: Kubectl, router: str) -> None:
+    """Several prompts: a worker that has just started may compute rather than fetch."""
+    prompts = [system(f"Be {manner}. {SYSTEM}") for manner in ("kind", "calm", "exact")]
+    for prompt in prompts:
+        chat(router, prompt, user(QUESTION))
+    before = {role: ready_pods(kubectl, role) for role in ("prefill", "decode")}
+    kubectl("delete", "pods", *before["prefill"], *before["decode"], "--wait=false")
+    for role, pods in before.items():
+        wait_for_ready(kubectl, role, len(pods), without=pods)
+    wait_until_settled(kubectl, limit_s=60)
+    num_fetched = 0
+    for prompt in prompts:
+        answer = chat(router, prompt, user(QUESTION))
+        tell(answer)
+        assert "Paris" in answer.text
+        num_fetched += answer.stats["tokens_cached_fetched"]
+    assert num_fetched > 0, "nothing came from the KV node"
+
+
+@pytest.mark.timeout(240)
+def test_requests_pass_without_the_kv_node(kubectl: Kubectl, router: str) -> None:
+    before = ready_pods(kubectl, "kv")
+    kubectl("delete", "pod", *before, "--wait=false")
+    answer = chat(router, system("Be polite. " + SYSTEM), user(QUESTION))
+    tell(answer)
+    assert "Paris" in answer.text
+    wait_for_ready(kubectl, "kv", len(before), without=before)
+    wait_until_settled(kubectl, limit_s=60)
+
+
+@pytest.mark.timeout(400)
+def test_router_replica_goes_and_is_killed(kubectl: Kubectl) -> None:
+    """One that is told to go finishes its streams; one that is killed takes only its own along."""
+    patch(kubectl, SERVICE, {"spec": {"router": {"replicas": 2}}})
+    before = wait_for_ready(kubectl, "router", 2)
+    first, second = before
+    with Clients(kubectl, num_clients=4) as load:
+        wait_for("answers of two routers", load.has_done(8), limit_s=90)
+        kubectl("delete", "pod", first, "--wait=false")
+        wait_for_ready(kubectl, "router", 2, without={first: before[first]})
+        wait_for("answers after it went", load.has_done(8), limit_s=90)
+    assert load.failures == []
+    with Clients(kubectl, num_clients=4) as load:
+        wait_for("answers of two routers", load.has_done(8), limit_s=90)
+        kubectl("delete", "pod", second, *KILL)
+        wait_for_ready(kubectl, "router", 2, without=before)
+    say(f"{len(load.failures)} of 4 clients lost an answer with their router")
+    assert len(load.failures) <= 4
+    with Clients(kubectl, num_clients=4) as load:
+        wait_for("answers after the kill", load.has_done(8), limit_s=90)
+    assert load.failures == []
+    patch(kubectl, SERVICE, {"spec": {"router": {"replicas": 1}}})
+    wait_for_ready(kubectl, "router", 1)
+    wait_until_settled(kubectl, limit_s=60)
+
+
+@pytest.mark.timeout(180)
+def test_standby_operator_takes_over(kubectl: Kubectl, operator: Kubectl) -> None:
+    before = _leader(operator)
+    kubectl("delete", "-n", operator.namespace, "pod", before, *KILL)
+    started_s = time.monotonic()
+    wait_for("another operator to lead", lambda: _leader(operator) not in ("", before), limit_s=60)
+    say(f"{_leader(operator)} leads {time.monotonic() - started_s:.1f} s after {before} was killed")
+    kubectl("scale", DECODE, "--replicas=3")
+    wait_for_ready(kubectl, "decode", 3)
+    kubectl("scale", DECODE, "--replicas=2")
+    wait_for_ready(kubectl, "decode", 2)
+    wait_until_settled(kubectl, limit_s=60)
+    kubectl("rollout", "status", "-n", operator.namespace, "deployment/kvasir-operator")
+
+
+def _leader(operator: Kubectl) -> str:
+    """The operator pod that holds the Lease; empty: it is free."""
+    lease = operator.json("lease/kvasir-operator")
+    return str(lease["spec"].get("holderIdentity", ""))
+
+
+@pytest.mark.timeout(480)
+def test_lost_node_is_not_missed(cluster: Cluster, kubectl: Kubectl) -> None:
+    """A worker node without a router stops under load, and comes back."""
+    if not cluster.kind_name:
+        pytest.skip("only a node of kind can be stopped from here")
+    routers = {pod["spec"]["nodeName"] for pod in find_pods(kubectl, "router")}
+    pods = find_pods(kubectl, "prefill", "decode", "kv")
+    nodes = {pod["spec"]["nodeName"] for pod in pods} - routers
+    assert nodes, "all pods are on one node"
+    node = nodes.pop()
+    lost = [pod["metadata"]["name"] for pod in pods if pod["spec"]["nodeName"] == node]
+    say(f"node {node} is lost with {', '.join(lost)}")
+    with Clients(kubectl, num_clients=3, system=UNCACHED) as load:
+        wait_for("answers under load", load.has_done(3), limit_s=90)
+        run("docker", "stop", "--time", "1", node, limit_s=60)
+        wait_for("answers without the node", load.has_done(6), limit_s=120)
+        kubectl(
+            "wait", "--for=condition=Ready=Unknown", f"node/{node}", "--timeout=120s", limit_s=130
+        )
+        wait_for("answers when it is missed", load.has_done(6), limit_s=120)
+        run("docker", "start", node, limit_s=60)
+        kubectl("wait", "--for=condition=Ready", f"node/{node}", "--timeout=120s", limit_s=130)
+        wait_until_settled(kubectl, limit_s=180)
+    assert load.failures == []
+    kubectl("get", "pods", "-n", NAMESPACE, "-o", "wide")

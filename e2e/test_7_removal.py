@@ -1,0 +1,54 @@
+"""The operator goes and comes back unnoticed, and leaves nothing when it is told."""
+
+import pytest
+from conftest import NAMESPACE, SYSTEM_NAMESPACE
+from e2e_clients import Clients
+from e2e_cluster import CRDS, OPERATOR, OURS, PARTS, ROLES, SERVICE, ready_pods, wait_until_settled
+from e2e_shell import Helm, Kubectl, say, wait_for
+
+
+@pytest.mark.timeout(60)
+def test_operator_had_no_trouble(operator: Kubectl) -> None:
+    for pod in operator.json("pods", "-l", OPERATOR)["items"]:
+        name = pod["metadata"]["name"]
+        log = operator("logs", name, "--tail=-1", quiet=True)
+        trouble = [line for line in log.splitlines() if " ERROR " in line or "Traceback" in line]
+        assert [line for line in trouble if "the lease" not in line] == []  # a busy machine
+        assert "forbidden" not in log.lower()
+        say(f"{name}: {len(log.splitlines())} lines of log, no error")
+
+
+@pytest.mark.timeout(240)
+def test_service_outlives_the_operator(helm: Helm, kubectl: Kubectl) -> None:
+    """The CRDs stay, and with them every resource and all that serves."""
+    before = ready_pods(kubectl, *ROLES)
+    with Clients(kubectl, num_clients=2) as load:
+        helm("uninstall", "kvasir", "--wait", limit_s=120)
+        wait_for("answers without an operator", load.has_done(4), limit_s=60)
+        helm("install", "kvasir", "helm/kvasir", *helm.values, "--wait", limit_s=200)
+        wait_for("answers with a new operator", load.has_done(4), limit_s=60)
+    assert load.failures == []
+    wait_until_settled(kubectl, limit_s=60)
+    assert ready_pods(kubectl, *ROLES) == before
+
+
+@pytest.mark.timeout(400)
+def test_uninstall_leaves_nothing(helm: Helm, kubectl: Kubectl, operator: Kubectl) -> None:
+    kubectl("delete", SERVICE)
+    wait_for(
+        "pools and children to be gone",
+        lambda: not kubectl.names(f"pfp,dcp,kvp,{PARTS}", "-l", OURS),
+        limit_s=150,
+    )
+    helm("uninstall", "kvasir", "--wait", limit_s=120)
+    operator("delete", *CRDS, limit_s=90)
+    left = [
+        name
+        for name in operator.names(
+            "crd,clusterroles,clusterrolebindings,validatingwebhookconfigurations"
+        )
+        if "kvasir" in name.rsplit("/", 1)[1]
+    ]
+    assert left == []
+    wait_for("the operator to be gone", lambda: not operator.names("all,leases"), limit_s=90)
+    operator("delete", "namespace", NAMESPACE, SYSTEM_NAMESPACE, limit_s=150)
