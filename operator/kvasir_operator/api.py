@@ -164,6 +164,14 @@ class WorkerPoolSpec(WorkerSettings, Replicas, ImageSettings):
     redis_url: str | None = Field(
         default=None, max_length=1024, description="Redis with the index of blocks; absent: none."
     )
+    lent_replicas: int = Field(
+        default=0,
+        ge=0,
+        le=REPLICAS_MAX,
+        description="How many of the pool's workers serve in the other role (a PrefillPool's as "
+        "decode workers, a DecodePool's as prefill workers). They change without a restart and "
+        "keep their KV; one always stays. Set by the planner.",
+    )
     updated_max: int | None = Field(
         default=None,
         ge=0,
@@ -203,6 +211,18 @@ class DrainingPod(ApiModel):
     )
 
 
+class RoleFlip(ApiModel):
+    """A worker that serves, or is about to serve, in another role than its pool's."""
+
+    name: str = Field(description="Name of the pod.")
+    from_role: str = Field(alias="from", description="The role that it had.")
+    to: str = Field(description="The role that it gets.")
+    phase: Literal["Cordon", "Flip", "Warm", "Serve"] = Field(
+        description="Cordon: it is being told. Flip: it has changed, routers have yet to hear of "
+        "it. Warm: routers know, but cannot send it requests yet. Serve: it serves."
+    )
+
+
 class Conditions(ApiModel):
     """The part of a status that all kinds share."""
 
@@ -237,6 +257,14 @@ class PoolStatus(Conditions):
     )
     selector: str | None = Field(
         default=None, description="Label selector of the pods, for autoscalers."
+    )
+    lent_replicas: int | None = Field(
+        default=None, description="Workers that serve in the other role at present."
+    )
+    role_flips: tuple[RoleFlip, ...] = Field(
+        default=(),
+        json_schema_extra=map_list("name"),
+        description="Workers that are lent to the other role, or on their way there or back.",
     )
     draining_pods: tuple[DrainingPod, ...] = Field(
         default=(),

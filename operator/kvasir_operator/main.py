@@ -21,6 +21,8 @@ from kvasir_operator.errors import ClusterError, LeaseLostError
 from kvasir_operator.health import Health, start_http
 from kvasir_operator.leader import Elector
 from kvasir_operator.reconcile import Reconciler
+from kvasir_operator.roles import RoleSetter
+from kvasir_operator.routers import Routers
 from kvasir_operator.settings import OperatorSettings
 from kvasir_operator.watch import make_registry, make_settings
 from kvasir_operator.workqueue import WorkQueue
@@ -61,8 +63,14 @@ class Operator:
             )
         self._drainer = Drainer(on_progress=self._queue.add)
         self._audit = WatchAudit()
+        self._roles = RoleSetter(on_progress=self._queue.add)
         self._reconciler = Reconciler(
-            self._cluster, self._drainer, self._audit, default_image=settings.image
+            self._cluster,
+            self._drainer,
+            self._audit,
+            self._roles,
+            Routers(),
+            default_image=settings.image,
         )
 
     def stop(self) -> None:
@@ -79,6 +87,7 @@ class Operator:
                 await self._serve(http)
         finally:
             await self._drainer.close()
+            await self._roles.close()
             if self._elector is not None:
                 await self._elector.give_back()
             await self._cluster.close()
@@ -179,6 +188,7 @@ class Operator:
             for task in (*reconcilers, *others):
                 task.cancel()
             await self._drainer.close()
+            await self._roles.close()
             await http.cleanup()
             await watching
 

@@ -34,6 +34,12 @@ QUEUE_DEPTH = Gauge(
 DRAINS = Counter(
     "kvasir_operator_drains", "Drains of workers by outcome.", ["outcome"], registry=REGISTRY
 )
+ROLE_FLIPS = Counter(
+    "kvasir_operator_role_flips",
+    "Workers told another role, by outcome.",
+    ["outcome"],
+    registry=REGISTRY,
+)
 LEADING = Gauge("kvasir_operator_leading", "Whether this process leads.", registry=REGISTRY)
 WATCH_LAG_SECONDS = Gauge(
     "kvasir_operator_watch_lag_seconds",

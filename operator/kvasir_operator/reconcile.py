@@ -24,6 +24,7 @@ from kvasir_operator.core.manifests import (
     Manifest,
     Ref,
     ref_of,
+    role_labels,
     selector_text,
 )
 from kvasir_operator.core.ownership import AUTOSCALER_KIND
@@ -33,11 +34,14 @@ from kvasir_operator.core.plan import (
     listed_children,
     make_plan,
     pod_labels,
+    service_of,
 )
-from kvasir_operator.core.views import PodView
+from kvasir_operator.core.views import PodView, WorkerFacts
 from kvasir_operator.core.world import Plan, World
 from kvasir_operator.drain import Drainer
 from kvasir_operator.errors import ClusterError
+from kvasir_operator.roles import RoleSetter
+from kvasir_operator.routers import Routers
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +61,19 @@ class Reconciler:
     """Reconciles any of Kvasir's custom resources."""
 
     def __init__(
-        self, cluster: Cluster, drainer: Drainer, audit: WatchAudit, *, default_image: str
+        self,
+        cluster: Cluster,
+        drainer: Drainer,
+        audit: WatchAudit,
+        roles: RoleSetter,
+        routers: Routers,
+        *,
+        default_image: str,
     ) -> None:
         self._cluster = cluster
         self._drainer = drainer
+        self._roles = roles
+        self._routers = routers
         self._audit = audit
         self._default_image = default_image
 
@@ -121,8 +134,19 @@ class Reconciler:
             pods=pods,
             warnings=await self._warnings(world.owner.namespace, [*live.values(), *pods]),
             drains=self._drainer.views(),
+            facts=await self._facts(obj),
+            told_roles=self._roles.told(),
             autoscalers=autoscalers,
         )
+
+    async def _facts(self, obj: Manifest) -> Mapping[str, WorkerFacts] | None:
+        """What the routers of a worker pool's ModelService know of its workers."""
+        service = service_of(obj)
+        if service is None:
+            return None
+        labels = selector_text(role_labels(service, "router"))
+        pods = await self._cluster.list("Pod", service.namespace, labels=labels)
+        return await self._routers.facts(service.ref, pods)
 
     def _audit_reads(
         self, obj: Manifest, live: Mapping[Ref, Manifest], pods: list[Manifest]
@@ -177,6 +201,8 @@ class Reconciler:
         num_writes = 0
         for pod in plan.drains:
             num_writes += await self._start_drain(world, pod, plan.drain_timeout_s)
+        for pod, role in plan.roles:
+            self._roles.start(world.owner.ref, pod, role)
         for pod in plan.restarts:
             await self._cluster.delete(_pod_ref(world, pod), uid=pod.uid)
             num_writes += 1

@@ -26,10 +26,10 @@ def step_of(goal: Goal, *pods: PodView, drained: Sequence[str] = ()) -> Step:
 
 LEAST = {
     "requests": (make_pod_view("a", num_requests=2), make_pod_view("b", num_requests=1)),
-    "blocks": (make_pod_view("a", num_blocks_used=9), make_pod_view("b", num_blocks_used=3)),
+    "blocks": (make_pod_view("a", num_blocks_held=9), make_pod_view("b", num_blocks_held=3)),
     "requests before blocks": (
         make_pod_view("a", num_requests=1),
-        make_pod_view("b", num_blocks_used=99),
+        make_pod_view("b", num_blocks_held=99),
     ),
     "one that cannot serve": (make_pod_view("a"), make_pod_view("b", is_ready=False)),
 }
@@ -216,7 +216,7 @@ def test_a_rollout_is_reversible_at_any_step(
             make_pod_view,
             st.uuids().map(str),
             num_requests=st.integers(0, 3),
-            num_blocks_used=st.integers(0, 3),
+            num_blocks_held=st.integers(0, 3),
             is_ready=st.booleans(),
         ),
         max_size=8,

@@ -10,6 +10,8 @@ from kvasir_operator.core.manifests import (
 from kvasir_operator.core.views import DrainView, PodView
 from kvasir_operator.errors import ClusterError
 from kvasir_operator.reconcile import Reconciler
+from kvasir_operator.roles import RoleSetter
+from kvasir_operator.routers import Routers
 from operator_builders import (
     FakeCluster,
     condition_of,
@@ -47,7 +49,15 @@ class FakeDrainer:
 
 def make_reconciler(cluster: FakeCluster, drainer: FakeDrainer | None = None) -> Reconciler:
     """A reconciler of this cluster."""
-    return Reconciler(cluster, drainer or FakeDrainer(), WatchAudit(), default_image="kvasir:test")
+    setter = RoleSetter(on_progress=lambda _: None)
+    return Reconciler(
+        cluster,
+        drainer or FakeDrainer(),
+        WatchAudit(),
+        setter,
+        Routers(),
+        default_image="kvasir:test",
+    )
 
 
 def settle(cluster: FakeCluster, *, pods: int) -> None:

@@ -38,6 +38,7 @@ class Reason(enum.StrEnum):
     SCALING = "Scaling"
     ROLLING_OUT = "RollingOut"
     STARTING = "Starting"
+    NOT_ROUTABLE = "NotRoutable"  # pods are ready, but routers do not send them requests yet
     DRAINING = "Draining"
     NOT_DRAINING = "NotDraining"
     SEVERAL_OWNERS = "SeveralOwners"

@@ -2,7 +2,7 @@
 
 from pydantic import ValidationError
 
-from kvasir_operator.api import MODEL_SERVICE, ModelServiceSpec
+from kvasir_operator.api import API_VERSION, MODEL_SERVICE, ModelServiceSpec
 from kvasir_operator.core.conditions import (
     ConditionType,
     Finding,
@@ -11,10 +11,12 @@ from kvasir_operator.core.conditions import (
     degraded,
     to_conditions,
 )
-from kvasir_operator.core.manifests import Owner, Ref
+from kvasir_operator.core.manifests import Manifest, Owner, Ref
 from kvasir_operator.core.pool import SPECS, plan_pool, pool_children, pool_labels
 from kvasir_operator.core.service import plan_service, service_children, service_pod_labels
 from kvasir_operator.core.world import Plan, World
+
+WORKER_POOLS = ("PrefillPool", "DecodePool")
 
 
 def make_plan(world: World) -> Plan:
@@ -37,12 +39,28 @@ def child_refs(owner: Owner) -> tuple[Ref, ...]:
 
 def listed_children(owner: Owner) -> tuple[str, ...]:
     """Kinds of children whose names are not fixed: they are found by `pod_labels`."""
-    return ("ReplicaSet",) if owner.kind in ("PrefillPool", "DecodePool") else ()
+    return ("ReplicaSet",) if owner.kind in WORKER_POOLS else ()
 
 
 def is_scalable(owner: Owner) -> bool:
     """Whether autoscalers may set the number of its pods."""
     return owner.kind != MODEL_SERVICE.kind
+
+
+def service_of(obj: Manifest) -> Owner | None:
+    """The ModelService that a worker pool belongs to, if it does."""
+    metadata = obj["metadata"]
+    for owner in metadata.get("ownerReferences", ()):
+        is_service = owner.get("controller") and owner.get("kind") == MODEL_SERVICE.kind
+        if is_service and obj["kind"] in WORKER_POOLS:
+            return Owner(
+                api_version=owner.get("apiVersion", API_VERSION),
+                kind=owner["kind"],
+                namespace=metadata["namespace"],
+                name=owner["name"],
+                uid=owner["uid"],
+            )
+    return None
 
 
 def pod_labels(owner: Owner) -> dict[str, str]:

@@ -24,7 +24,8 @@ from kvasir_operator.core.manifests import (
 )
 from kvasir_operator.core.pods import GRACE_MARGIN_S, MODEL_FOLDER, Part
 from kvasir_operator.core.pool_status import PoolFacts, pool_status
-from kvasir_operator.core.views import PodView, pod_views, workload_view
+from kvasir_operator.core.roles import Flip, Phase, plan_roles
+from kvasir_operator.core.views import PodView, pod_views, worker_views, workload_view
 from kvasir_operator.core.workers import Goal, Step, plan_step
 from kvasir_operator.core.world import (
     REQUEUE_DRAINING_MS,
@@ -100,7 +101,7 @@ def _plan_workers(world: World, spec: WorkerPoolSpec, around: list[Manifest]) ->
     owner, labels, part = world.owner, pool_labels(world.owner), _part(world, spec)
     newest = make.revision_of(part, labels)
     sets = _replica_sets(world)
-    pods = [pod for pod in pod_views(world.pods, world.warnings) if pod.revision]
+    pods = worker_views(world.pods, world.warnings, world.facts)
     goal = Goal(
         replicas=spec.replicas,
         newest=newest,
@@ -120,21 +121,37 @@ def _plan_workers(world: World, spec: WorkerPoolSpec, around: list[Manifest]) ->
     children, conflicts = without_conflicts(world, [*around, current])
     problems = _problems(world, conflicts, pods)
     facts = _worker_facts(world, spec, step, pods, newest)
+    flips = _flips(world, spec, pods)
     return Plan(
-        status=pool_status(world, labels, facts, problems, draining=step.draining),
+        status=pool_status(world, labels, facts, problems, draining=step.draining, flips=flips),
         children=(*children, *earlier),
         deletions=_superfluous(world, sets, step, facts, pods),
         drains=tuple(pod for pod in step.draining if pod.uid not in world.drains),
+        roles=tuple((f.pod, f.target) for f in flips if f.phase is Phase.CORDON),
         restarts=step.restarts,
         drain_timeout_s=spec.drain_timeout_seconds,
-        requeue_after_ms=_requeue_ms(step, is_settled=facts.is_settled and not problems),
+        requeue_after_ms=_requeue_ms(step, flips, facts, problems),
     )
 
 
-def _requeue_ms(step: Step, *, is_settled: bool) -> int | None:
-    if step.draining:
+def _requeue_ms(
+    step: Step, flips: Sequence[Flip], facts: PoolFacts, problems: Sequence[Problem]
+) -> int | None:
+    is_flipping = any(flip.phase is not Phase.SERVE for flip in flips)
+    if step.draining or is_flipping or facts.unrouted:
         return REQUEUE_DRAINING_MS
-    return None if is_settled else REQUEUE_UNSETTLED_MS
+    return None if facts.is_settled and not problems else REQUEUE_UNSETTLED_MS
+
+
+def _flips(world: World, spec: WorkerPoolSpec, pods: Sequence[PodView]) -> tuple[Flip, ...]:
+    own = ROLES[world.owner.kind]
+    return plan_roles(
+        pods,
+        own_role=own,
+        other_role="decode" if own == "prefill" else "prefill",
+        num_lent=spec.lent_replicas,
+        told=world.told_roles,
+    )
 
 
 def _replica_sets(world: World) -> dict[str, Manifest]:
@@ -200,6 +217,7 @@ def _worker_facts(
         present=len(present),
         ready=sum(pod.is_ready for pod in present),
         outdated=step.num_outdated,
+        unrouted=tuple(f"{p.name}: {p.route_problem}" for p in present if p.route_problem),
         is_created=live is not None,
         is_observed=live is not None,
         revision=newest,

@@ -13,8 +13,11 @@ from kvasir_operator.core.conditions import (
 )
 from kvasir_operator.core.manifests import Manifest, selector_text
 from kvasir_operator.core.ownership import Ownership, ownership
+from kvasir_operator.core.roles import Flip, Phase
 from kvasir_operator.core.views import PodView
 from kvasir_operator.core.world import World
+
+UNROUTED_SHOWN_MAX = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class PoolFacts:
     is_created: bool  # the workload of the present template exists
     is_observed: bool  # and its controller has seen it
     revision: str = ""
+    unrouted: tuple[str, ...] = ()  # ready for Kubernetes, but routers send them nothing: why
 
     @property
     def is_settled(self) -> bool:
@@ -44,6 +48,7 @@ def pool_status(
     problems: Sequence[Problem],
     *,
     draining: Sequence[PodView] | None = None,
+    flips: Sequence[Flip] = (),
 ) -> Manifest:
     """The whole status; `draining` is None where pods leave without a drain."""
     findings = [
@@ -66,6 +71,19 @@ def pool_status(
             findings, world.conditions, generation=world.generation, now_ms=world.now_ms
         ),
     }
+    if draining is not None:
+        status["lentReplicas"] = sum(
+            flip.phase is Phase.SERVE and flip.pod.role == flip.target for flip in flips
+        )
+        status["roleFlips"] = [
+            {
+                "name": flip.pod.name,
+                "from": flip.source,
+                "to": flip.target,
+                "phase": flip.phase.value,
+            }
+            for flip in flips
+        ]
     if owners.owner:
         status["replicasOwner"] = owners.owner
     if facts.revision:
@@ -85,6 +103,8 @@ def _draining_pod(world: World, pod: PodView) -> Manifest:
 
 def _available(facts: PoolFacts, problems: Sequence[Problem]) -> Finding:
     text = f"{facts.ready} of {facts.wanted} ready, at least {facts.needed} needed"
+    if facts.unrouted:
+        text += f"; the router waits for {', '.join(facts.unrouted[:UNROUTED_SHOWN_MAX])}"
     if facts.ready >= facts.needed:
         return Finding(ConditionType.AVAILABLE, True, Reason.READY, text)
     if problems:
@@ -108,7 +128,8 @@ def _progressing(facts: PoolFacts, draining: Sequence[PodView]) -> Finding:
     if facts.present != facts.wanted:
         return under_way(Reason.SCALING, f"from {facts.present} to {facts.wanted} pods")
     if facts.ready < facts.wanted:
-        return under_way(Reason.STARTING, f"{facts.ready} of {facts.wanted} pods are ready")
+        text = f"{facts.ready} of {facts.wanted} pods are ready"
+        return under_way(Reason.NOT_ROUTABLE if facts.unrouted else Reason.STARTING, text)
     return Finding(ConditionType.PROGRESSING, False, Reason.STABLE, "all pods are as wanted")
 
 

@@ -5,7 +5,7 @@ its zero.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from kvasir_operator.core.conditions import Problem
@@ -26,8 +26,23 @@ class PodView:
     is_leaving: bool  # deletion has begun
     drain_started_ms: int | None
     problem: Problem | None
-    num_requests: int = 0  # that it works on, as routers and the worker tell
-    num_blocks_used: int = 0  # KV blocks of its memory that hold something
+    num_requests: int = 0  # that it works on
+    num_blocks_held: int = 0  # KV blocks that it could serve from
+    role: str = ""  # that it serves in; empty: not known
+    route_problem: str = ""  # why routers do not send it requests, if they do not
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What the routers know of a worker."""
+
+    role: str
+    num_requests: int
+    num_blocks_held: int
+    problem: str  # why it gets no requests; empty: it is routable
+
+
+UNKNOWN_TO_ROUTERS = WorkerFacts("", 0, 0, "no router has seen it yet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +95,27 @@ def pod_views(pods: Iterable[Manifest], warnings: Mapping[str, str]) -> tuple[Po
     """Pods as views, by name; `warnings` holds the latest warning event by UID."""
     views = (pod_view(pod, warnings.get(pod["metadata"]["uid"], "")) for pod in pods)
     return tuple(sorted(views, key=lambda view: view.name))
+
+
+def worker_views(
+    pods: Iterable[Manifest], warnings: Mapping[str, str], facts: Mapping[str, WorkerFacts] | None
+) -> tuple[PodView, ...]:
+    """Workers as views: ready means that the routers send them requests, if a router tells."""
+    views = [view for view in pod_views(pods, warnings) if view.revision]
+    if facts is None:
+        return tuple(views)
+    return tuple(_with_facts(view, facts.get(view.name, UNKNOWN_TO_ROUTERS)) for view in views)
+
+
+def _with_facts(view: PodView, facts: WorkerFacts) -> PodView:
+    return replace(
+        view,
+        is_ready=view.is_ready and not facts.problem,
+        num_requests=facts.num_requests,
+        num_blocks_held=facts.num_blocks_held,
+        role=facts.role,
+        route_problem=facts.problem if view.is_ready else "",
+    )
 
 
 def pod_view(pod: Manifest, warning: str) -> PodView:

@@ -82,5 +82,5 @@ def _old_leavers(
 
 
 def leaving_order(pod: PodView) -> tuple[bool, int, int, str]:
-    """The worker of least value first: it cannot serve, has little work, few blocks in use."""
-    return pod.is_ready, pod.num_requests, pod.num_blocks_used, pod.name
+    """The worker of least value first: it cannot serve, has little work, few blocks."""
+    return pod.is_ready, pod.num_requests, pod.num_blocks_held, pod.name

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from kvasir_operator.core.conditions import Problem, Reason
 from kvasir_operator.core.manifests import Manifest, Owner, Ref, is_owned_by, ref_of
 from kvasir_operator.core.problems import workload_problem
-from kvasir_operator.core.views import DrainView, PodView
+from kvasir_operator.core.views import DrainView, PodView, WorkerFacts
 
-REQUEUE_DRAINING_MS = 1_000
+REQUEUE_DRAINING_MS = 1_000  # also while routers are yet to see a worker
 REQUEUE_UNSETTLED_MS = 5_000
 
 
@@ -23,6 +23,8 @@ class World:
     now_ms: int
     warnings: Mapping[str, str] = field(default_factory=dict)  # latest one by UID of its object
     drains: Mapping[str, DrainView] = field(default_factory=dict)  # by pod UID
+    facts: Mapping[str, WorkerFacts] | None = None  # by worker; None: no router has told
+    told_roles: Mapping[str, str] = field(default_factory=dict)  # by pod UID
     autoscalers: Sequence[Manifest] = ()  # of the namespace, where the object is a pool
     problems: tuple[Problem, ...] = ()  # met while the plan was carried out
 
@@ -67,6 +69,7 @@ class Plan:
     children: tuple[Manifest, ...] = ()
     deletions: tuple[Ref, ...] = ()
     drains: tuple[PodView, ...] = ()
+    roles: tuple[tuple[PodView, str], ...] = ()  # workers to be told their role
     restarts: tuple[PodView, ...] = ()  # drained workers that are wanted again
     drain_timeout_s: int = 0
     requeue_after_ms: int | None = None  # None: at the next change or resync

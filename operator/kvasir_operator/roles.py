@@ -1,0 +1,82 @@
+"""Tells workers their role over gRPC, one call per worker at a time.
+
+What a worker was told is kept until routers have had time to hear of it from the worker; after
+that they alone are believed, so that a worker which restarted in its first role is told again.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import grpc
+from kvasir_proto.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+
+from kvasir_operator import metrics
+from kvasir_operator.core.manifests import WORKER_GRPC_PORT, Ref
+from kvasir_operator.core.views import PodView
+
+logger = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S = 5.0
+BELIEVED_S = 10.0
+CALLS_MAX = 64
+CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
+ROLES = {
+    "prefill": common_pb2.ROLE_PREFILL,
+    "decode": common_pb2.ROLE_DECODE,
+}
+
+
+@dataclass(slots=True)
+class _Told:
+    role: str
+    until_s: float
+
+
+class RoleSetter:
+    """The changes of role of this process. `on_progress` is told which pool to look at again."""
+
+    def __init__(self, *, on_progress: Callable[[Ref], None]) -> None:
+        self._on_progress = on_progress
+        self._told: dict[str, _Told] = {}
+        self._calls: dict[str, asyncio.Task[None]] = {}
+
+    def told(self) -> Mapping[str, str]:
+        """Roles that workers have accepted lately, by pod UID."""
+        now_s = time.monotonic()
+        self._told = {uid: told for uid, told in self._told.items() if told.until_s > now_s}
+        return {uid: told.role for uid, told in self._told.items()}
+
+    def start(self, pool: Ref, pod: PodView, role: str) -> bool:
+        """Tell a worker its role; False: it is being told already, or too many are."""
+        if pod.uid in self._calls or len(self._calls) >= CALLS_MAX:
+            return False
+        call = asyncio.create_task(self._call(pool, pod, role), name=f"role of {pod.name}")
+        self._calls[pod.uid] = call
+        call.add_done_callback(lambda _: self._calls.pop(pod.uid, None))
+        return True
+
+    async def close(self) -> None:
+        """End all calls."""
+        calls = list(self._calls.values())
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _call(self, pool: Ref, pod: PodView, role: str) -> None:
+        address = f"{pod.ip}:{WORKER_GRPC_PORT}"
+        outcome = "failed"
+        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            try:
+                request = worker_pb2.SetRoleRequest(role=ROLES[role])
+                await stub.SetRole(request, timeout=CALL_TIMEOUT_S)
+                self._told[pod.uid] = _Told(role, time.monotonic() + BELIEVED_S)
+                outcome = "flipped"
+                logger.info("%s serves as %s from now on", pod.name, role)
+                self._on_progress(pool)
+            except grpc.aio.AioRpcError as error:
+                logger.info("role of %s: %s %s", pod.name, error.code().name, error.details())
+        metrics.ROLE_FLIPS.labels(outcome).inc()
