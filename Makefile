@@ -48,10 +48,11 @@ format: build ## rewrite Python and C++ files in the project's format
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 	find engine/native kvstore/native router/native -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
-bench: build ## engine and serving figures into bench/results
+bench: build ## engine, serving and routing figures into bench/results
 	$(BIN)/kvasir model make qwen3-0.6b .cache/qwen3-0.6b
 	$(BIN)/kvasir bench engine --model .cache/qwen3-0.6b --json bench/results/engine.json
 	$(BIN)/kvasir bench serve --model .cache/qwen3-0.6b --json bench/results/serve.json
+	$(BIN)/python bench/router.py --json bench/results/router.json
 
 e2e: build ## the whole on a real Kubernetes cluster (KUBECONFIG's, else a new kind cluster)
 	$(BIN)/python -m pytest e2e -p no:cacheprovider --timeout 900 -s

@@ -170,3 +170,9 @@ def crc32c(data: bytes, seed: int = 0) -> int:
 
 def crc32c_reference(data: bytes, seed: int = 0) -> int:
     """The same by table look-ups: what tests compare the fast path with."""
+
+def chain_names(parent: bytes, data: bytes, block_bytes: int) -> list[bytes]:
+    """Names of the whole blocks in `data`, each BLAKE2b-128 of the name before it and its bytes.
+
+    ValueError: `parent` is not 16 bytes, or `block_bytes` not positive.
+    """

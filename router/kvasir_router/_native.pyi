@@ -18,9 +18,18 @@ class PrefixIndex:
     def remove(self, seat: int, names: Sequence[bytes]) -> None:
         """The seat no longer holds these."""
     def match(
-        self, names: Sequence[bytes], wanted: list[int], num_longest: int, /
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Leading names that each wanted seat holds; (seat, names) of the longest runs of all."""
+        self,
+        names: Sequence[bytes],
+        wanted: tuple[str, ...],
+        seats: dict[str, int],
+        workers: list[str],
+        num_longest: int,
+        /,
+    ) -> dict[str, int]:
+        """Leading names held: the longest runs of all, longest first, then all `wanted`.
+
+        `seats` gives a worker's seat, `workers` a seat's worker.
+        """
     def num_blocks(self, seat: int) -> int:
         """Names that the seat holds."""
     @property

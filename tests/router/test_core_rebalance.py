@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvasir_router.core.choose import Rejected, RejectReason, Route, pick, prefill_pair
 from kvasir_router.core.fleet import FleetView
-from kvasir_router.core.rebalance import Queued, hand_back, rebalance
+from kvasir_router.core.rebalance import LOOKED_AT_MAX, Queued, hand_back, rebalance
 from router_builders import make_names, make_request, make_view, make_worker
 
 
@@ -45,11 +45,11 @@ def test_a_request_that_nobody_can_serve_in_time_is_refused_with_a_time_to_retry
 
 def test_requests_leave_a_hot_worker_until_it_is_no_hotter_than_the_others() -> None:
     view = make_fleet({"hot": 60_000, "b": 0, "c": 0, "d2": 0})
-    moves = rebalance(view, waiting_at(view, "hot", 200), now_ms=100)
-    assert moves
+    moves = rebalance(view, waiting_at(view, "hot", 200, num_tokens=2_000), now_ms=100)
+    assert 10 < len(moves) < LOOKED_AT_MAX
     assert {move.source for move in moves} == {"hot"}
     assert len({move.request_id for move in moves}) == len(moves)
-    computed_ms = 328 * 0.1
+    computed_ms = 2_000 * 0.1
     waits = dict.fromkeys("bcd", 0.0)
     for move in moves:
         waits[move.target[0]] += computed_ms

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <system_error>
 
+#include "block_names.h"
 #include "client.h"
 #include "crc32c.h"
 #include "pool.h"
@@ -218,6 +219,29 @@ void bind_checksums(nb::module_& m) {
   bind("crc32c_reference", crc32c_reference);
 }
 
+nb::list chain_names(const nb::bytes& parent, const nb::bytes& data, int64_t block_bytes) {
+  if (block_bytes < 1) throw std::invalid_argument("block_bytes must be positive");
+  const Name first = to_name(parent, "parent");
+  const auto* bytes = static_cast<const uint8_t*>(data.data());
+  const size_t step = static_cast<size_t>(block_bytes);
+  std::vector<Name> names(data.size() / step);
+  {
+    nb::gil_scoped_release unlocked;
+    const Name* before = &first;
+    for (size_t i = 0; i < names.size(); ++i) {
+      name_block(before->data(), {bytes + i * step, step}, names[i].data());
+      before = &names[i];
+    }
+  }
+  nb::list out;
+  for (const Name& name : names) out.append(nb::bytes(name.data(), kNameBytes));
+  return out;
+}
+
+void bind_names(nb::module_& m) {
+  m.def("chain_names", &chain_names, "parent"_a, "data"_a, "block_bytes"_a);
+}
+
 }  // namespace
 }  // namespace kvasir
 
@@ -227,4 +251,5 @@ NB_MODULE(_native, m) {
   kvasir::bind_server(m);
   kvasir::bind_client(m);
   kvasir::bind_checksums(m);
+  kvasir::bind_names(m);
 }

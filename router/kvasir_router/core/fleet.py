@@ -181,9 +181,12 @@ class FleetView:
         return 1.0 if joined_ms is None else (now_ms - joined_ms) / self.policy.warmup_ms
 
     def _order(self, state: WorkerState) -> None:
-        self._by_running.put(state.name, (self.running(state.name), -state.blocks_free))
+        self._order_by_running(state)
         self._by_room.put(state.name, (-state.blocks_free,))
         self._by_size.put(state.name, (-state.blocks_total,))
+
+    def _order_by_running(self, state: WorkerState) -> None:
+        self._by_running.put(state.name, (self.running(state.name), -state.blocks_free))
 
     def _unorder(self, worker: str) -> None:
         for order in (self._by_running, self._by_room, self._by_size):
@@ -208,7 +211,7 @@ class FleetView:
         for worker in self.ledger.take_changed():
             state = self._workers.get(worker)
             if state is not None and state.can_decode:
-                self._order(state)
+                self._order_by_running(state)
         return self._by_running
 
     @property

@@ -33,6 +33,8 @@ class Ledger:
 
     def take_changed(self) -> set[str]:
         """Workers whose `in_flight` has changed since the last call."""
+        if not self._changed:
+            return self._changed
         changed, self._changed = self._changed, set()
         return changed
 

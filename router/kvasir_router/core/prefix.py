@@ -12,13 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from kvasir_router._native import AgedNames, PrefixIndex
 
-HOLDERS_MAX = 16
+HOLDERS_MAX = 8
 """Workers with the longest runs that a match names: more are not worth a comparison."""
 
 SEATS_MAX = 8_192
 """Holders that can be told apart, given-up ones not yet swept out included."""
-
-NO_SEAT = 2**32 - 1
 
 
 class PrefixView:
@@ -27,7 +25,7 @@ class PrefixView:
     def __init__(self, *, blocks_max: int, routed_ttl_ms: int = 600_000) -> None:
         self._index = PrefixIndex(blocks_max=blocks_max)
         self._seats: dict[str, int] = {}
-        self._holders: dict[int, str] = {}
+        self._workers: list[str] = []  # by seat
         self._imitated: dict[str, AgedNames] = {}
         self._routed_ttl_ms = routed_ttl_ms
 
@@ -72,28 +70,23 @@ class PrefixView:
         self._imitated.pop(worker, None)
         seat = self._seats.pop(worker, None)
         if seat is not None:
-            del self._holders[seat]
             self._index.give_up_seat(seat)
 
     def leading(self, names: Sequence[bytes]) -> dict[str, int]:
         """All workers that hold the first name, and how many leading names each holds."""
-        _, longest = self._index.match(names, [], SEATS_MAX)
-        return {self._holders[seat]: blocks for seat, blocks in longest}
+        return self._index.match(names, (), self._seats, self._workers, SEATS_MAX)
 
-    def match(self, names: Sequence[bytes], wanted: Sequence[str]) -> dict[str, int]:
+    def match(self, names: Sequence[bytes], wanted: tuple[str, ...]) -> dict[str, int]:
         """Leading names held: first the longest runs of all, longest first, then all `wanted`."""
-        seats = [self._seats.get(worker, NO_SEAT) for worker in wanted]
-        of_wanted, longest = self._index.match(names, seats, HOLDERS_MAX)
-        holders = self._holders
-        runs = {holders[seat]: blocks for seat, blocks in longest}
-        runs.update(zip(wanted, of_wanted, strict=True))
-        return runs
+        return self._index.match(names, wanted, self._seats, self._workers, HOLDERS_MAX)
 
     def _seat(self, worker: str) -> int:
         seat = self._seats.get(worker)
         if seat is None:
             seat = self._index.take_seat()
-            self._seats[worker], self._holders[seat] = seat, worker
+            self._seats[worker] = seat
+            self._workers += [""] * (seat + 1 - len(self._workers))
+            self._workers[seat] = worker
         return seat
 
 

@@ -63,21 +63,25 @@ uint32_t to_seat(const PrefixIndex& index, uint32_t seat) {
   return seat;
 }
 
-nb::tuple match(PrefixIndex& index, nb::handle names, const nb::list& wanted,
-                uint32_t num_longest) {
-  static thread_local std::vector<uint32_t> seats, runs;
+// Runs by worker: the longest of all, longest first, then the wanted ones.
+nb::dict match(PrefixIndex& index, nb::handle names, const nb::tuple& wanted, const nb::dict& seats,
+               const nb::list& workers, uint32_t num_longest) {
+  static thread_local std::vector<uint32_t> wanted_seats, runs;
   static thread_local std::vector<Run> longest;
-  seats.clear();
-  for (const nb::handle seat : wanted) seats.push_back(nb::cast<uint32_t>(seat));
+  wanted_seats.clear();
+  for (const nb::handle worker : wanted) {
+    PyObject* const seat = PyDict_GetItemWithError(seats.ptr(), worker.ptr());
+    wanted_seats.push_back(seat ? nb::cast<uint32_t>(nb::handle(seat)) : kNone);
+  }
   const PyNames source(names);
   index.begin_match();
   for (Py_ssize_t at = 0; at < source.size() && index.walk(source.read(at, kPiece)); at += kPiece) {
   }
-  index.end_match(seats, num_longest, runs, longest);
-  nb::list of_wanted, of_longest;
-  for (const uint32_t run : runs) of_wanted.append(run);
-  for (const Run& run : longest) of_longest.append(nb::make_tuple(run.seat, run.num_blocks));
-  return nb::make_tuple(of_wanted, of_longest);
+  index.end_match(wanted_seats, num_longest, runs, longest);
+  nb::dict out;
+  for (const Run& run : longest) out[workers[run.seat]] = run.num_blocks;
+  for (size_t i = 0; i < runs.size(); ++i) out[wanted[i]] = runs[i];
+  return out;
 }
 
 void bind_index(nb::module_& m) {

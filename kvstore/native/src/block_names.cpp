@@ -1,0 +1,91 @@
+#include "block_names.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstring>
+
+namespace kvasir {
+namespace {
+
+constexpr size_t kDigestBytes = 16;
+constexpr size_t kPieceBytes = 128;
+constexpr int kRounds = 12;
+
+constexpr std::array<uint64_t, 8> kStart = {
+    0x6a09e667f3bcc908, 0xbb67ae8584caa73b, 0x3c6ef372fe94f82b, 0xa54ff53a5f1d36f1,
+    0x510e527fade682d1, 0x9b05688c2b3e6c1f, 0x1f83d9abfb41bd6b, 0x5be0cd19137e2179};
+
+constexpr uint8_t kOrder[kRounds][16] = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+                                         {14, 10, 4, 8, 9, 15, 13, 6, 1, 12, 0, 2, 11, 7, 5, 3},
+                                         {11, 8, 12, 0, 5, 2, 15, 13, 10, 14, 3, 6, 7, 1, 9, 4},
+                                         {7, 9, 3, 1, 13, 12, 11, 14, 2, 6, 5, 10, 4, 0, 15, 8},
+                                         {9, 0, 5, 7, 2, 4, 10, 15, 14, 1, 11, 12, 6, 8, 3, 13},
+                                         {2, 12, 6, 10, 0, 11, 8, 3, 4, 13, 7, 5, 15, 14, 1, 9},
+                                         {12, 5, 1, 15, 14, 13, 4, 10, 0, 7, 6, 3, 9, 2, 8, 11},
+                                         {13, 11, 7, 14, 12, 1, 3, 9, 5, 0, 15, 4, 8, 6, 2, 10},
+                                         {6, 15, 14, 9, 11, 3, 0, 8, 12, 2, 13, 7, 1, 4, 10, 5},
+                                         {10, 2, 8, 4, 7, 6, 1, 5, 15, 11, 9, 14, 3, 12, 13, 0},
+                                         {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+                                         {14, 10, 4, 8, 9, 15, 13, 6, 1, 12, 0, 2, 11, 7, 5, 3}};
+
+using State = std::array<uint64_t, 8>;
+
+inline void mix(uint64_t* v, int a, int b, int c, int d, uint64_t x, uint64_t y) {
+  v[a] += v[b] + x;
+  v[d] = std::rotr(v[d] ^ v[a], 32);
+  v[c] += v[d];
+  v[b] = std::rotr(v[b] ^ v[c], 24);
+  v[a] += v[b] + y;
+  v[d] = std::rotr(v[d] ^ v[a], 16);
+  v[c] += v[d];
+  v[b] = std::rotr(v[b] ^ v[c], 63);
+}
+
+void compress(State& state, const uint8_t* piece, uint64_t bytes_so_far, bool is_last) {
+  uint64_t m[16], v[16];
+  std::memcpy(m, piece, kPieceBytes);
+  std::copy(state.begin(), state.end(), v);
+  std::copy(kStart.begin(), kStart.end(), v + 8);
+  v[12] ^= bytes_so_far;
+  if (is_last) v[14] = ~v[14];
+#pragma GCC unroll 12
+  for (int round = 0; round < kRounds; ++round) {
+    const uint8_t* s = kOrder[round];
+    mix(v, 0, 4, 8, 12, m[s[0]], m[s[1]]);
+    mix(v, 1, 5, 9, 13, m[s[2]], m[s[3]]);
+    mix(v, 2, 6, 10, 14, m[s[4]], m[s[5]]);
+    mix(v, 3, 7, 11, 15, m[s[6]], m[s[7]]);
+    mix(v, 0, 5, 10, 15, m[s[8]], m[s[9]]);
+    mix(v, 1, 6, 11, 12, m[s[10]], m[s[11]]);
+    mix(v, 2, 7, 8, 13, m[s[12]], m[s[13]]);
+    mix(v, 3, 4, 9, 14, m[s[14]], m[s[15]]);
+  }
+  for (size_t i = 0; i < state.size(); ++i) state[i] ^= v[i] ^ v[i + 8];
+}
+
+}  // namespace
+
+void name_block(const uint8_t* parent, std::span<const uint8_t> data, uint8_t* name) {
+  State state = kStart;
+  state[0] ^= 0x01010000 ^ kDigestBytes;
+  uint8_t piece[kPieceBytes];
+  std::memcpy(piece, parent, kDigestBytes);
+  size_t filled = kDigestBytes;
+  uint64_t total = 0;
+  for (;;) {
+    const size_t taken = std::min(kPieceBytes - filled, data.size());
+    std::memcpy(piece + filled, data.data(), taken);
+    data = data.subspan(taken);
+    filled += taken;
+    total += filled;
+    if (data.empty()) break;
+    compress(state, piece, total, false);
+    filled = 0;
+  }
+  std::memset(piece + filled, 0, kPieceBytes - filled);
+  compress(state, piece, total, true);
+  std::memcpy(name, state.data(), kDigestBytes);
+}
+
+}  // namespace kvasir
