@@ -19,7 +19,14 @@ from kvasir_engine.config import read_config
 from kvasir_engine.decoder import ModelConfig
 from kvasir_engine.fields import malformed
 from kvasir_engine.tensors import check_tensors, native_tensors
-from kvasir_engine.weights import DIGEST_BYTES, Progress, all_tensors, open_weights, weights_digest
+from kvasir_engine.weights import (
+    DIGEST_BYTES,
+    Progress,
+    WeightFile,
+    all_tensors,
+    open_weights,
+    weights_digest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +65,17 @@ def choose_path(isa: str | None = None) -> str:
     return name
 
 
+def open_model(path: Path | str) -> tuple[ModelConfig, list[WeightFile]]:
+    """What the folder at `path` holds, from config.json and the files' headers.
+
+    Raises KvasirError that names what is missing, unsupported, or does not fit the config.json.
+    """
+    config, files = read_config(path), open_weights(path)
+    shapes = {name: entry.shape for file in files for name, entry in file.entries.items()}
+    check_tensors(config, shapes)
+    return config, files
+
+
 def load_model(
     path: Path | str,
     *,
@@ -70,13 +88,9 @@ def load_model(
     `progress` is called with ("digest" | "pack", done bytes, total bytes).
     """
     # 1. What it is, and whether this engine computes it.
-    config = read_config(path)
+    config, files = open_model(path)
     name = choose_path(isa)
     # 2. Its digest; this also brings the files into the page cache.
-    files = open_weights(path)
-    check_tensors(
-        config, {name: entry.shape for file in files for name, entry in file.entries.items()}
-    )
     digest = hashlib.blake2b(
         config.numerics().encode()
         + weights_digest(files, num_threads=num_threads, progress=progress),

@@ -90,6 +90,16 @@ def test_folder_that_is_no_model_is_refused(missing: str, tmp_path: Path) -> Non
         check_model(tmp_path / "m")
 
 
+def test_model_whose_weights_do_not_fit_its_config_is_refused(tmp_path: Path) -> None:
+    make_model("tiny", tmp_path / "m")
+    config = (tmp_path / "m" / "config.json").read_text()
+    (tmp_path / "m" / "config.json").write_text(
+        config.replace('"vocab_size": 512', '"vocab_size": 500')
+    )
+    with pytest.raises(RefusedError, match=r"model\.embed_tokens\.weight has shape \[512, 64\]"):
+        check_model(tmp_path / "m")
+
+
 def test_missing_folder_and_gguf_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="no such folder"):
         check_model(tmp_path / "none")

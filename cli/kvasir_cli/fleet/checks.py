@@ -5,6 +5,7 @@ from pathlib import Path
 
 from kvasir_engine.config import read_config
 from kvasir_engine.memory import MemoryNeed, available_bytes, memory_need
+from kvasir_engine.model import open_model
 from kvasir_engine.worker.settings import WorkerSettings
 from kvasir_kvstore.index import make_index
 from kvasir_proto.errors import KvasirError
@@ -41,7 +42,7 @@ def check_model(model: Path) -> None:
         if not any(model.glob(pattern)):
             raise RefusedError(f"--model: {model} has no {pattern}: not a Hugging Face folder")
     try:
-        read_config(model)
+        open_model(model)
     except KvasirError as error:
         raise RefusedError(f"--model: {model}: {error.message}") from error
 

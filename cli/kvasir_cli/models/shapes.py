@@ -1,19 +1,17 @@
 """Named shapes of models that `kvasir model make` fills with random weights.
 
-Decides the config.json of each shape and lists its tensors; the values are left to making.py.
+Decides the config.json of each shape; its tensors are those that the engine asks for, their values
+are left to making.py.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from kvasir_cli.models.safetensors import TensorSpec
+from kvasir_engine.config import FAMILIES, parse_config
+from kvasir_engine.tensors import tensor_shapes
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-}
+from kvasir_cli.models.safetensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +32,13 @@ class Shape:
     tied: bool = True
     num_experts: int = 0
     num_experts_used: int = 2
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that this kind of model has beside the usual ones."""
 
     def config(self) -> dict[str, Any]:
         """The contents of config.json, without the ids of special tokens."""
         config: dict[str, Any] = {
-            "architectures": [ARCHITECTURES[self.model_type]],
+            "architectures": [FAMILIES[self.model_type].architecture],
             "model_type": self.model_type,
             "hidden_act": "silu",
             "hidden_size": self.hidden,
@@ -60,55 +60,37 @@ class Shape:
             config["num_local_experts"] = self.num_experts
             config["num_experts_per_tok"] = self.num_experts_used
             config["sliding_window"] = None
-        return config
+        return config | dict(self.more)
 
     def tensors(self) -> list[TensorSpec]:
         """All tensors in the order of the layers."""
-        specs = [TensorSpec("model.embed_tokens.weight", (self.vocab, self.hidden))]
-        for layer in range(self.num_layers):
-            prefix = f"model.layers.{layer}."
-            specs += [
-                TensorSpec(prefix + name, shape)
-                for name, shape in self._attention() + self._feed_forward()
-            ]
-        specs.append(TensorSpec("model.norm.weight", (self.hidden,)))
-        if not self.tied:
-            specs.append(TensorSpec("lm_head.weight", (self.vocab, self.hidden)))
-        return specs
-
-    def _attention(self) -> list[tuple[str, tuple[int, ...]]]:
-        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        rows = {"q": query, "k": key, "v": key}
-        found: list[tuple[str, tuple[int, ...]]] = [("input_layernorm.weight", (self.hidden,))]
-        found += [(f"self_attn.{n}_proj.weight", (rows[n], self.hidden)) for n in rows]
-        if self.model_type == "qwen2":
-            found += [(f"self_attn.{n}_proj.bias", (rows[n],)) for n in rows]
-        if self.model_type == "qwen3":
-            found += [(f"self_attn.{n}_norm.weight", (self.head_dim,)) for n in "qk"]
-        found.append(("self_attn.o_proj.weight", (self.hidden, query)))
-        return found
-
-    def _feed_forward(self) -> list[tuple[str, tuple[int, ...]]]:
-        up, down = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
-        found: list[tuple[str, tuple[int, ...]]] = [
-            ("post_attention_layernorm.weight", (self.hidden,))
-        ]
-        if not self.num_experts:
-            parts = {"gate": up, "up": up, "down": down}
-            return found + [(f"mlp.{n}_proj.weight", shape) for n, shape in parts.items()]
-        found.append(("block_sparse_moe.gate.weight", (self.num_experts, self.hidden)))
-        for expert in range(self.num_experts):
-            prefix = f"block_sparse_moe.experts.{expert}."
-            parts = {"w1": up, "w2": down, "w3": up}
-            found += [(f"{prefix}{n}.weight", shape) for n, shape in parts.items()]
-        return found
+        shapes = tensor_shapes(parse_config(self.config()))
+        return [TensorSpec(name, shape) for name, shape in shapes.items()]
 
 
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
+_GEMMA3 = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 32,
+    "rope_local_base_freq": 10000.0,
+    "rope_parameters": None,
+}
 SHAPES = {
     "tiny": Shape("llama", 3, 64, 160, 4, 2, 16, 512, 2048),
     "tiny-qwen2": Shape("qwen2", 3, 64, 160, 4, 2, 16, 512, 2048),
     "tiny-qwen3": Shape("qwen3", 3, 64, 160, 4, 2, 32, 512, 2048),
     "tiny-moe": Shape("mixtral", 3, 64, 160, 4, 2, 16, 512, 2048, tied=False, num_experts=4),
+    "tiny-mistral": Shape(
+        "mistral", 3, 64, 160, 4, 2, 16, 512, 2048, tied=False, more={"sliding_window": 128}
+    ),
+    "tiny-qwen3-moe": Shape(
+        "qwen3_moe", 3, 64, 160, 4, 2, 32, 512, 2048, tied=False, more=_EXPERTS | {"num_experts": 8}
+    ),
+    "tiny-gemma3": Shape(
+        "gemma3_text", 6, 64, 160, 4, 1, 32, 512, 2048, 1e6, more=_GEMMA3 | {"sliding_window": 128}
+    ),
+    "tiny-phi3": Shape("phi3", 3, 64, 160, 4, 2, 16, 512, 2048, tied=False),
     "llama-100m": Shape("llama", 12, 768, 2048, 12, 4, 64, 32000, 8192, 100000.0, 1e-5),
     "qwen2-0.5b": Shape("qwen2", 24, 896, 4864, 14, 2, 64, 151936, 32768, 1e6),
     "qwen3-0.6b": Shape("qwen3", 28, 1024, 3072, 16, 8, 128, 151936, 40960, 1e6),

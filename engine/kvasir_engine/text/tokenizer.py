@@ -161,13 +161,17 @@ class Tokenizer:
         )
 
     def _eos_token_ids(self, *configs: Mapping[str, Any]) -> tuple[int, ...]:
-        """The first of these configs that names them, else tokenizer_config.json's eos_token."""
-        for config in configs:
+        """Those of the first config that names any, and tokenizer_config.json's eos_token.
+
+        Models tuned for chat often end turns with a token that only the tokenizer's files name.
+        """
+        named: Any = []
+        for config in reversed(configs):
             ids = config.get("eos_token_id")
-            if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (int(ids),)
-        token_id = self._inner.token_to_id(self._special_tokens.get("eos_token", ""))
-        return () if token_id is None else (token_id,)
+            named = named if ids is None else ids
+        own = self._inner.token_to_id(self._special_tokens.get("eos_token", ""))
+        ids = list(named) if isinstance(named, list) else [int(named)]
+        return tuple(dict.fromkeys(ids if own is None else [*ids, own]))
 
     @cached_property
     def _skipped_ids(self) -> frozenset[int]:
