@@ -46,13 +46,14 @@ class _Seen(FleetView):
             return 0
         return self._known.pending_tokens(worker, self.now_ms)
 
-    def follow_members(self) -> None:
+    def follow_members(self, now_ms: float) -> None:
         """Makes the rings those of the members."""
         for gone in self.workers.keys() - {DECODE.name, *self._known.members}:
             self.remove(gone)
         for name in self._known.members:
             us = self._known.us_per_token(name)
-            self.put(WorkerState(name, can_prefill=True, can_decode=False, prefill_us_per_token=us))
+            state = WorkerState(name, can_prefill=True, can_decode=False, prefill_us_per_token=us)
+            self.put(state, now_ms=int(now_ms))
 
 
 class KvasirPolicy(RoutingPolicy):
@@ -64,7 +65,7 @@ class KvasirPolicy(RoutingPolicy):
         super().__init__(view, settings, replica)
         policy = Policy(local_prefill_tokens_max=0, reuse_us_per_token=settings.reuse_us_per_token)
         self._fleet = _Seen(view, policy)
-        self._fleet.follow_members()
+        self._fleet.follow_members(0.0)
         self._pairs: dict[int, tuple[str, ...]] = {}
 
     def arrived(self, job: Job, now_ms: float) -> Sequence[Action]:
@@ -89,7 +90,7 @@ class KvasirPolicy(RoutingPolicy):
 
     def members(self, now_ms: float) -> Sequence[Action]:
         """New rings."""
-        self._fleet.follow_members()
+        self._fleet.follow_members(now_ms)
         return ()
 
     def _describe(self, index: int, request: TraceRequest) -> Request:

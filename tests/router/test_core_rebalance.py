@@ -157,3 +157,30 @@ def test_a_view_kept_up_to_date_decides_like_a_new_one(data) -> None:
     for i in range(10):
         request = make_request(f"r{i}", names=make_names(f"p{i}", i))
         assert pick(kept, request, now_ms=10**9) == pick(new, request, now_ms=10**9)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_pair_is_two_distinct_able_workers_whenever_two_exist(data) -> None:
+    """Whatever is new, mute or excluded; and replicas that see the same agree."""
+    names = data.draw(st.sets(st.sampled_from("abcdefgh"), min_size=1))
+    mute = data.draw(st.sets(st.sampled_from(sorted(names))))
+    new = data.draw(st.sets(st.sampled_from(sorted(names))))
+    exclude = frozenset(data.draw(st.sets(st.sampled_from(sorted(names)))))
+    views = []
+    for order in (sorted(names), sorted(names, reverse=True)):
+        view = make_view()
+        for name in [*(n for n in order if n not in new), *(n for n in order if n in new)]:
+            worker = make_worker(name, transfer_healthy=name not in mute)
+            view.put(worker, now_ms=100_000 if name in new else 0)
+        views.append(view)
+    for i in range(20):
+        request = make_request(f"r{i}", names=make_names(f"p{i}", i % 3), exclude=exclude)
+        now_ms = 100_000 + 1_000 * i
+        pair = prefill_pair(views[0], request, now_ms=now_ms)
+        assert pair == prefill_pair(views[1], request, now_ms=now_ms)
+        assert len(set(pair)) == len(pair)
+        assert set(pair) <= names - mute - exclude
+        assert bool(pair) == bool(names - mute - exclude)
+        if not exclude and not mute:
+            assert len(pair) == min(2, len(names))

@@ -30,6 +30,15 @@ def test_replicas_with_equal_members_agree(workers: set[str], key: bytes, rnd) -
 
 
 @settings(max_examples=20)
+@given(names_of_workers, names_of_workers, names_of_workers)
+def test_rings_changed_step_by_step_equal_rings_built_anew(
+    one: set[str], two: set[str], three: set[str]
+) -> None:
+    stepwise = RingPair.build(one).changed(two).changed(three).changed(one | three)
+    assert stepwise == RingPair.build(one | three)
+
+
+@settings(max_examples=20)
 @given(st.sets(st.text("abcdefgh", min_size=1), min_size=3, max_size=8), st.data())
 def test_removal_remaps_only_the_removed_workers_keys(workers: set[str], data) -> None:
     gone = data.draw(st.sampled_from(sorted(workers)))
