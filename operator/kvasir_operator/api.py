@@ -10,6 +10,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from kvasir_operator.api_types import (
+    KV_FITS_RULE,
+    NODE_FITS_RULE,
     REPLICAS_MAX,
     ApiModel,
     Condition,
@@ -27,6 +29,11 @@ GROUP = "kvasir.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 SERVICE_NAME_MAX = 40  # leaves room for "-prefill-12" and the revision hash in a label of 63
+POOL_NAME_MAX = SERVICE_NAME_MAX + len("-prefill")
+NETWORK_POLICY_TEXT = (
+    "Whether a NetworkPolicy admits only Kvasir's pods of this namespace and the operator to gRPC "
+    "and KV data; metrics and health stay open. It takes a network that enforces policies."
+)
 
 REPLICA_RULES = (
     Rule(
@@ -64,9 +71,13 @@ class Replicas(ApiModel):
 class WorkerPoolTemplate(WorkerSettings, Replicas):
     """A pool of prefill or decode workers that a ModelService owns."""
 
+    RULES = (*REPLICA_RULES, KV_FITS_RULE)
+
 
 class KvCachePoolTemplate(KvNodeSettings, Replicas):
     """A pool of KV nodes that a ModelService owns."""
+
+    RULES = (*REPLICA_RULES, NODE_FITS_RULE)
 
 
 class RouterSettings(PodSettings):
@@ -129,6 +140,7 @@ class ModelServiceSpec(ImageSettings):
     RULES = (MODEL_RULE,)
     model: Model = Field(description="The model that is served. It cannot be changed later.")
     slo: Slo = Field(default_factory=Slo, description="What a request may take.")
+    network_policy: bool = Field(default=True, description=NETWORK_POLICY_TEXT)
     router: RouterSettings = Field(
         default_factory=RouterSettings, description="The router and its Service."
     )
@@ -154,7 +166,7 @@ class ModelServiceSpec(ImageSettings):
 class WorkerPoolSpec(WorkerSettings, Replicas, ImageSettings):
     """Workers of one role for one model."""
 
-    RULES = (*REPLICA_RULES, MODEL_RULE)
+    RULES = (*REPLICA_RULES, MODEL_RULE, KV_FITS_RULE)
     model: Model = Field(description="The model that the workers serve. It cannot be changed.")
     kv_nodes: tuple[str, ...] = Field(
         default=(),
@@ -163,6 +175,12 @@ class WorkerPoolSpec(WorkerSettings, Replicas, ImageSettings):
     )
     redis_url: str | None = Field(
         default=None, max_length=1024, description="Redis with the index of blocks; absent: none."
+    )
+    network_policy: bool = Field(default=False, description=NETWORK_POLICY_TEXT)
+    peer_pool: str | None = Field(
+        default=None,
+        max_length=POOL_NAME_MAX,
+        description="The pool of the other role, for nearTopologyKey.",
     )
     lent_replicas: int = Field(
         default=0,
@@ -191,6 +209,9 @@ class DecodePoolSpec(WorkerPoolSpec):
 
 class KVCachePoolSpec(KvNodeSettings, Replicas, ImageSettings):
     """Nodes that keep KV blocks for workers to fetch instead of computing them again."""
+
+    RULES = (*REPLICA_RULES, NODE_FITS_RULE)
+    network_policy: bool = Field(default=False, description=NETWORK_POLICY_TEXT)
 
     redis_url: str | None = Field(
         default=None,
@@ -351,8 +372,6 @@ SERVICE_COLUMNS = (
     Column("Endpoint", ".status.endpoint", description="Base URL of the API.", priority=1),
     AGE,
 )
-POOL_NAME_MAX = SERVICE_NAME_MAX + len("-prefill")
-
 MODEL_SERVICE = Kind(
     "ModelService",
     "modelservices",

@@ -86,6 +86,11 @@ class ImageSource(ApiModel):
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
         default="IfNotPresent", description="When the kubelet pulls the model image."
     )
+    as_volume: bool = Field(
+        default=False,
+        description="Mount the image instead of copying it: no disk per pod, and the image needs "
+        "no shell. Needs the feature ImageVolume of Kubernetes (1.33 or newer) and of the runtime.",
+    )
 
 
 class ModelSource(ApiModel):
@@ -138,6 +143,7 @@ QUANTITIES: dict[str, Any] = {
     "additionalProperties": {
         "anyOf": [{"type": "integer"}, {"type": "string"}],
         "pattern": QUANTITY_PATTERN,
+        "maxLength": 32,  # bounds the cost of the rules
         "x-kubernetes-int-or-string": True,
     },
     "maxProperties": 16,
@@ -146,6 +152,15 @@ QUANTITIES: dict[str, Any] = {
 
 class Resources(ApiModel):
     """Compute resources of the pod's main container."""
+
+    RULES = (
+        Rule(
+            "!has(self.requests) || !has(self.limits) || self.requests.all(name, "
+            "!(name in self.limits) || quantity(string(self.requests[name]"
+            ")).compareTo(quantity(string(self.limits[name]))) <= 0)",
+            "requests must not be greater than limits",
+        ),
+    )
 
     requests: Quantity = Field(
         default_factory=dict,
@@ -162,6 +177,21 @@ class Resources(ApiModel):
 class Toleration(ApiModel):
     """A taint that the pods accept."""
 
+    RULES = (
+        Rule(
+            "self.operator != 'Exists' || !has(self.value)",
+            "value must not be set where operator is Exists",
+        ),
+        Rule(
+            "has(self.key) || self.operator == 'Exists'",
+            "operator must be Exists where key is absent",
+        ),
+        Rule(
+            "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+            "tolerationSeconds needs effect NoExecute",
+        ),
+    )
+
     key: str | None = Field(
         default=None, max_length=317, description="Key of the taint; absent: every key."
     )
@@ -176,6 +206,23 @@ class Toleration(ApiModel):
     )
     toleration_seconds: int | None = Field(
         default=None, ge=0, description="How long a NoExecute taint is tolerated, in seconds."
+    )
+
+
+class TopologySpread(ApiModel):
+    """How evenly the pods of a part are spread over zones or nodes."""
+
+    topology_key: str = Field(
+        min_length=1,
+        max_length=317,
+        description="Label of nodes that tells the domains apart: topology.kubernetes.io/zone, "
+        "kubernetes.io/hostname.",
+    )
+    max_skew: int = Field(
+        default=1, ge=1, le=1000, description="By how many pods two domains may differ."
+    )
+    when_unsatisfiable: Literal["ScheduleAnyway", "DoNotSchedule"] = Field(
+        default="ScheduleAnyway", description="Whether a pod waits if it cannot be kept."
     )
 
 
@@ -201,6 +248,12 @@ class PodSettings(ApiModel):
     )
     tolerations: tuple[Toleration, ...] = Field(
         default=(), max_length=32, description="Taints that the pods accept."
+    )
+    topology_spread: tuple[TopologySpread, ...] = Field(
+        default=(),
+        max_length=8,
+        json_schema_extra=map_list("topologyKey"),
+        description="How the pods of this part are spread over zones or nodes.",
     )
     env: tuple[EnvVar, ...] = Field(
         default=(),
@@ -237,8 +290,30 @@ class Rollout(ApiModel):
     )
 
 
+KV_FITS_RULE = Rule(
+    "!has(self.resources.limits) || !('memory' in self.resources.limits) || "
+    "quantity(string(self.resources.limits['memory']))"
+    ".asApproximateFloat() > double(self.kvCacheMb) * 1048576.0",
+    "the memory limit must be greater than kvCacheMb",
+)
+NODE_FITS_RULE = Rule(
+    "!has(self.resources.limits) || !('memory' in self.resources.limits) || "
+    "quantity(string(self.resources.limits['memory']))"
+    ".asApproximateFloat() > double(self.memoryMb) * 1048576.0",
+    "the memory limit must be greater than memoryMb",
+)
+
+
 class WorkerSettings(PodSettings):
     """A prefill or decode worker."""
+
+    near_topology_key: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=317,
+        description="Prefer nodes that share this label with workers of the other role, so that KV "
+        "crosses a short link: topology.kubernetes.io/zone, kubernetes.io/hostname.",
+    )
 
     threads: int = Field(
         default=1, ge=1, le=512, description="Compute threads of the engine in one worker."

@@ -21,6 +21,7 @@ WATCHED_KINDS = (
     "ReplicaSet",
     "StatefulSet",
     "Deployment",
+    "NetworkPolicy",
     "PodDisruptionBudget",
     "Service",
     "Pod",

@@ -29,6 +29,7 @@ CHILD_RESOURCES = (
     ("apps", "v1", "replicasets"),
     ("apps", "v1", "statefulsets"),
     ("apps", "v1", "deployments"),
+    ("networking.k8s.io", "v1", "networkpolicies"),
     ("policy", "v1", "poddisruptionbudgets"),
     ("", "v1", "services"),
     ("", "v1", "pods"),

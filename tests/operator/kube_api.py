@@ -160,6 +160,7 @@ def _server_args(folder: Path, key: Path, port: int) -> tuple[str, ...]:
         f"--service-account-signing-key-file={key}",
         "--service-account-issuer=https://kubernetes.default.svc",
         "--disable-admission-plugins=ServiceAccount",
+        "--feature-gates=ImageVolume=true",
     )
 
 

@@ -242,3 +242,81 @@ def test_replicas_of_others_are_left_alone_and_rivals_told_of(api: KubeApi) -> N
         api(*wait)
         assert "SeveralOwners" in api("describe", "dcp", "chat-decode")
         wait_for("the event", lambda: "SeveralOwners" in api("get", "events"))
+
+
+REFUSED = {
+    "requests above limits": (
+        {"resources": {"requests": {"cpu": "2"}, "limits": {"cpu": "1500m"}}},
+        "requests must not be greater than limits",
+    ),
+    "memory limit below the KV memory": (
+        {"kvCacheMb": 2048, "resources": {"limits": {"memory": "2Gi"}}},
+        "the memory limit must be greater than kvCacheMb",
+    ),
+    "toleration of a value by Exists": (
+        {"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]},
+        "value must not be set where operator is Exists",
+    ),
+    "toleration of every key by Equal": (
+        {"tolerations": [{"effect": "NoSchedule"}]},
+        "operator must be Exists where key is absent",
+    ),
+    "seconds of a toleration that is not NoExecute": (
+        {"tolerations": [{"key": "a", "effect": "NoSchedule", "tolerationSeconds": 3}]},
+        "tolerationSeconds needs effect NoExecute",
+    ),
+    "rollout that cannot move": (
+        {"rollout": {"maxSurge": 0, "maxUnavailable": 0}},
+        "maxSurge and maxUnavailable must not both be 0",
+    ),
+    "replicas below their bound": (
+        {"replicas": 1, "minReplicas": 2},
+        "replicas must not be less than minReplicas",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spec", "message"), REFUSED.values(), ids=REFUSED)
+def test_contradictions_are_refused(api: KubeApi, spec: dict[str, object], message: str) -> None:
+    pool = make_object("DecodePool", "bad", {"model": MODEL, **spec})
+    pool["metadata"] = {"name": "bad", "namespace": "default"}
+    assert message in api.apply(pool, check=False)
+    service = make_object("ModelService", "bad", {"model": MODEL, "decode": spec})
+    service["metadata"] = {"name": "bad", "namespace": "default"}
+    assert message in api.apply(service, check=False)
+
+
+def test_the_sample_is_accepted(api: KubeApi) -> None:
+    sample = Path(__file__).parents[2] / "docs/samples/smollm2.yaml"
+    assert "created" in api("create", "--dry-run=server", "-f", str(sample))
+
+
+def test_every_setting_is_accepted_and_stays(api: KubeApi) -> None:
+    decode = {
+        "resources": {"limits": {"nvidia.com/gpu": 1, "memory": "3Gi"}},
+        "tolerations": [{"operator": "Exists"}, {"key": "a", "value": "b"}],
+        "topologySpread": [{"topologyKey": "topology.kubernetes.io/zone"}],
+        "nearTopologyKey": "topology.kubernetes.io/zone",
+        "nodeSelector": {"gpu": "yes"},
+        "kvCacheMb": 2048,
+    }
+    image = {"reference": "models:1", "path": "/m", "asVolume": True}
+    model = {"name": "tiny", "source": {"image": image}}
+    service = make_object("ModelService", "full", {"model": model, "decode": decode, "kvCache": {}})
+    service["metadata"] = {"name": "full", "namespace": "default"}
+    with operator(api, "g") as process:
+        api.apply(service)
+        pods = ("pods", "-l", "kvasir.dev/pool=full-decode")
+        [pod] = wait_for("a worker", lambda: api.json(*pods)["items"])
+        assert pod["spec"]["topologySpreadConstraints"]
+        assert pod["spec"]["affinity"]["podAffinity"]
+        assert any("image" in volume for volume in pod["spec"]["volumes"])
+        wait_for("policies", lambda: "full-redis" in api("get", "networkpolicies"))
+        seen = process.metric("kvasir_operator_reconciles_total{.*}")
+        writes = process.writes()
+        api("annotate", "msvc,dcp,pfp,kvp", "--all", "touched=2")
+        wait_for(
+            "four more reconciles",
+            lambda: process.metric("kvasir_operator_reconciles_total{.*}") >= seen + 4,
+        )
+        assert process.writes() - writes < 3, "an object is applied again and again"

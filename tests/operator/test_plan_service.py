@@ -57,6 +57,7 @@ def test_service_makes_router_redis_and_pools() -> None:
         ("ServiceAccount", "chat"),
         ("Deployment", "chat-redis"),
         ("Service", "chat-redis"),
+        ("NetworkPolicy", "chat-redis"),
         ("PrefillPool", "chat-prefill"),
         ("DecodePool", "chat-decode"),
         ("KVCachePool", "chat-kv"),

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 
-from kvasir_operator.core.manifests import REVISION_LABEL, Manifest, Owner, child
+from kvasir_operator.core.manifests import MANAGED_BY, REVISION_LABEL, Manifest, Owner, child
 from kvasir_operator.core.pods import Part, pod_template
 
+OPERATOR_LABELS = {"app.kubernetes.io/name": "kvasir-operator"}  # as the chart sets them
 REVISION_CHARS = 8  # a pod's name, POOL-REVISION-xxxxx, must fit into a label
 
 
@@ -31,6 +33,43 @@ def disruption_budget(owner: Owner, name: str, labels: dict[str, str]) -> Manife
         labels=labels,
         spec={"maxUnavailable": 1, "selector": {"matchLabels": labels}},
     )
+
+
+def network_policy(
+    owner: Owner,
+    name: str,
+    labels: dict[str, str],
+    *,
+    inner_ports: Sequence[str],
+    open_ports: Sequence[str] = (),
+) -> Manifest:
+    """Inner ports are for Kvasir's pods of the namespace and the operator; others for everyone."""
+    rules = [
+        {
+            "from": [
+                {"podSelector": {"matchLabels": MANAGED_BY}},
+                {"namespaceSelector": {}, "podSelector": {"matchLabels": OPERATOR_LABELS}},
+            ],
+            "ports": _policy_ports(inner_ports),
+        },
+        {"ports": _policy_ports(open_ports)},
+    ]
+    return child(
+        owner,
+        "networking.k8s.io/v1",
+        "NetworkPolicy",
+        name=name,
+        labels=labels,
+        spec={
+            "podSelector": {"matchLabels": labels},
+            "policyTypes": ["Ingress"],
+            "ingress": rules if open_ports else rules[:1],
+        },
+    )
+
+
+def _policy_ports(names: Sequence[str]) -> list[Manifest]:
+    return [{"port": name, "protocol": "TCP"} for name in names]
 
 
 def headless_service(

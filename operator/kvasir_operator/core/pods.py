@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 from kvasir_operator.api import ImageSettings
 from kvasir_operator.api_types import Model, ModelSource, PodSettings
-from kvasir_operator.core.manifests import Manifest, without_empty
+from kvasir_operator.core.manifests import POOL_LABEL, Manifest, without_empty
 from kvasir_operator.core.problems import MODEL_CONTAINER, MODEL_VOLUME
 
 USER_ID = 10001
 MODEL_FOLDER = "/model"
+NEAR_WEIGHT = 100  # of 100: other preferences of the scheduler count less
 GRACE_MARGIN_S = 15  # after a drain: closing connections and leaving
 START_PERIOD_S, START_FAILURES_MAX = 2, 450  # a large model may take 15 minutes to load
 
@@ -42,6 +43,7 @@ class Part:
     tcp_probe_port: str = ""
     grace_s: int = 30
     env: Mapping[str, str] = field(default_factory=dict)
+    near: tuple[str, str] | None = None  # a pool to be near to, and the label of the domains
 
 
 def pod_template(part: Part, labels: dict[str, str]) -> Manifest:
@@ -69,6 +71,14 @@ def pod_template(part: Part, labels: dict[str, str]) -> Manifest:
                     t.model_dump(by_alias=True, exclude_none=True)
                     for t in part.settings.tolerations
                 ],
+                "affinity": _affinity(part),
+                "topologySpreadConstraints": [
+                    {
+                        **spread.model_dump(by_alias=True),
+                        "labelSelector": {"matchLabels": labels},
+                    }
+                    for spread in part.settings.topology_spread
+                ],
                 "initContainers": _model_copier(part, source),
                 "containers": [_container(part)],
                 "volumes": [
@@ -78,6 +88,15 @@ def pod_template(part: Part, labels: dict[str, str]) -> Manifest:
             }
         ),
     }
+
+
+def _affinity(part: Part) -> Manifest:
+    if part.near is None:
+        return {}
+    pool, key = part.near
+    term = {"labelSelector": {"matchLabels": {POOL_LABEL: pool}}, "topologyKey": key}
+    preferred = [{"weight": NEAR_WEIGHT, "podAffinityTerm": term}]
+    return {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
 
 
 def _container(part: Part) -> Manifest:
@@ -163,6 +182,9 @@ def _model_volume(source: ModelSource) -> Manifest:
     elif source.pvc is not None:
         claim = {"claimName": source.pvc.claim_name, "readOnly": True}
         volume = {"persistentVolumeClaim": claim}
+    elif source.image is not None and source.image.as_volume:
+        image = {"reference": source.image.reference, "pullPolicy": source.image.pull_policy}
+        volume = {"image": image}
     else:
         volume = {"emptyDir": {}}
     return {"name": MODEL_VOLUME, **volume}
@@ -172,12 +194,14 @@ def _model_mount(source: ModelSource) -> Manifest:
     mount = {"name": MODEL_VOLUME, "mountPath": MODEL_FOLDER, "readOnly": True}
     if source.pvc is not None and source.pvc.path:
         mount["subPath"] = source.pvc.path
+    if source.image is not None and source.image.as_volume:
+        mount["subPath"] = source.image.path.strip("/")
     return mount
 
 
 def _model_copier(part: Part, source: ModelSource | None) -> list[Manifest]:
     """The init container that copies the model out of its image into the pod."""
-    if source is None or source.image is None:
+    if source is None or source.image is None or source.image.as_volume:
         return []
     script = COPY_ALL if part.needs_weights else COPY_SMALL
     return [

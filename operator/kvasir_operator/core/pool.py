@@ -49,7 +49,7 @@ PORTS = {"grpc": WORKER_GRPC_PORT, "http": WORKER_HTTP_PORT, "data": WORKER_DATA
 
 def pool_children(owner: Owner) -> tuple[Ref, ...]:
     """Every object with a fixed name that a pool may own."""
-    kinds = ("ServiceAccount", "Service", "PodDisruptionBudget", "StatefulSet")
+    kinds = ("ServiceAccount", "Service", "PodDisruptionBudget", "NetworkPolicy", "StatefulSet")
     return tuple(Ref(kind, owner.namespace, owner.name) for kind in kinds)
 
 
@@ -66,6 +66,12 @@ def plan_pool(world: World, spec: PoolSpec) -> Plan:
         make.headless_service(owner, owner.name, labels, PORTS),
         make.disruption_budget(owner, owner.name, labels),
     ]
+    if spec.network_policy:
+        around.append(
+            make.network_policy(
+                owner, owner.name, labels, inner_ports=("grpc", "data"), open_ports=("http",)
+            )
+        )
     if isinstance(spec, KVCachePoolSpec):
         return _plan_kv_nodes(world, spec, around)
     return _plan_workers(world, spec, around)
@@ -92,6 +98,7 @@ def _plan_kv_nodes(world: World, spec: KVCachePoolSpec, around: list[Manifest]) 
     return Plan(
         status=pool_status(world, pool_labels(owner), facts, problems),
         children=children,
+        deletions=_unwanted_policy(world, spec),
         requeue_after_ms=None if facts.is_settled and not problems else REQUEUE_UNSETTLED_MS,
     )
 
@@ -125,7 +132,10 @@ def _plan_workers(world: World, spec: WorkerPoolSpec, around: list[Manifest]) ->
     return Plan(
         status=pool_status(world, labels, facts, problems, draining=step.draining, flips=flips),
         children=(*children, *earlier),
-        deletions=_superfluous(world, sets, step, facts, pods),
+        deletions=(
+            *_unwanted_policy(world, spec),
+            *_superfluous(world, sets, step, facts, pods),
+        ),
         drains=tuple(pod for pod in step.draining if pod.uid not in world.drains),
         roles=tuple((f.pod, f.target) for f in flips if f.phase is Phase.CORDON),
         restarts=step.restarts,
@@ -206,6 +216,13 @@ def _superfluous(
     return tuple(over)
 
 
+def _unwanted_policy(world: World, spec: PoolSpec) -> tuple[Ref, ...]:
+    ref = Ref("NetworkPolicy", world.owner.namespace, world.owner.name)
+    live = world.live.get(ref)
+    is_ours = live is not None and is_owned_by(live, world.owner.uid)
+    return (ref,) if is_ours and not spec.network_policy else ()
+
+
 def _worker_facts(
     world: World, spec: WorkerPoolSpec, step: Step, pods: Sequence[PodView], newest: str
 ) -> PoolFacts:
@@ -265,8 +282,15 @@ def _part(world: World, spec: PoolSpec) -> Part:
         service_account=owner.name,
         model=model,
         needs_weights=True,
+        near=_near(spec),
         grace_s=grace_s,
     )
+
+
+def _near(spec: PoolSpec) -> tuple[str, str] | None:
+    if isinstance(spec, KVCachePoolSpec) or not (spec.peer_pool and spec.near_topology_key):
+        return None
+    return spec.peer_pool, spec.near_topology_key
 
 
 def _common_args() -> list[str]:

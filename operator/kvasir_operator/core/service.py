@@ -45,7 +45,7 @@ from kvasir_operator.core.world import REQUEUE_UNSETTLED_MS, Plan, World, withou
 
 PARTS = {"prefill": "PrefillPool", "decode": "DecodePool", "kv": "KVCachePool"}
 DRAIN_TIMEOUT_S = 60  # the router's streams may take this long to end when its pod leaves
-NOT_OF_TEMPLATE = ("replicas", "minReplicas", "maxReplicas", "rollout")
+NOT_OF_TEMPLATE = ("replicas", "minReplicas", "maxReplicas", "rollout", "networkPolicy")
 STATUS_FIELDS = {"prefill": "prefill", "decode": "decode", "kv": "kvCache"}
 
 
@@ -54,7 +54,7 @@ def service_children(owner: Owner) -> tuple[Ref, ...]:
     namespace, router, redis = owner.namespace, f"{owner.name}-router", f"{owner.name}-redis"
     return (
         Ref("ServiceAccount", namespace, owner.name),
-        *(Ref(kind, namespace, redis) for kind in ("Deployment", "Service")),
+        *(Ref(kind, namespace, redis) for kind in ("Deployment", "Service", "NetworkPolicy")),
         *(Ref(kind, namespace, f"{owner.name}-{part}") for part, kind in PARTS.items()),
         Ref("PodDisruptionBudget", namespace, router),
         *(Ref(kind, namespace, router) for kind in ("Deployment", "Service")),
@@ -132,10 +132,13 @@ def _redis(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         probe_port="",
         tcp_probe_port="redis",
     )
-    return [
+    made = [
         make.deployment(owner, name, labels, part, replicas=1),
         make.cluster_service(owner, name, labels, {"redis": REDIS_PORT}),
     ]
+    if spec.network_policy:
+        made.append(make.network_policy(owner, name, labels, inner_ports=("redis",)))
+    return made
 
 
 def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
@@ -144,7 +147,7 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         mode="json",
         by_alias=True,
         exclude_none=True,
-        include={"image", "image_pull_policy", "image_pull_secrets"},
+        include={"image", "image_pull_policy", "image_pull_secrets", "network_policy"},
     )
     redis_url = _redis_url(owner, spec)
     common = image | ({"redisUrl": redis_url} if redis_url else {})
@@ -154,8 +157,8 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         "kvNodes": [kv_node] if spec.kv_cache is not None else [],
     }
     bodies = {
-        "prefill": _body(spec.prefill, worker),
-        "decode": _body(spec.decode, worker),
+        "prefill": _body(spec.prefill, worker | {"peerPool": f"{owner.name}-decode"}),
+        "decode": _body(spec.decode, worker | {"peerPool": f"{owner.name}-prefill"}),
     }
     pools = [
         _pool(world, part, getattr(spec, part), body | _pace(world, bodies, part))
