@@ -19,7 +19,8 @@ from kvasir_engine.rope import Rope, RopeContext, longest_context, make_rope, ro
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-LAYERS_MAX = 4096
+LAYERS_MAX, EXPERTS_MAX, HEAD_DIM_MAX = 4096, 4096, 4096
+"""Far beyond any model: what a broken file may make the reader allocate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,10 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """A ModelConfig from config.json's object. Raises KvasirError that names the field."""
     family = _family(raw)
     _refuse_other_arithmetic(raw, family)
-    num_layers = _num_layers(raw)
+    num_layers = integer(raw, "num_hidden_layers", most=LAYERS_MAX)
     hidden_size, num_heads = integer(raw, "hidden_size"), integer(raw, "num_attention_heads")
-    head_dim = integer(raw, "head_dim", default=family.head_dim or hidden_size // num_heads)
+    usual = family.head_dim or hidden_size // num_heads
+    head_dim = integer(raw, "head_dim", default=usual, most=HEAD_DIM_MAX)
     ropes, rope_of = _ropes(raw, family, head_dim)
     kinds = _layer_kinds(raw, family, num_layers)
     window, sparse = _window(raw), _sparse_layers(raw, family, num_layers)
@@ -181,13 +183,6 @@ def _activation(raw: Mapping[str, Any], family: Family) -> str:
 # ---- layers --------------------------------------------------------------------------------------
 
 
-def _num_layers(raw: Mapping[str, Any]) -> int:
-    num_layers = integer(raw, "num_hidden_layers")
-    if num_layers > LAYERS_MAX:
-        raise malformed(f"config.json: num_hidden_layers must be at most {LAYERS_MAX}")
-    return num_layers
-
-
 def _window(raw: Mapping[str, Any]) -> int:
     """Tokens that a sliding layer sees; 0 where the longest context fits into it."""
     if raw.get("sliding_window") is None:
@@ -249,7 +244,7 @@ def _expert_fields(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     is_mixtral = raw["model_type"] == "mixtral"
     size = "intermediate_size" if is_mixtral else "moe_intermediate_size"
     return {
-        "num_experts": integer(raw, family.experts_field),
+        "num_experts": integer(raw, family.experts_field, most=EXPERTS_MAX),
         "num_experts_per_token": integer(raw, "num_experts_per_tok"),
         "expert_size": integer(raw, size),
         "has_scaled_experts": is_mixtral or boolean(raw, "norm_topk_prob"),

@@ -19,14 +19,16 @@ def malformed(text: str) -> KvasirError:
     return KvasirError(Reason.INVALID_REQUEST, text, param="model")
 
 
-def integer(raw: Mapping[str, Any], name: str, *, default: int | None = None) -> int:
+def integer(
+    raw: Mapping[str, Any], name: str, *, default: int | None = None, most: int = SIZE_MAX
+) -> int:
     """A positive integer field; an absent or null one takes the default."""
     value = raw.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise malformed(f"config.json: {name} must be a positive integer, not {value!r}")
-    if value > SIZE_MAX:
-        raise malformed(f"config.json: {name} must be at most {SIZE_MAX}, not {value}")
+    if value > most:
+        raise malformed(f"config.json: {name} must be at most {most}, not {value}")
     return value
 
 

@@ -90,8 +90,16 @@ Frequencies = tuple[np.ndarray, float]
 
 def _plain(values: Mapping[str, Any], context: RopeContext) -> np.ndarray:
     """theta^(-2i / d), float32, rounded as the reference rounds."""
-    theta = number(values, "rope_theta", default=context.theta)
+    theta = _theta(values, context)
     return _powers(theta, context.rotary_dim)
+
+
+def _theta(values: Mapping[str, Any], context: RopeContext) -> float:
+    """The base; at 1 or below it pairs would not differ."""
+    theta = number(values, "rope_theta", default=context.theta)
+    if theta <= 1:
+        raise malformed(f"config.json: rope_theta must be above 1, not {theta}")
+    return theta
 
 
 def _powers(theta: float, dim: int) -> np.ndarray:
@@ -114,7 +122,7 @@ def _dynamic(values: Mapping[str, Any], context: RopeContext) -> Frequencies:
     original = _original(values, context)
     length = max(context.positions_max, original)
     growth = factor * length / original - (factor - 1)
-    theta = number(values, "rope_theta", default=context.theta)
+    theta = _theta(values, context)
     if dim < 4:
         raise unsupported(f"rope_type 'dynamic' needs heads of more than {dim} rotated elements")
     return _powers(theta * growth ** (dim / (dim - 2)), dim), 1.0
@@ -140,7 +148,7 @@ def _yarn(values: Mapping[str, Any], context: RopeContext) -> Frequencies:
     factor = number(values, "factor", default=context.positions_max / original)
     fast = number(values, "beta_fast", default=32.0)
     slow = number(values, "beta_slow", default=1.0)
-    theta, dim = number(values, "rope_theta", default=context.theta), context.rotary_dim
+    theta, dim = _theta(values, context), context.rotary_dim
 
     def pair_that_turns(times: float) -> float:
         """The pair, a fraction, that turns so often within the pretraining's length."""
@@ -191,7 +199,10 @@ def _longrope(values: Mapping[str, Any], context: RopeContext) -> Frequencies:
 def _original(values: Mapping[str, Any], context: RopeContext) -> int:
     """Tokens of the pretraining's context."""
     default = context.original_positions or context.positions_max
-    return integer(values, "original_max_position_embeddings", default=default)
+    original = integer(values, "original_max_position_embeddings", default=default)
+    if original == 1:
+        raise malformed("config.json: original_max_position_embeddings must be above 1")
+    return original
 
 
 _KINDS: dict[str, Callable[[Mapping[str, Any], RopeContext], Frequencies]] = {

@@ -148,6 +148,13 @@ MALFORMED: dict[str, dict[str, Any]] = {
     },
     "architectures": {"architectures": "LlamaForCausalLM"},
     "num_hidden_layers must be at most": {"num_hidden_layers": 100_000},
+    "head_dim must be at most": {"head_dim": 1 << 20},
+    "num_local_experts must be at most": {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 1 << 20,
+        "num_experts_per_tok": 2,
+    },
     "layer_types names 1 of 3": {"layer_types": ["full_attention"]},
     "use_sliding_window needs": {
         "model_type": "qwen2",
