@@ -109,10 +109,7 @@ class Engine:
         if worker is None:  # it failed, and this replica does not know yet
             self.at(now_ms + HOP_MS, partial(self._give_back, job, name, Why.FAILED))
             return
-        view = self.fleet.views[job.replica]
-        if not view.is_exact:
-            hit_tokens = view.hit_tokens(name, job.request)
-            view.sent(name, job.index, job.request.input_tokens - hit_tokens)
+        self.fleet.views[job.replica].sent(name, job.index, job.request)
         self._dismiss(worker.accept(job, now_ms), now_ms)
         self._start(name, now_ms)
 
@@ -128,7 +125,7 @@ class Engine:
             return
         self.fleet.stored(name, *worker.finish())
         self._end(job, self.served)
-        self.fleet.views[job.replica].ended(name, job.index)
+        self.fleet.views[job.replica].ended(job.index, is_served=True)
         policy = self.policies[job.replica]
         self._act(job.replica, policy.first_token(job, name, now_ms), now_ms)
         self._start(name, now_ms)
@@ -137,7 +134,7 @@ class Engine:
     def _dismiss(self, dismissed: Iterable[Dismissed], now_ms: float) -> None:
         for one in dismissed:
             if one.is_refused:
-                self.fleet.views[one.job.replica].ended(one.job.worker, one.job.index)
+                self.fleet.views[one.job.replica].ended(one.job.index, is_served=False)
                 self._end(one.job, self.refused)
             else:
                 self.num_moved += 1
@@ -145,7 +142,7 @@ class Engine:
                 self.at(now_ms + HOP_MS, event)
 
     def _give_back(self, job: Job, worker: str, why: Why, now_ms: float) -> None:
-        self.fleet.views[job.replica].ended(worker, job.index)
+        self.fleet.views[job.replica].ended(job.index, is_served=False)
         actions = self.policies[job.replica].returned(job, worker, why, now_ms)
         self._act(job.replica, actions, now_ms)
 
