@@ -10,7 +10,7 @@ from kvasir_router.core.choose import Rejected, Route, excluding, pick
 from kvasir_router.core.fleet import FleetView, Policy, Request, WorkerState
 from kvasir_router.core.keys import KeyLimits, KeyTree
 from kvasir_router.core.ledger import Ledger
-from kvasir_router.core.rebalance import hand_back
+from kvasir_router.core.rebalance import MOVES_MAX, hand_back
 
 from kvasir_sim.policy import Action, Refuse, RoutingPolicy, Send, Why
 from kvasir_sim.settings import SimSettings
@@ -21,9 +21,6 @@ from kvasir_sim.worker import Job
 DECODE = WorkerState("decode", can_prefill=False, can_decode=True, blocks_total=2**40)
 KEY_TOKENS = 1_024
 """Prompts at least this long begin with a key of this length, as in DualMap."""
-
-MOVES_MAX = 1
-"""Times that a request may be handed back: as in the live router."""
 
 PATIENCE_MS = 600_000
 """A request waits this long before it is refused."""

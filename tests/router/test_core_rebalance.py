@@ -2,7 +2,14 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvasir_router.core.choose import Rejected, RejectReason, Route, pick, prefill_pair
+from kvasir_router.core.choose import (
+    Rejected,
+    RejectReason,
+    Route,
+    excluding,
+    pick,
+    prefill_pair,
+)
 from kvasir_router.core.fleet import FleetView
 from kvasir_router.core.rebalance import LOOKED_AT_MAX, Queued, hand_back, rebalance
 from router_builders import make_names, make_request, make_view, make_worker
@@ -36,11 +43,26 @@ def test_a_handed_back_request_goes_to_the_other_candidate_if_that_makes_it() ->
 
 def test_a_request_that_nobody_can_serve_in_time_is_refused_with_a_time_to_retry() -> None:
     view = make_fleet({f"w{i}": 40_000 for i in range(8)})  # 4 s of work each
-    [queued] = waiting_at(view, "w3", 1, waited_ms=2_000)
+    [queued] = waiting_at(view, "w3", 1, waited_ms=4_990)
     refused = hand_back(view, queued.request, refused_by="w3", now_ms=0)
     assert isinstance(refused, Rejected)
     assert refused.reason is RejectReason.NO_TIME
-    assert 1_000 <= refused.retry_after_ms <= 1_100
+    assert 4_000 <= refused.retry_after_ms <= 4_100
+
+
+def test_a_busy_candidate_is_asked_as_it_alone_knows_what_is_due_before() -> None:
+    view = make_fleet({f"w{i}": 60_000 for i in range(8)})
+    [queued] = waiting_at(view, "w3", 1)
+    assert isinstance(hand_back(view, queued.request, refused_by="w3", now_ms=0), Route)
+
+
+def test_what_both_candidates_handed_back_goes_to_a_third_worker() -> None:
+    view = make_fleet({f"w{i}": 0 for i in range(8)})
+    [queued] = waiting_at(view, "w3", 1)
+    (other,) = set(prefill_pair(view, queued.request, now_ms=0)) - {"w3"}
+    route = hand_back(view, excluding(queued.request, "w3"), refused_by=other, now_ms=0)
+    assert isinstance(route, Route)
+    assert route.computes not in {"w3", other}
 
 
 def test_requests_leave_a_hot_worker_until_it_is_no_hotter_than_the_others() -> None:

@@ -1,15 +1,18 @@
 """Second thoughts: where a request goes that a worker handed back, and which waiting ones move.
 
-A prefill worker that cannot serve a request in time hands it back (P/D-Serve); it goes once to its
-other candidate if that can still make it, else its client is told at once.
+A prefill worker that cannot serve a request in time hands it back (P/D-Serve). It goes to its other
+candidate, and if that hands it back too, to the next worker on the rings: what comes back is costly
+to compute and little of it is cached, so it loses little away from its pair. Whether a target makes
+it is the target's to judge, as its queue alone knows what is due before; here only what cannot be
+in time on an idle worker is refused.
 
 A worker is hot when what waits there takes longer than the SLO, or a request has waited there for
 `HOT_WAIT_MS`. Requests that wait at a hot worker move to their other candidate, those that gain
 most first, while the source stays busy, the move gains and the target makes the SLO
 (DualMap, hotspot-aware rebalancing).
 
-Invariants: a request never leaves its pair; every move shortens the request's own wait as
-estimated with all earlier moves counted; a pass looks at a bounded number of requests.
+Invariants: a rebalanced request stays within its pair; every such move shortens the request's own
+wait as estimated with all earlier moves counted; a pass looks at a bounded number of requests.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,6 +29,9 @@ from kvasir_router.core.choose import (
 )
 from kvasir_router.core.estimate import estimate
 from kvasir_router.core.fleet import FleetView, Request
+
+MOVES_MAX = 2
+"""Times that a request may be handed back; then its worker refuses it."""
 
 HOT_WAIT_MS = 3_000
 """A request that has waited this long makes its worker hot."""
@@ -61,9 +67,9 @@ def hand_back(
     if isinstance(decision, Rejected):
         return decision
     late_ms = decision.ttft_estimate_ms + request.waited_ms - request.ttft_slo_ms
-    if late_ms <= 0:
+    if late_ms <= view.wait_ms(decision.computes):
         return decision
-    message = "neither candidate can serve the request in time"
+    message = "no other worker can serve the request in time"
     return Rejected(RejectReason.NO_TIME, message, max(int(late_ms), 1))
 
 
