@@ -23,6 +23,10 @@ class Report:
     num_pending: int
 
 
+GONE_TOKENS = 1 << 40
+GONE_US_PER_TOKEN = 1e6
+"""Of a worker that is no more: nobody would wait for it."""
+
 NOTHING = Report(0.0, 0, 0)
 
 
@@ -75,6 +79,8 @@ class ReplicaView:
 
     def pending_tokens(self, worker: str, now_ms: float) -> int:
         """Uncached prompt tokens that `worker` was given and, as far as known, has not computed."""
+        if worker not in self._workers:
+            return GONE_TOKENS
         if self.is_exact:
             return self._workers[worker].pending_tokens(now_ms)
         report = self._reports.get(worker, NOTHING)
@@ -98,7 +104,8 @@ class ReplicaView:
 
     def us_per_token(self, worker: str) -> float:
         """What the worker says a computed prompt token costs it."""
-        return self._workers[worker].speed.prefill_us
+        known = self._workers.get(worker)
+        return known.speed.prefill_us if known else GONE_US_PER_TOKEN
 
     def leading(self, names: Sequence[bytes]) -> Mapping[str, int]:
         """Workers that hold, or will hold by what this replica sent, the first block; and how many
