@@ -276,3 +276,80 @@ class FleetMember(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FleetMember: _TypeAlias = FleetMember  # noqa: Y015
+
+@_typing.final
+class TelemetryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TelemetryRequest: _TypeAlias = TelemetryRequest  # noqa: Y015
+
+@_typing.final
+class RouterTelemetry(_message.Message):
+    """Counters only grow; readers take differences. A new epoch: the router has restarted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_MS_FIELD_NUMBER: _builtins.int
+    ARRIVALS_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    UNCACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    UNCACHED_TOKENS_SQUARED_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    JUDGED_FIELD_NUMBER: _builtins.int
+    ATTAINED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    REQUESTS_WAITING_FIELD_NUMBER: _builtins.int
+    QUEUE_AGE_MS_FIELD_NUMBER: _builtins.int
+    epoch_ms: _builtins.int
+    arrivals: _builtins.int
+    measured: _builtins.int
+    """requests served to their end: those in the four sums below"""
+    prompt_tokens: _builtins.int
+    uncached_tokens: _builtins.int
+    """prompt tokens that had to be computed"""
+    uncached_tokens_squared: _builtins.float
+    """sum of squares"""
+    output_tokens: _builtins.int
+    judged: _builtins.int
+    """requests served or failed, not those that clients gave up"""
+    attained: _builtins.int
+    """of these, requests within their TTFT and TPOT objectives"""
+    refused: _builtins.int
+    """requests that failed before their first token"""
+    requests_waiting: _builtins.int
+    """now, without a first token"""
+    queue_age_ms: _builtins.int
+    """age of the oldest of these"""
+    def __init__(
+        self,
+        *,
+        epoch_ms: _builtins.int = ...,
+        arrivals: _builtins.int = ...,
+        measured: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        uncached_tokens: _builtins.int = ...,
+        uncached_tokens_squared: _builtins.float = ...,
+        output_tokens: _builtins.int = ...,
+        judged: _builtins.int = ...,
+        attained: _builtins.int = ...,
+        refused: _builtins.int = ...,
+        requests_waiting: _builtins.int = ...,
+        queue_age_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrivals", b"arrivals", "attained", b"attained", "epoch_ms", b"epoch_ms", "judged", b"judged", "measured", b"measured", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "queue_age_ms", b"queue_age_ms", "refused", b"refused", "requests_waiting", b"requests_waiting", "uncached_tokens", b"uncached_tokens", "uncached_tokens_squared", b"uncached_tokens_squared"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouterTelemetry: _TypeAlias = RouterTelemetry  # noqa: Y015

@@ -50,6 +50,11 @@ class InferenceStub:
                 request_serializer=kvasir__proto_dot_v1_dot_inference__pb2.FleetRequest.SerializeToString,
                 response_deserializer=kvasir__proto_dot_v1_dot_inference__pb2.FleetView.FromString,
                 _registered_method=True)
+        self.Telemetry = channel.unary_unary(
+                '/kvasir.v1.Inference/Telemetry',
+                request_serializer=kvasir__proto_dot_v1_dot_inference__pb2.TelemetryRequest.SerializeToString,
+                response_deserializer=kvasir__proto_dot_v1_dot_inference__pb2.RouterTelemetry.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -75,6 +80,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Telemetry(self, request, context):
+        """What the planner plans by: counts since the router's start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Fleet,
                     request_deserializer=kvasir__proto_dot_v1_dot_inference__pb2.FleetRequest.FromString,
                     response_serializer=kvasir__proto_dot_v1_dot_inference__pb2.FleetView.SerializeToString,
+            ),
+            'Telemetry': grpc.unary_unary_rpc_method_handler(
+                    servicer.Telemetry,
+                    request_deserializer=kvasir__proto_dot_v1_dot_inference__pb2.TelemetryRequest.FromString,
+                    response_serializer=kvasir__proto_dot_v1_dot_inference__pb2.RouterTelemetry.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class Inference:
             '/kvasir.v1.Inference/Fleet',
             kvasir__proto_dot_v1_dot_inference__pb2.FleetRequest.SerializeToString,
             kvasir__proto_dot_v1_dot_inference__pb2.FleetView.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Telemetry(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvasir.v1.Inference/Telemetry',
+            kvasir__proto_dot_v1_dot_inference__pb2.TelemetryRequest.SerializeToString,
+            kvasir__proto_dot_v1_dot_inference__pb2.RouterTelemetry.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class InferenceStub:
     """The decision alone: who would serve this request, and why. Nothing is computed."""
     Fleet: _grpc.UnaryUnaryMultiCallable[_inference_pb2.FleetRequest, _inference_pb2.FleetView]
     """What the router knows of its fleet."""
+    Telemetry: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TelemetryRequest, _inference_pb2.RouterTelemetry]
+    """What the planner plans by: counts since the router's start."""
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -46,6 +48,8 @@ class InferenceAsyncStub(InferenceStub):
     """The decision alone: who would serve this request, and why. Nothing is computed."""
     Fleet: _aio.UnaryUnaryMultiCallable[_inference_pb2.FleetRequest, _inference_pb2.FleetView]  # type: ignore[assignment]
     """What the router knows of its fleet."""
+    Telemetry: _aio.UnaryUnaryMultiCallable[_inference_pb2.TelemetryRequest, _inference_pb2.RouterTelemetry]  # type: ignore[assignment]
+    """What the planner plans by: counts since the router's start."""
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -70,5 +74,13 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.FleetView, _abc.Awaitable[_inference_pb2.FleetView]]:
         """What the router knows of its fleet."""
+
+    @_abc_1.abstractmethod
+    def Telemetry(
+        self,
+        request: _inference_pb2.TelemetryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.RouterTelemetry, _abc.Awaitable[_inference_pb2.RouterTelemetry]]:
+        """What the planner plans by: counts since the router's start."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

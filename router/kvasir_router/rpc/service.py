@@ -83,6 +83,11 @@ class InferenceService:
                     request_deserializer=inference_pb2.FleetRequest.FromString,
                     response_serializer=inference_pb2.FleetView.SerializeToString,
                 ),
+                "Telemetry": grpc.unary_unary_rpc_method_handler(
+                    self.telemetry,
+                    request_deserializer=inference_pb2.TelemetryRequest.FromString,
+                    response_serializer=inference_pb2.RouterTelemetry.SerializeToString,
+                ),
             },
         )
 
@@ -130,6 +135,12 @@ class InferenceService:
             ],
             ring_version=view.rings.version,
         )
+
+    async def telemetry(
+        self, request: inference_pb2.TelemetryRequest, context: Context
+    ) -> inference_pb2.RouterTelemetry:
+        """What the planner plans by."""
+        return self._dispatcher.telemetry.message(now_ms=now_ms())
 
     def _caller(self, context: Context) -> Caller:
         metadata = dict(context.invocation_metadata() or ())

@@ -25,6 +25,7 @@ from kvasir_router.core.rebalance import hand_back
 from kvasir_router.membership.fleet import Fleet, now_ms
 from kvasir_router.metrics import RouterMetrics
 from kvasir_router.settings import RouterSettings
+from kvasir_router.telemetry import Telemetry
 from kvasir_router.upstream.call import Call, Progress, Sink, generate_request
 from kvasir_router.upstream.client import Patience, WorkerClient, WorkerLostError
 from kvasir_router.upstream.moves import Moves
@@ -54,6 +55,7 @@ class Dispatcher:
         self._settings = settings
         self._fleet, self._client, self._metrics = fleet, client, metrics
         self.moves = Moves(fleet, metrics)
+        self.telemetry = Telemetry(tpot_slo_ms=settings.tpot_slo_ms)
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -66,7 +68,7 @@ class Dispatcher:
         """
         request = self.describe(call)
         self._fleet.observe(request)
-        with self._admitted():
+        with self.telemetry.watched(call, progress), self._admitted():
             try:
                 async with asyncio.timeout((call.deadline_ms - now_ms()) / 1_000):
                     done = await self._attempt_all(call, request, sink, progress)
@@ -77,6 +79,7 @@ class Dispatcher:
         if done.finish_reason == common_pb2.FINISH_REASON_STOP:
             self._fleet.view().output.observe(done.usage.completion_tokens)
         self._metrics.served(call, progress)
+        self.telemetry.served(call, progress, done)
         return done
 
     async def idle(self) -> None:
