@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from kvasir_operator.api_planner import PlannerSettings, PlanStatus, WorkerPrice
 from kvasir_operator.api_types import (
     KV_FITS_RULE,
     NODE_FITS_RULE,
@@ -72,6 +73,9 @@ class WorkerPoolTemplate(WorkerSettings, Replicas):
     """A pool of prefill or decode workers that a ModelService owns."""
 
     RULES = (*REPLICA_RULES, KV_FITS_RULE)
+    price: WorkerPrice = Field(
+        default_factory=WorkerPrice, description="What one worker costs, for the planner."
+    )
 
 
 class KvCachePoolTemplate(KvNodeSettings, Replicas):
@@ -160,6 +164,10 @@ class ModelServiceSpec(ImageSettings):
     redis: RedisSettings = Field(
         default_factory=RedisSettings,
         description="The index of blocks, needed only where kvCache is set.",
+    )
+    planner: PlannerSettings | None = Field(
+        default=None,
+        description="Plans the numbers of workers from load and SLO. Absent: nobody does.",
     )
 
 
@@ -255,6 +263,7 @@ class Conditions(ApiModel):
         json_schema_extra=map_list("type"),
         description="Available: it can serve. Progressing: a change is under way. Degraded: "
         "something is wrong; the message says what. Draining: workers finish before they go. "
+        "PlanApplied: the fleet is as the planner wants it. "
         "ReplicasContested: several autoscalers set the number of pods.",
     )
 
@@ -312,6 +321,9 @@ class ModelServiceStatus(Conditions):
     prefill: PartStatus | None = Field(default=None, description="The prefill workers.")
     decode: PartStatus | None = Field(default=None, description="The decode workers.")
     kv_cache: PartStatus | None = Field(default=None, description="The KV nodes.")
+    plan: PlanStatus | None = Field(
+        default=None, description="The planner's latest plan; absent without `spec.planner`."
+    )
 
 
 @dataclass(frozen=True, slots=True)

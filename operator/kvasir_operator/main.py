@@ -24,6 +24,7 @@ from kvasir_operator.reconcile import Reconciler
 from kvasir_operator.roles import RoleSetter
 from kvasir_operator.routers import Routers
 from kvasir_operator.settings import OperatorSettings
+from kvasir_operator.telemetry import Collector
 from kvasir_operator.watch import make_registry, make_settings
 from kvasir_operator.workqueue import WorkQueue
 
@@ -70,6 +71,7 @@ class Operator:
             self._audit,
             self._roles,
             Routers(),
+            Collector(),
             default_image=settings.image,
         )
 

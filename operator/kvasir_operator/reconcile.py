@@ -33,8 +33,10 @@ from kvasir_operator.core.plan import (
     is_scalable,
     listed_children,
     make_plan,
+    planner_settings,
     pod_labels,
     service_of,
+    with_fleet,
 )
 from kvasir_operator.core.views import PodView, WorkerFacts
 from kvasir_operator.core.world import Plan, World
@@ -42,6 +44,7 @@ from kvasir_operator.drain import Drainer
 from kvasir_operator.errors import ClusterError
 from kvasir_operator.roles import RoleSetter
 from kvasir_operator.routers import Routers
+from kvasir_operator.telemetry import Collector
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ class Reconciler:
         audit: WatchAudit,
         roles: RoleSetter,
         routers: Routers,
+        collector: Collector,
         *,
         default_image: str,
     ) -> None:
@@ -74,6 +78,7 @@ class Reconciler:
         self._drainer = drainer
         self._roles = roles
         self._routers = routers
+        self._collector = collector
         self._audit = audit
         self._default_image = default_image
 
@@ -128,7 +133,7 @@ class Reconciler:
         autoscalers = []
         if is_scalable(world.owner):
             autoscalers = await self._cluster.list(AUTOSCALER_KIND, world.owner.namespace)
-        return replace(
+        observed = replace(
             world,
             live=live,
             pods=pods,
@@ -138,6 +143,20 @@ class Reconciler:
             told_roles=self._roles.told(),
             autoscalers=autoscalers,
         )
+        return await self._with_plan(observed)
+
+    async def _with_plan(self, world: World) -> World:
+        """With the planner's outcome: one per reconcile, whatever is planned from it."""
+        settings = planner_settings(world.obj)
+        if settings is None:
+            return world
+        telemetry = await self._collector.view(
+            world.owner.ref,
+            world.pods,
+            interval_s=settings.interval_seconds,
+            keep_s=settings.keep_window_seconds,
+        )
+        return with_fleet(replace(world, telemetry=telemetry))
 
     async def _facts(self, obj: Manifest) -> Mapping[str, WorkerFacts] | None:
         """What the routers of a worker pool's ModelService know of its workers."""

@@ -12,6 +12,7 @@ from kvasir_operator.errors import ClusterError
 from kvasir_operator.reconcile import Reconciler
 from kvasir_operator.roles import RoleSetter
 from kvasir_operator.routers import Routers
+from kvasir_operator.telemetry import Collector
 from operator_builders import (
     FakeCluster,
     condition_of,
@@ -56,6 +57,7 @@ def make_reconciler(cluster: FakeCluster, drainer: FakeDrainer | None = None) ->
         WatchAudit(),
         setter,
         Routers(),
+        Collector(),
         default_image="kvasir:test",
     )
 

@@ -50,9 +50,10 @@ async def test_request_without_a_first_token_counts_as_waiting(tmp_path: Path) -
     async with running_router(tmp_path, *workers) as router:
         call = router.stub.Generate(ask(), timeout=10)
         async with asyncio.timeout(10):
-            while not (await told(router.stub)).queue_age_ms:
-                await asyncio.sleep(0)
-        assert (await told(router.stub)).requests_waiting == 1
+            waiting = await told(router.stub)
+            while not waiting.queue_age_ms:
+                waiting = await told(router.stub)
+        assert waiting.requests_waiting == 1
         for worker in workers:
             worker.resume.set()
         async for _ in call:

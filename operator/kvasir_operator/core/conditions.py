@@ -22,6 +22,7 @@ class ConditionType(enum.StrEnum):
     PROGRESSING = "Progressing"  # a change is under way
     DEGRADED = "Degraded"  # something is wrong; the message says what
     DRAINING = "Draining"  # workers finish their requests before they go
+    PLAN_APPLIED = "PlanApplied"  # the fleet is as the planner wants it
     REPLICAS_CONTESTED = "ReplicasContested"  # several writers set the number of workers
 
 
@@ -43,6 +44,10 @@ class Reason(enum.StrEnum):
     NOT_DRAINING = "NotDraining"
     SEVERAL_OWNERS = "SeveralOwners"
     ONE_OWNER = "OneOwner"
+    PLAN_APPLIED = "PlanApplied"
+    RECOMMENDING = "Recommending"  # the planner wants another fleet and may not apply it
+    OBSERVING = "Observing"
+    NO_MEASUREMENTS = "NoMeasurements"  # the planner knows no load or no worker's speed yet
     NO_PROBLEM = "NoProblem"
     MODEL_UNAVAILABLE = "ModelUnavailable"  # its volume, image or folder is not there or not right
     IMAGE_UNAVAILABLE = "ImageUnavailable"

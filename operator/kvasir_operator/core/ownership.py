@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from kvasir_operator.core.manifests import FIELD_MANAGER, Manifest
 
 AUTOSCALER_KIND = "HorizontalPodAutoscaler"
+AUTOSCALER_MANAGERS = ("kube-controller-manager", "keda")  # an HPA writes as the former
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +53,9 @@ def ownership(pool: Manifest, autoscalers: Sequence[Manifest]) -> Ownership:
     if scalers:
         return Ownership(scalers[0], tuple(scalers) if len(scalers) > 1 else ())
     return Ownership(foreign_owner(pool) or "")
+
+
+def autoscaler_owner(pool: Manifest) -> str | None:
+    """The autoscaler that wrote `spec.replicas` last; a planner takes over from people only."""
+    owner = foreign_owner(pool)
+    return owner if owner in AUTOSCALER_MANAGERS else None

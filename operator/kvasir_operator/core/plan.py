@@ -1,8 +1,11 @@
 """From a world to a plan, whatever the kind: the one door into the core."""
 
+from dataclasses import replace
+
 from pydantic import ValidationError
 
 from kvasir_operator.api import API_VERSION, MODEL_SERVICE, ModelServiceSpec
+from kvasir_operator.api_planner import PlannerSettings
 from kvasir_operator.core.conditions import (
     ConditionType,
     Finding,
@@ -12,6 +15,7 @@ from kvasir_operator.core.conditions import (
     to_conditions,
 )
 from kvasir_operator.core.manifests import Manifest, Owner, Ref
+from kvasir_operator.core.planning import plan_fleet
 from kvasir_operator.core.pool import SPECS, plan_pool, pool_children, pool_labels
 from kvasir_operator.core.service import plan_service, service_children, service_pod_labels
 from kvasir_operator.core.world import Plan, World
@@ -28,6 +32,22 @@ def make_plan(world: World) -> Plan:
         return plan_pool(world, SPECS[kind].model_validate(raw))
     except ValidationError as error:
         return _invalid(world, error)
+
+
+def planner_settings(obj: Manifest) -> PlannerSettings | None:
+    """The planner's settings, where a resource has one and its spec can be read."""
+    if obj["kind"] != MODEL_SERVICE.kind:
+        return None
+    try:
+        return ModelServiceSpec.model_validate(obj.get("spec", {})).planner
+    except ValidationError:
+        return None  # `make_plan` tells
+
+
+def with_fleet(world: World) -> World:
+    """The world with what the planner makes of it."""
+    spec = ModelServiceSpec.model_validate(world.obj["spec"])
+    return replace(world, fleet=plan_fleet(world, spec))
 
 
 def child_refs(owner: Owner) -> tuple[Ref, ...]:

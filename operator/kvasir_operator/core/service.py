@@ -37,7 +37,7 @@ from kvasir_operator.core.manifests import (
     ref_of,
     role_labels,
 )
-from kvasir_operator.core.ownership import foreign_owner
+from kvasir_operator.core.ownership import autoscaler_owner, foreign_owner
 from kvasir_operator.core.pods import GRACE_MARGIN_S, MODEL_FOLDER, Part
 from kvasir_operator.core.rollout import Progress, updated_max
 from kvasir_operator.core.views import pod_views, workload_view
@@ -96,8 +96,15 @@ def plan_service(world: World, spec: ModelServiceSpec) -> Plan:
         status=_status(world, spec, findings),
         children=children,
         deletions=deletions,
-        requeue_after_ms=None if is_settled else REQUEUE_UNSETTLED_MS,
+        requeue_after_ms=_requeue_after_ms(world, is_settled=is_settled),
     )
+
+
+def _requeue_after_ms(world: World, *, is_settled: bool) -> int | None:
+    if world.fleet is None:
+        return None if is_settled else REQUEUE_UNSETTLED_MS
+    interval_ms = world.fleet.interval_ms
+    return interval_ms if is_settled else min(interval_ms, REQUEUE_UNSETTLED_MS)
 
 
 def _redis_url(owner: Owner, spec: ModelServiceSpec) -> str | None:
@@ -170,7 +177,8 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
 
 
 def _body(template: WorkerPoolTemplate | KvCachePoolTemplate, common: Manifest) -> Manifest:
-    return template.model_dump(mode="json", by_alias=True, exclude_none=True) | common
+    body = template.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"price"})
+    return body | common
 
 
 def _pace(world: World, bodies: dict[str, Manifest], part: str) -> Manifest:
@@ -208,11 +216,22 @@ def _pool(
         body = body | {"replicas": bounded}
         if bounded == kept and foreign_owner(live) is not None:
             del body["replicas"]  # an autoscaler or a person sets it: it is theirs
+    body = body | _planned(world, part, live)
     labels = role_labels(owner, part)
     manifest = child(owner, API_VERSION, kind, name=name, labels=labels, spec=body)
     if live is not None:  # refuse to overwrite `replicas` if somebody has scaled it since
         manifest["metadata"]["resourceVersion"] = live["metadata"]["resourceVersion"]
     return manifest
+
+
+def _planned(world: World, part: str, live: Manifest | None) -> Manifest:
+    """What the planner sets of a pool. It takes over from people, not from an autoscaler."""
+    fleet = world.fleet
+    if fleet is None or part not in fleet.targets or live is None:
+        return {}
+    target = fleet.targets[part]
+    lent = {"lentReplicas": target.lent} if fleet.may_lend else {}
+    return lent | ({"replicas": target.replicas} if autoscaler_owner(live) is None else {})
 
 
 def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
@@ -233,6 +252,7 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
             *("--http-port", str(spec.router.http_port)),
             *("--grpc-port", str(spec.router.grpc_port)),
             *("--ttft-slo-ms", str(spec.slo.ttft_ms)),
+            *("--tpot-slo-ms", str(spec.slo.tpot_ms)),
             *("--drain-timeout-ms", str(1000 * DRAIN_TIMEOUT_S)),
             *(arg for worker in workers for arg in ("--worker", worker)),
         ),
@@ -285,6 +305,7 @@ def _findings(
         _available(world, spec, problems),
         _progressing(world, spec),
         degraded(problems),
+        *((world.fleet.finding,) if world.fleet else ()),
     )
 
 
@@ -353,6 +374,8 @@ def _status(world: World, spec: ModelServiceSpec, findings: Sequence[Finding]) -
             pool.get("spec", {}).get("replicas", 0),
             ready=pool.get("status", {}).get("readyReplicas", 0),
         )
+    if world.fleet is not None:
+        status["plan"] = world.fleet.status
     status["conditions"] = to_conditions(
         findings, world.conditions, generation=world.generation, now_ms=world.now_ms
     )

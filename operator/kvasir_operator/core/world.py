@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from kvasir_operator.core.conditions import Problem, Reason
 from kvasir_operator.core.manifests import Manifest, Owner, Ref, is_owned_by, ref_of
+from kvasir_operator.core.planning import PlannedFleet, TelemetryView
 from kvasir_operator.core.problems import workload_problem
 from kvasir_operator.core.views import DrainView, PodView, WorkerFacts
 
@@ -26,6 +27,8 @@ class World:
     facts: Mapping[str, WorkerFacts] | None = None  # by worker; None: no router has told
     told_roles: Mapping[str, str] = field(default_factory=dict)  # by pod UID
     autoscalers: Sequence[Manifest] = ()  # of the namespace, where the object is a pool
+    telemetry: TelemetryView | None = None  # of a ModelService with a planner
+    fleet: PlannedFleet | None = None  # what the planner makes of it
     problems: tuple[Problem, ...] = ()  # met while the plan was carried out
 
     @property

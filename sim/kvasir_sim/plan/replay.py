@@ -83,9 +83,7 @@ class Replay:
                 interval = _Interval(second + 1.0)
         return self._result(name, ttft_ms, tpot_ms)
 
-    def _advance(
-        self, second: int, ttft_ms: Floats, tpot_ms: Floats, interval: _Interval
-    ) -> None:
+    def _advance(self, second: int, ttft_ms: Floats, tpot_ms: Floats, interval: _Interval) -> None:
         """One second: arrivals, prompts that begin, first tokens, decode steps."""
         day, end_s = self.day, second + 1.0
         while self.next_index < len(day.arrivals_s) and day.arrivals_s[self.next_index] < end_s:

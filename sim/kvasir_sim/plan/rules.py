@@ -1,9 +1,9 @@
 """Rules that decide how many workers there are. Each sees what its namesake would see.
 
-    static      numbers that never change
-    hpa         Kubernetes' HorizontalPodAutoscaler on the queue of each pool
-    dynamo      the SLA planner of NVIDIA Dynamo: throughput tables, next interval like the last
-    kvasir      the operator's planner
+static      numbers that never change
+hpa         Kubernetes' HorizontalPodAutoscaler on the queue of each pool
+dynamo      the SLA planner of NVIDIA Dynamo: throughput tables, next interval like the last
+kvasir      the operator's planner
 """
 
 import math
@@ -159,10 +159,10 @@ class Kvasir:
     """The operator's planner, fed with the samples that its collector would take."""
 
     settings: PlanSimSettings
-    pace: Pace = Pace()
+    pace: Pace = field(default_factory=Pace)
     keep_s: int = 900
     interval_s: int = 15
-    memory: Memory = Memory()
+    memory: Memory = field(default_factory=Memory)
     history: History = field(init=False)
 
     def __post_init__(self) -> None:
