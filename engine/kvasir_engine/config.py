@@ -105,7 +105,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     head_dim = integer(raw, "head_dim", default=usual, most=HEAD_DIM_MAX)
     ropes, rope_of = _ropes(raw, family, head_dim)
     kinds = _layer_kinds(raw, family, num_layers)
-    window, sparse = _window(raw), _sparse_layers(raw, family, num_layers)
+    window, sparse = _window(raw, family), _sparse_layers(raw, family, num_layers)
     has_bias = family.bias == "field" and boolean(raw, "attention_bias")
     config = ModelConfig(
         model_type=str(raw["model_type"]),
@@ -183,9 +183,10 @@ def _activation(raw: Mapping[str, Any], family: Family) -> str:
 # ---- layers --------------------------------------------------------------------------------------
 
 
-def _window(raw: Mapping[str, Any]) -> int:
+def _window(raw: Mapping[str, Any], family: Family) -> int:
     """Tokens that a sliding layer sees; 0 where the longest context fits into it."""
-    if raw.get("sliding_window") is None:
+    is_off = family.windows == "upper" and not boolean(raw, "use_sliding_window")
+    if is_off or raw.get("sliding_window") is None:
         return 0
     window = integer(raw, "sliding_window")
     return 0 if window >= longest_context(raw) else window
@@ -297,10 +298,8 @@ def _ropes(
     for name in (FULL, SLIDING):
         if not isinstance(by_kind.get(name), Mapping):
             raise malformed(f"config.json: rope_parameters lacks an object {name}")
-    return tuple(make_rope(by_kind[name], context) for name in (FULL, SLIDING)), {
-        FULL: 0,
-        SLIDING: 1,
-    }
+    ropes = tuple(make_rope(by_kind[name], context) for name in (FULL, SLIDING))
+    return ropes, {FULL: 0, SLIDING: 1}
 
 
 def _optional(raw: Mapping[str, Any], name: str) -> int | None:

@@ -50,6 +50,13 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def test_windows_that_are_switched_off_do_not_count() -> None:
+    config = FAMILIES["qwen2-upper-windows"] | {"use_sliding_window": False}
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    assert all(layer.window == 0 for layer in parse_config(config).layers)
+    assert parse_config(config | {"layer_types": kinds}) == parse_config(config)
+
+
 @pytest.mark.parametrize("case", SAME, ids=str)
 def test_older_and_newer_fields_mean_the_same(case: str) -> None:
     family, config = SAME[case]
