@@ -11,6 +11,7 @@ import click
 from kvasir_sim.settings import SimSettings
 
 from kvasir_cli.commands.sim_generate import generate
+from kvasir_cli.commands.sim_plan import plan
 from kvasir_cli.commands.sim_sweep import sweep
 from kvasir_cli.progress import count_progress
 from kvasir_cli.settings_options import build, options
@@ -57,4 +58,5 @@ sim.add_command(
     )
 )
 sim.add_command(sweep)
+sim.add_command(plan)
 sim.add_command(generate)

@@ -15,7 +15,6 @@ from kvasir_sim.plan.rules import Dynamo, Kvasir, Rule, Static, hpa_for
 from kvasir_sim.plan.settings import PlanSimSettings
 
 SPLIT_MAX = 128  # workers of one role that a static split may have
-AMPLE = 2 * SPLIT_MAX
 HPA_FILLS = (0.5, 0.7, 0.9)  # shares of what the SLO allows that the HPA is tuned over
 Progress = Callable[[str], None]
 
@@ -69,10 +68,10 @@ def compare(settings: PlanSimSettings, *, progress: Progress = lambda _: None) -
 def _best_static(run: Callable[[str, Rule], DayResult], *, goal: float) -> DayResult:
     """The fewest workers that attain the goal without ever changing."""
     prefill = _least(
-        lambda n: run(f"static {n}:*", Static(n, AMPLE)).ttft_attainment >= goal,
+        lambda n: run(f"static {n}:any", Static(n, 1)).ttft_attainment >= goal,
     )
     decode = _least(
-        lambda n: run(f"static *:{n}", Static(AMPLE, n)).tpot_attainment >= goal,
+        lambda n: run(f"static {2 * prefill}:{n}", Static(2 * prefill, n)).tpot_attainment >= goal,
     )
     for extra in range(SPLIT_MAX):
         for more in range(extra + 1):
