@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
 from kvasir_router.core.fleet import FleetView, Policy, Request
-from kvasir_router.core.keys import KeyTree
+from kvasir_router.core.keys import KeyLimits, KeyTree
 from kvasir_router.core.ledger import Ledger
 from kvasir_router.core.prefix import PrefixView
 from kvasir_router.membership import eligible
@@ -29,14 +29,16 @@ def now_ms() -> int:
 class Fleet:
     """Members by target, and what was learned from them."""
 
-    def __init__(self, settings: RouterSettings, *, replica: bytes) -> None:
+    def __init__(
+        self, settings: RouterSettings, *, replica: bytes, key_limits: KeyLimits | None = None
+    ) -> None:
         """`replica`: names this life of this router to the others."""
         self._settings = settings
         self._members: dict[str, Member] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup
         self._prefix = PrefixView(blocks_max=settings.blocks_known_max)
-        self._keys = KeyTree(replica=replica)
+        self._keys = KeyTree(key_limits, replica=replica)
         self.ledger = Ledger()
         self._view = FleetView(
             prefix=self._prefix,

@@ -11,7 +11,7 @@ or by cancellation; whoever leaves early closes the worker's connection.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
 
 from kvasir_kvstore.core import block
@@ -20,7 +20,7 @@ from kvasir_proto.frames import Frame, FrameKind
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
 from kvasir_router.core.choose import Rejected, RejectReason, Route, excluding, pick
-from kvasir_router.core.fleet import Request
+from kvasir_router.core.fleet import FleetView, Request
 from kvasir_router.core.rebalance import hand_back
 from kvasir_router.membership.fleet import Fleet, now_ms
 from kvasir_router.metrics import RouterMetrics
@@ -45,14 +45,28 @@ REASON_OF = {
     RejectReason.NO_TIME: Reason.OVERLOADED,
 }
 
+Choose = Callable[[FleetView, Request, int], Route | Rejected]
+
+
+def pick_now(view: FleetView, request: Request, now_ms: int) -> Route | Rejected:
+    """The core's rule."""
+    return pick(view, request, now_ms=now_ms)
+
 
 class Dispatcher:
     """Requests in flight, and the way to the workers."""
 
     def __init__(
-        self, settings: RouterSettings, fleet: Fleet, client: WorkerClient, metrics: RouterMetrics
+        self,
+        settings: RouterSettings,
+        fleet: Fleet,
+        client: WorkerClient,
+        metrics: RouterMetrics,
+        *,
+        choose: Choose = pick_now,
     ) -> None:
-        self._settings = settings
+        """`choose`: another policy's rule, for comparisons."""
+        self._settings, self._choose = settings, choose
         self._fleet, self._client, self._metrics = fleet, client, metrics
         self.moves = Moves(fleet, metrics)
         self.telemetry = Telemetry(tpot_slo_ms=settings.tpot_slo_ms)
@@ -179,7 +193,7 @@ class Dispatcher:
         return decision
 
     def _pick(self, request: Request, tried: Attempts) -> Route | Rejected:
-        return pick(self._fleet.view(), excluding(request, *tried.exclude), now_ms=now_ms())
+        return self._choose(self._fleet.view(), excluding(request, *tried.exclude), now_ms())
 
     async def _wait_for_worker(self, *, has_output: bool) -> None:
         """Until a worker can decode; longer for a client that has half an answer."""
