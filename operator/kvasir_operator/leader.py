@@ -17,7 +17,7 @@ from kvasir_operator.errors import ClusterError
 logger = logging.getLogger(__name__)
 
 LEASE_NAME = "kvasir-operator"
-CALL_TIMEOUT_S = 3.0
+CLAIM_TIMEOUT_S = 5.0  # of an attempt; an API server under load is slow rather than away
 
 
 class Leases(Protocol):
@@ -40,6 +40,7 @@ class Elector:
         self._ref = Ref("Lease", namespace, LEASE_NAME)
         self._identity = identity
         self._seen: rules.Seen | None = None
+        self._held: Manifest | None = None  # the lease as this process wrote it last
         self._renewed_at_s: float | None = None  # start of the last renewal that succeeded
 
     @property
@@ -61,11 +62,14 @@ class Elector:
         logger.info("leading as %s", self._identity)
 
     async def keep(self) -> None:
-        """Renew until the lease is lost."""
+        """Renew until the lease is lost; after a failure the next attempt follows soon."""
+        pause_s = rules.RENEW_INTERVAL_S
         while self.left_s() > 0:
-            await asyncio.sleep(min(rules.RENEW_INTERVAL_S, self.left_s()))
-            if not await self._try_claim() and self.holder != self._identity:
+            await asyncio.sleep(min(pause_s, self.left_s()))
+            is_renewed = await self._try_claim()
+            if not is_renewed and self.holder != self._identity:
                 break
+            pause_s = rules.RENEW_INTERVAL_S if is_renewed else rules.RETRY_INTERVAL_S
         self._renewed_at_s = None
         logger.error("the lease %s is lost, its holder is %r", self._ref.name, self.holder)
 
@@ -75,7 +79,7 @@ class Elector:
             return
         self._renewed_at_s = None
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
+            async with asyncio.timeout(CLAIM_TIMEOUT_S):
                 lease = await self._leases.get(self._ref)
                 if lease is not None and lease["spec"].get("holderIdentity") == self._identity:
                     await self._leases.put(rules.give_back(lease, now_ms=_wall_ms()))
@@ -86,17 +90,20 @@ class Elector:
         """One attempt to take or renew the lease; False: somebody else has it, or it failed."""
         started_s = time.monotonic()
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                lease = await self._leases.get(self._ref) or rules.new_lease(self._ref)
+            async with asyncio.timeout(CLAIM_TIMEOUT_S):
+                lease = self._held or await self._leases.get(self._ref)
+                lease = lease or rules.new_lease(self._ref)
                 self._seen = rules.observe(self._seen, lease, now_s=time.monotonic())
                 if not rules.may_take(self._seen, identity=self._identity, now_s=time.monotonic()):
                     return False
                 claimed = rules.claim(lease, identity=self._identity, now_ms=_wall_ms())
-                held = await self._leases.put(claimed)
+                self._held = await self._leases.put(claimed)
         except (ClusterError, TimeoutError) as error:
-            logger.info("the lease %s cannot be taken: %s", self._ref.name, error or "no answer")
+            self._held = None  # somebody may have written it meanwhile: read it again
+            text = str(error) or f"no answer within {CLAIM_TIMEOUT_S:.0f} s"
+            logger.info("the lease %s cannot be taken: %s", self._ref.name, text)
             return False
-        self._seen = rules.observe(self._seen, held, now_s=time.monotonic())
+        self._seen = rules.observe(self._seen, self._held, now_s=time.monotonic())
         self._renewed_at_s = started_s
         return True
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from kvasir_operator.core.manifests import Manifest, Ref
 
-DURATION_S = 10
+DURATION_S = 12
 RENEW_INTERVAL_S = 2.0
 RETRY_INTERVAL_S = 1.0  # DURATION_S + RETRY_INTERVAL_S is the longest time without a leader
-WRITE_MARGIN_S = 2.0  # a leader sends its last write so long before the lease can be taken
+WRITE_MARGIN_S = 1.0  # a leader sends its last write so long before the lease can be taken
 
 
 @dataclass(frozen=True, slots=True)
