@@ -125,6 +125,14 @@ class Model(ApiModel):
     source: ModelSource = Field(
         description="Where the model's folder (config.json, safetensors, tokenizer.json) is."
     )
+    memory_mb: int | None = Field(
+        default=None,
+        ge=1,
+        le=16_777_216,
+        description="Memory of a worker for weights and one step, KV blocks aside, in MiB, as "
+        "`kvasir kube plan --model FOLDER` tells. No pod is made that its memory limit cannot "
+        "hold. Absent: not checked.",
+    )
 
 
 class Slo(ApiModel):

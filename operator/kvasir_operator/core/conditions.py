@@ -55,6 +55,7 @@ class Reason(enum.StrEnum):
     POD_NOT_STARTING = "PodNotStarting"
     PODS_REFUSED = "PodsRefused"  # no pod may be made: a quota, the namespace's Pod Security
     CONTAINER_FAILED = "ContainerFailed"
+    MEMORY_TOO_SMALL = "MemoryTooSmall"  # a worker would not fit into its memory limit
     NAME_CONFLICT = "NameConflict"  # a child's name is taken by an object of somebody else
     INVALID_SPEC = "InvalidSpec"
     APPLY_FAILED = "ApplyFailed"  # the API server refused a child

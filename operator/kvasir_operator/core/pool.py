@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from kvasir_operator.api import DecodePoolSpec, KVCachePoolSpec, PrefillPoolSpec, WorkerPoolSpec
 from kvasir_operator.core import children as make
 from kvasir_operator.core.conditions import Problem
+from kvasir_operator.core.fit import memory_problem
 from kvasir_operator.core.manifests import (
     REVISION_LABEL,
     WORKER_DATA_PORT,
@@ -108,6 +109,9 @@ def _plan_workers(world: World, spec: WorkerPoolSpec, around: list[Manifest]) ->
     owner, labels, part = world.owner, pool_labels(world.owner), _part(world, spec)
     newest = make.revision_of(part, labels)
     sets = _replica_sets(world)
+    misfit = memory_problem(spec)
+    if misfit is not None and newest not in sets:
+        return _without_new_workers(world, spec, around, misfit)
     pods = worker_views(world.pods, world.warnings, world.facts)
     goal = Goal(
         replicas=spec.replicas,
@@ -141,6 +145,29 @@ def _plan_workers(world: World, spec: WorkerPoolSpec, around: list[Manifest]) ->
         restarts=step.restarts,
         drain_timeout_s=spec.drain_timeout_seconds,
         requeue_after_ms=_requeue_ms(step, flips, facts, problems),
+    )
+
+
+def _without_new_workers(
+    world: World, spec: WorkerPoolSpec, around: list[Manifest], misfit: Problem
+) -> Plan:
+    """Workers of an earlier template stay as they are; none of this one is made."""
+    children, conflicts = without_conflicts(world, around)
+    pods = worker_views(world.pods, world.warnings, world.facts)
+    problems = (misfit, *_problems(world, conflicts, pods))
+    facts = PoolFacts(
+        wanted=spec.replicas,
+        needed=spec.min_replicas,
+        present=len(pods),
+        ready=sum(pod.is_ready for pod in pods),
+        outdated=len(pods),
+        is_created=bool(pods),
+        is_observed=True,
+    )
+    return Plan(
+        status=pool_status(world, pool_labels(world.owner), facts, problems),
+        children=children,
+        requeue_after_ms=REQUEUE_UNSETTLED_MS,
     )
 
 
