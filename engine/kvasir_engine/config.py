@@ -15,6 +15,7 @@ from kvasir_proto.errors import KvasirError, Reason
 
 from kvasir_engine.decoder import LayerConfig, ModelConfig
 from kvasir_engine.fields import boolean, integer, malformed, number, unsupported
+from kvasir_engine.multimodal import text_part
 from kvasir_engine.rope import Rope, RopeContext, longest_context, make_rope, rope_type
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -97,6 +98,7 @@ def read_config(model_dir: Path | str) -> ModelConfig:
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """A ModelConfig from config.json's object. Raises KvasirError that names the field."""
+    raw = text_part(raw)
     family = _family(raw)
     _refuse_other_arithmetic(raw, family)
     num_layers = integer(raw, "num_hidden_layers", most=LAYERS_MAX)

@@ -7,7 +7,7 @@ goes with it. Invariant: equal fingerprints mean KV blocks that mean the same.
 import hashlib
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from kvasir_engine import _native
 from kvasir_engine.config import read_config
 from kvasir_engine.decoder import ModelConfig
 from kvasir_engine.fields import malformed
+from kvasir_engine.multimodal import text_tensors
 from kvasir_engine.tensors import check_tensors, native_tensors
 from kvasir_engine.weights import (
     DIGEST_BYTES,
@@ -70,7 +71,8 @@ def open_model(path: Path | str) -> tuple[ModelConfig, list[WeightFile]]:
 
     Raises KvasirError that names what is missing, unsupported, or does not fit the config.json.
     """
-    config, files = read_config(path), open_weights(path)
+    config = read_config(path)
+    files = [replace(file, entries=text_tensors(file.entries)) for file in open_weights(path)]
     shapes = {name: entry.shape for file in files for name, entry in file.entries.items()}
     check_tensors(config, shapes)
     return config, files

@@ -1,5 +1,6 @@
 """Every supported family computes what its published definition says, on every kernel path."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from family_models import CONTEXT, FAMILIES, YARN, make_family_model, random_tensors
-from golden_models import PATHS, RUNNABLE
+from golden_models import PATHS, RUNNABLE, write_safetensors
 from kvasir_engine.logits import sequence_logits
 from kvasir_engine.memory import weights_bytes
 from kvasir_engine.model import LoadedModel, load_model, new_kv_arrays
@@ -124,6 +125,30 @@ def test_memory_is_estimated_before_the_load(family: str, load) -> None:
     model = load(family, "scalar")
     estimate = weights_bytes(model.config)
     assert estimate <= model.weights_bytes <= estimate + (4 << 20)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "other"),
+    [
+        ("language_model.", "vision_tower.weight"),
+        ("model.language_model.", "model.multi_modal_projector.weight"),
+    ],
+    ids=["older names", "newer names"],
+)
+def test_text_model_of_a_folder_with_images_is_computed(
+    prefix: str, other: str, tmp_path: Path
+) -> None:
+    ids, logits = expected("gemma3")
+    config = FAMILIES["gemma3"] | {"model_type": "gemma3_text"}
+    whole = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(whole | {"text_config": config}))
+    start = "" if prefix == "language_model." else "model."
+    tensors = {
+        prefix + name.removeprefix(start): bits for name, bits in random_tensors(config).items()
+    }
+    write_safetensors(tmp_path / "model.safetensors", tensors | {other: np.zeros(3, np.float32)})
+    found = sequence_logits(load_model(tmp_path, isa="scalar", num_threads=1), ids, chunk=LENGTH)
+    assert np.abs(found - logits).max() < SCALAR_TOLERANCE * np.abs(logits).max()
 
 
 def test_what_left_the_window_is_not_read(load) -> None:

@@ -104,7 +104,7 @@ def test_older_rope_fields_mean_the_same(tmp_path: Path) -> None:
 
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {
-    "gemma3": {"model_type": "gemma3"},
+    "gemma3n": {"model_type": "gemma3n"},
     "['LlamaForSequenceClassification']": {"architectures": ["LlamaForSequenceClassification"]},
     "['Qwen2ForCausalLM']": {"architectures": ["Qwen2ForCausalLM"]},
     "architectures": {"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
@@ -147,6 +147,7 @@ MALFORMED: dict[str, dict[str, Any]] = {
         "sliding_window": "64",
     },
     "architectures": {"architectures": "LlamaForCausalLM"},
+    "needs an object text_config": {"model_type": "gemma3", "architectures": None},
     "num_hidden_layers must be at most": {"num_hidden_layers": 100_000},
     "head_dim must be at most": {"head_dim": 1 << 20},
     "num_local_experts must be at most": {

@@ -181,3 +181,11 @@ def test_end_of_a_turn_ends_the_answer_though_config_names_another_token(tmp_pat
         tmp_path, config={"eos_token_id": 5}, tokenizer_config={"eos_token": "<|end|>"}
     )
     assert Tokenizer.load(folder).eos_token_ids == (5, 263)
+
+
+def test_limits_of_a_model_with_images_are_those_of_its_text_part(tmp_path: Path) -> None:
+    text_config = {"max_position_embeddings": 512, "vocab_size": 300}
+    config = {"model_type": "gemma3", "text_config": text_config, "eos_token_id": [1, 106]}
+    tokenizer = Tokenizer.load(make_folder(tmp_path, config=config))
+    assert (tokenizer.context_length, tokenizer.vocab_size) == (512, 300)
+    assert tokenizer.eos_token_ids == (1, 106)

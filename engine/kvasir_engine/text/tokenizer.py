@@ -14,6 +14,7 @@ from typing import Any
 import tokenizers
 from kvasir_proto.errors import KvasirError, Reason
 
+from kvasir_engine.multimodal import text_part
 from kvasir_engine.rope import longest_context
 from kvasir_engine.text.chat import ChatTemplate
 from kvasir_engine.text.detokenizer import (
@@ -72,7 +73,7 @@ class Tokenizer:
             _read_tokenizer(file),
             tokenizer_config=tokenizer_config,
             generation_config=_read_json(folder / "generation_config.json"),
-            model_config=_read_json(folder / "config.json"),
+            model_config=text_part(_read_json(folder / "config.json")),
             chat_template=_read_chat_template(folder, tokenizer_config),
         )
 
