@@ -1,0 +1,128 @@
+"""Stale views, failures, KV nodes: what the engine models beside a healthy fleet."""
+
+import os
+from pathlib import Path
+
+import pytest
+from kvasir_router.core.prefix import PrefixView
+from kvasir_sim.engine import Engine
+from kvasir_sim.main import POLICIES, run_sim, simulate
+from kvasir_sim.settings import SimSettings
+from kvasir_sim.trace import TraceRequest, at_rate
+from kvasir_sim.view import GONE_TOKENS, ReplicaView, Report
+from kvasir_sim.worker import SimWorker, Speed
+
+SPEED = Speed(1_000.0, 0.0)
+
+
+def make_request(*blocks: int) -> TraceRequest:
+    names = tuple(block.to_bytes(16, "little") for block in blocks)
+    return TraceRequest(0.0, 512 * len(blocks), 1, names)
+
+
+def make_requests(count: int, *, shared: int = 2) -> list[TraceRequest]:
+    """Every 50 ms one of eight conversations, of some shared blocks and one of its own."""
+    rows = []
+    for index in range(count):
+        family = index * 7 % 8
+        blocks = [1_000 * (family + 1) + block for block in range(shared)]
+        names = make_request(*blocks, 10**6 + index).names
+        rows.append(TraceRequest(50.0 * index, 512 * (shared + 1), 1, names))
+    return rows
+
+
+def make_settings(**fields) -> SimSettings:
+    known = {"trace": Path("t"), "warmup": 0, "workers": 4, "rate": 3.0}
+    return SimSettings(**{**known, "prefill_us_per_token": 1_000, **fields})
+
+
+def make_view() -> ReplicaView:
+    workers = {"w0": SimWorker("w0", SPEED, cache_tokens=51_200)}
+    return ReplicaView(workers, PrefixView(blocks_max=100), is_exact=False)
+
+
+def test_between_reports_a_replica_counts_down_and_adds_what_it_sent() -> None:
+    view = make_view()
+    view.reported("w0", Report(1_000.0, 3_000, 3))
+    assert view.pending_tokens("w0", 2_000.0) == 2_000
+    view.sent("w0", 7, make_request(1, 2))
+    assert view.pending_tokens("w0", 9_000.0) == 1_024
+    assert view.num_pending("w0") == 4
+    view.ended(7, is_served=True)
+    assert view.pending_tokens("w0", 9_000.0) == 0
+    assert view.pending_tokens("gone", 0.0) == GONE_TOKENS
+
+
+def test_a_replica_expects_what_it_sent_to_be_cached_until_reports_tell() -> None:
+    view, request = make_view(), make_request(1, 2)
+    view.sent("w0", 7, request)
+    view.sent("w0", 8, make_request(1, 3))
+    view.ended(7, is_served=True)
+    assert view.hit_tokens("w0", request) == 1_024  # served; the event is on its way
+    view.reported("w0", Report(1.0, 0, 0))
+    assert view.hit_tokens("w0", request) == 512  # request 8 still goes there
+    view.ended(8, is_served=False)
+    assert view.leading(request.names) == {}
+
+
+def test_what_a_failed_worker_had_is_served_by_others() -> None:
+    settings = make_settings(changes=("5:x2",), replicas=3, slo_ttft_ms=20_000)
+    engine = Engine(settings, POLICIES["kvasir"])
+    requests = make_requests(60)
+    engine.run(requests, at_rate(requests, 3.0))
+    assert sorted(engine.fleet.workers) == ["w0", "w1"]
+    late = [job for job in engine.served if job.started_ms > 5_000]
+    assert {job.worker for job in late} == {"w0", "w1"}
+    assert len(engine.served) + len(engine.refused) == 60
+    assert any(job.arrival_ms < 5_000 for job in late)
+
+
+def test_workers_that_leave_finish_what_they_have() -> None:
+    settings = make_settings(changes=("5:-3",), slo_ttft_ms=60_000)
+    engine = Engine(settings, POLICIES["round-robin"])
+    requests = make_requests(40)
+    engine.run(requests, at_rate(requests, 3.0))
+    assert len(engine.served) == 40
+    assert list(engine.fleet.workers) == ["w0"]
+    assert len(engine.fleet.retired) == 3
+
+
+def test_kv_nodes_raise_hits_where_caches_are_small() -> None:
+    requests = make_requests(200)
+    fields = {"cache_tokens": 2_048, "slo_ttft_ms": 5_000}
+    without = simulate(make_settings(**fields), requests)
+    tier = simulate(make_settings(**fields, kv_node_tokens=1_000_000), requests)
+    assert tier.hit_rate > without.hit_rate + 0.1
+    assert tier.attainment >= without.attainment
+
+
+def test_slow_workers_get_less() -> None:
+    requests = make_requests(300, shared=1)
+    settings = make_settings(slow_workers=2, slow_factor=4.0, slo_ttft_ms=8_000)
+    engine = Engine(settings, POLICIES["kvasir"])
+    engine.run(requests, at_rate(requests, 3.0))
+    slow = sum(job.worker in {"w0", "w1"} for job in engine.served)
+    assert 0 < slow < len(engine.served) / 2
+    assert not engine.refused
+
+
+@pytest.mark.parametrize("text", ["5", "5:2", "x:+1", "5:+x", "-5:+1"])
+def test_a_change_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="SECONDS"):
+        make_settings(changes=(text,))
+
+
+@pytest.mark.trace
+@pytest.mark.parametrize(
+    ("rate", "replicas", "low", "longest_low"),
+    [(9, 1, 0.985, 0), (9, 16, 0.98, 0), (14, 1, 0.90, 0.6), (14, 16, 0.90, 0.6)],
+)
+def test_kvasir_meets_its_bars_on_the_mooncake_trace(rate, replicas, low, longest_low) -> None:
+    folder = os.environ.get("KVASIR_TRACES")
+    if not folder:
+        pytest.skip("KVASIR_TRACES is not set")
+    trace = Path(folder) / "mooncake_conversation.jsonl"
+    result = run_sim(SimSettings(trace=trace, rate=rate, replicas=replicas))
+    assert result.attainment >= low
+    assert result.attainment_longest_quarter >= longest_low
+    assert result.wait_max_ms <= 60_000
