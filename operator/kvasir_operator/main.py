@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from typing import TYPE_CHECKING
 
 import kopf
 from aiohttp import web
@@ -27,6 +28,9 @@ from kvasir_operator.settings import OperatorSettings
 from kvasir_operator.telemetry import Collector
 from kvasir_operator.watch import make_registry, make_settings
 from kvasir_operator.workqueue import WorkQueue
+
+if TYPE_CHECKING:
+    from kvasir_operator.webhook import Webhook
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +69,7 @@ class Operator:
         self._drainer = Drainer(on_progress=self._queue.add)
         self._audit = WatchAudit()
         self._roles = RoleSetter(on_progress=self._queue.add)
+        self._webhook = self._make_webhook()
         self._reconciler = Reconciler(
             self._cluster,
             self._drainer,
@@ -84,10 +89,13 @@ class Operator:
         self._handle_signals()
         settings = self._settings
         http = await start_http(host=settings.host, port=settings.http_port, health=self._health)
+        answering = self._answer_webhook()
         try:
             if await self._wait_for_crds() and await self._lead():
                 await self._serve(http)
         finally:
+            if answering is not None:
+                answering.cancel()
             await self._drainer.close()
             await self._roles.close()
             if self._elector is not None:
@@ -96,6 +104,16 @@ class Operator:
             await http.cleanup()
         if self._is_lease_lost:
             raise LeaseLostError("another process may lead by now: this one starts again")
+
+    def _make_webhook(self) -> "Webhook | None":
+        settings = self._settings
+        if not settings.webhook_port:
+            return None
+        from kvasir_operator.webhook import Webhook  # loads cryptography, 10 MB of memory
+
+        return Webhook(
+            self._cluster, namespace=settings.lease_namespace, service=settings.webhook_service
+        )
 
     def _write_left_s(self) -> float:
         return self._elector.left_s() if self._elector is not None else math.inf
@@ -156,6 +174,18 @@ class Operator:
         metrics.LEADING.set(1)
         return True
 
+    def _answer_webhook(self) -> "asyncio.Task[None] | None":
+        """Every replica answers the API server, whether it leads or not."""
+        if self._webhook is None:
+            return None
+        settings = self._settings
+        serving = self._webhook.serve_forever(host=settings.host, port=settings.webhook_port)
+        return asyncio.create_task(serving, name="webhook")
+
+    async def _keep_certificates(self) -> None:
+        if self._webhook is not None:
+            await self._webhook.keep_certificates()
+
     async def _keep_lease(self) -> None:
         """Renew the lease; once it is lost, the process stops."""
         if self._elector is not None:
@@ -183,6 +213,7 @@ class Operator:
                 tasks.create_task(self._announce(ready), name="readiness"),
                 tasks.create_task(self._keep_lease(), name="lease"),
                 tasks.create_task(self._audit_forever(), name="audit"),
+                tasks.create_task(self._keep_certificates(), name="certificates"),
             ]
             await self._stop.wait()
             logger.info("stopping")

@@ -17,6 +17,8 @@ class OperatorSettings:
     http_port: int = 8080
     lease_namespace: str = ""  # where the Lease of the leader is; empty: this process leads alone
     identity: str = ""  # this process in the Lease: the pod's name; empty: host name and a number
+    webhook_port: int = 0  # of the validating webhook; 0: none. Needs lease_namespace
+    webhook_service: str = "kvasir-operator-webhook"  # its Service, Secret and configuration
     resync_interval_s: float = 60.0  # repairs drift of children whose changes are not watched
     num_reconcilers: int = 4  # objects reconciled at the same time
     api_timeout_s: float = 15.0  # deadline of one call to the Kubernetes API
@@ -26,6 +28,10 @@ class OperatorSettings:
             raise SettingsError("image: the image that pods run must be given")
         if not 0 <= self.http_port <= 65535:
             raise SettingsError(f"http_port: {self.http_port} is not a port")
+        if not 0 <= self.webhook_port <= 65535:
+            raise SettingsError(f"webhook_port: {self.webhook_port} is not a port")
+        if self.webhook_port and not self.lease_namespace:
+            raise SettingsError("webhook_port: needs lease_namespace, where its Secret is")
         if self.resync_interval_s < 1:
             raise SettingsError("resync_interval_s: must be at least 1 second")
         if not 1 <= self.num_reconcilers <= 64:

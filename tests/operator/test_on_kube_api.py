@@ -1,5 +1,6 @@
 """Operator processes against a real API server: one leads, another takes over."""
 
+import json
 import os
 import re
 import subprocess
@@ -49,10 +50,10 @@ class OperatorProcess:
 
 
 @contextmanager
-def operator(api: KubeApi, name: str) -> Iterator[OperatorProcess]:
+def operator(api: KubeApi, name: str, *more: str) -> Iterator[OperatorProcess]:
     port, log = free_port(), api.folder / f"operator-{name}.log"
     args = ("operator", "--image=kvasir:test", f"--http-port={port}", f"--identity={name}")
-    command = [f"{Path(sys.executable).parent}/kvasir", *args, "--lease-namespace=default"]
+    command = [f"{Path(sys.executable).parent}/kvasir", *args, "--lease-namespace=default", *more]
     env = {**os.environ, "KUBECONFIG": str(api.kubeconfig), "KVASIR_LOG_FORMAT": "json"}
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file)
@@ -320,3 +321,45 @@ def test_every_setting_is_accepted_and_stays(api: KubeApi) -> None:
             lambda: process.metric("kvasir_operator_reconciles_total{.*}") >= seen + 4,
         )
         assert process.writes() - writes < 3, "an object is applied again and again"
+
+
+def test_webhook_refuses_taken_names_with_certificates_of_the_operator(api: KubeApi) -> None:
+    pytest.importorskip("cryptography", reason="the webhook's certificates need cryptography")
+    port = free_port()
+    hook = {
+        "name": "references.kvasir.dev",
+        "admissionReviewVersions": ["v1"],
+        "sideEffects": "None",
+        "failurePolicy": "Ignore",
+        "clientConfig": {"url": f"https://localhost:{port}/validate"},
+        "rules": [
+            {
+                "apiGroups": ["kvasir.dev"],
+                "apiVersions": ["v1alpha1"],
+                "operations": ["CREATE", "UPDATE"],
+                "resources": ["modelservices"],
+            }
+        ],
+    }
+    api.apply(
+        {
+            "apiVersion": "admissionregistration.k8s.io/v1",
+            "kind": "ValidatingWebhookConfiguration",
+            "metadata": {"name": "default-kvasir-operator-webhook"},
+            "webhooks": [hook],
+        }
+    )
+    api("create", "service", "clusterip", "taken-router", "--tcp=80:80")
+    service = make_object("ModelService", "taken", {"model": MODEL})
+    service["metadata"] = {"name": "taken", "namespace": "default"}
+    with operator(api, "w", f"--webhook-port={port}"):
+        wait_for(
+            "a refusal",
+            lambda: (
+                "Service taken-router exists and does not belong to ModelService taken"
+                in api(
+                    "create", "--dry-run=server", "-f", "-", stdin=json.dumps(service), check=False
+                )
+            ),
+            limit_s=40,
+        )

@@ -61,6 +61,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
   resources: [pods]
   verbs: [get, list, watch, patch, delete]
 - apiGroups: [""]
+  # Whether the volume of a model is there.
+  resources: [persistentvolumeclaims]
+  verbs: [get]
+- apiGroups: [""]
   # Why a pod does not start (a volume that cannot be mounted) is only told in events.
   resources: [events]
   verbs: [list, create]

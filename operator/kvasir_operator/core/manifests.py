@@ -53,7 +53,7 @@ class Owner:
 def ref_of(manifest: Manifest) -> Ref:
     """The reference of an object."""
     metadata = manifest["metadata"]
-    return Ref(manifest["kind"], metadata["namespace"], metadata["name"])
+    return Ref(manifest["kind"], metadata.get("namespace", ""), metadata["name"])
 
 
 def role_labels(owner: Owner, role: str) -> dict[str, str]:
