@@ -11,7 +11,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +181,7 @@ async def _routers(
 
 
 @contextmanager
-def _workers(settings: LiveSettings, ports: Sequence[int], *, is_fifo: bool):  # type: ignore[no-untyped-def]
+def _workers(settings: LiveSettings, ports: Sequence[int], *, is_fifo: bool) -> Iterator[None]:
     """The worker processes: prefill first, then decode."""
     script = Path(__file__).parent / "paced_worker.py"
     processes = []

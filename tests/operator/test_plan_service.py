@@ -64,6 +64,7 @@ def test_service_makes_router_redis_and_pools() -> None:
         ("PodDisruptionBudget", "chat-router"),
         ("Deployment", "chat-router"),
         ("Service", "chat-router"),
+        ("Service", "chat-router-peers"),
     ]
     for child in plan.children:
         [owner] = child["metadata"]["ownerReferences"]
@@ -79,6 +80,7 @@ def test_parts_find_one_another() -> None:
     args = " ".join(pod["containers"][0]["args"])
     assert "--worker dns:chat-prefill.default.svc:50051" in args
     assert "--worker dns:chat-decode.default.svc:50051" in args
+    assert "--peer dns:chat-router-peers.default.svc:9000" in args
     assert plan.status["endpoint"] == "http://chat-router.default.svc:8000/v1"
 
 

@@ -255,6 +255,7 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
             *("--tpot-slo-ms", str(spec.slo.tpot_ms)),
             *("--drain-timeout-ms", str(1000 * DRAIN_TIMEOUT_S)),
             *(arg for worker in workers for arg in ("--worker", worker)),
+            *("--peer", f"dns:{name}-peers.{owner.namespace}.svc:{spec.router.grpc_port}"),
         ),
         ports=ports,
         settings=spec.router,
@@ -268,6 +269,7 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         make.disruption_budget(owner, name, labels),
         make.deployment(owner, name, labels, part, replicas=spec.router.replicas),
         make.cluster_service(owner, name, labels, ports),
+        make.headless_service(owner, f"{name}-peers", labels, ports),
     ]
 
 
