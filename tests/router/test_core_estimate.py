@@ -136,3 +136,29 @@ def test_memory_is_asked_for_the_output_that_experience_expects() -> None:
     for _ in range(200):
         view.output.observe(2_000)
     assert pick(view, request, now_ms=0).decode == "b"
+
+
+def test_what_was_sent_since_a_report_counts_and_equals_share() -> None:
+    """Else a router sends all it gets between two reports to the worker that was calmest then."""
+    workers = [make_worker(f"d{i}", "decode", num_running=10) for i in range(4)]
+    view = make_view(make_worker("p", "prefill"), *workers)
+    taken = []
+    for i in range(40):
+        route = pick(view, make_request(f"r{i}", names=make_names(f"p{i}", 3)), now_ms=0)
+        assert isinstance(route, Route)
+        taken.append(route.decode)
+        view.ledger.opened(route.decode)
+    assert {taken.count(worker.name) for worker in workers} == {10}
+    view.ledger.reported("d0", now_ms=100)
+    assert view.running("d0") == 10
+    view.ledger.closed("d1")
+    assert view.running("d1") == 19
+
+
+def test_routers_that_heard_the_same_do_not_all_choose_the_same() -> None:
+    workers = [make_worker(f"d{i}", "decode") for i in range(8)]
+    chosen = {
+        pick(make_view(make_worker("p", "prefill"), *workers), make_request(f"r{i}"), now_ms=0)
+        for i in range(40)
+    }
+    assert len({route.decode for route in chosen if isinstance(route, Route)}) == 4

@@ -8,6 +8,7 @@ request's TPOT; only when nobody does, the least busy one takes it anyway.
 Invariant: looks at a bounded number of workers, however many there are.
 """
 
+import zlib
 from collections.abc import Mapping
 from itertools import islice
 
@@ -15,6 +16,10 @@ from kvasir_router.core.fleet import FleetView, Request, WorkerState
 
 LOOKED_AT_MAX = 16
 """Least busy workers that are tried before the one with most memory is."""
+
+EQUALS_MAX = 4
+"""Equally busy workers among which the request's name decides: routers that heard the same reports
+would else all send their next request to the same one."""
 
 
 def blocks_needed(view: FleetView, request: Request) -> int:
@@ -53,13 +58,19 @@ def choose_decode(view: FleetView, request: Request, runs: Mapping[str, int]) ->
 
 def calmest(view: FleetView, request: Request, needed: int) -> str | None:
     """The least busy worker that can take the request, else the least busy one."""
-    first = None
+    first, equals = None, list[str]()
     for name in islice(view.by_running, LOOKED_AT_MAX + len(request.exclude)):
         if name in request.exclude:
             continue
-        if _can_take(view, request, view.workers[name], needed):
-            return name
         first = first or name
+        if equals and view.running(name) > view.running(equals[0]):
+            break
+        if _can_take(view, request, view.workers[name], needed):
+            equals.append(name)
+            if len(equals) == EQUALS_MAX:
+                break
+    if equals:
+        return equals[zlib.crc32(request.request_id.encode()) % len(equals)]
     for name in islice(view.by_room, 1 + len(request.exclude)):
         if name not in request.exclude and _can_take(view, request, view.workers[name], needed):
             return name

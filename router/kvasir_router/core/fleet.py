@@ -202,8 +202,12 @@ class FleetView:
         return self.queued_tokens(worker) * us * self.calibration.factor(worker) / 1_000
 
     def running(self, worker: str) -> int:
-        """Requests at `worker`: as reported, or as this router knows, whichever is more."""
-        return max(self._workers[worker].num_running, self.ledger.in_flight(worker))
+        """Requests at `worker`: as reported, and what this router has begun and ended there since.
+
+        Never less than it has open there itself.
+        """
+        reported = self._workers[worker].num_running + self.ledger.opened_since_report(worker)
+        return max(reported, self.ledger.in_flight(worker))
 
     @property
     def by_running(self) -> Order:

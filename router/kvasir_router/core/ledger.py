@@ -21,6 +21,7 @@ class Ledger:
         self._sent: dict[str, OrderedDict[str, tuple[int, int]]] = {}  # id -> (tokens, sent_ms)
         self._tokens: dict[str, int] = {}
         self._in_flight: dict[str, int] = {}
+        self._since_report: dict[str, int] = {}
         self._changed: set[str] = set()
 
     def tokens(self, worker: str) -> int:
@@ -31,8 +32,12 @@ class Ledger:
         """Requests that this router has open at `worker` as their decode side."""
         return self._in_flight.get(worker, 0)
 
+    def opened_since_report(self, worker: str) -> int:
+        """Streams opened at `worker` since its last report, less those closed; may be negative."""
+        return self._since_report.get(worker, 0)
+
     def take_changed(self) -> set[str]:
-        """Workers whose `in_flight` has changed since the last call."""
+        """Workers whose streams have changed since the last call."""
         if not self._changed:
             return self._changed
         changed, self._changed = self._changed, set()
@@ -49,6 +54,7 @@ class Ledger:
 
     def reported(self, worker: str, *, now_ms: int) -> None:
         """A load report of `worker` arrived."""
+        self._since_report.pop(worker, None)
         entries = self._sent.get(worker)
         while entries and next(iter(entries.values()))[1] <= now_ms - REPORT_LAG_MS:
             self._drop_oldest(worker, entries)
@@ -62,12 +68,14 @@ class Ledger:
     def opened(self, worker: str) -> None:
         """A stream from `worker` begins."""
         self._in_flight[worker] = self.in_flight(worker) + 1
+        self._since_report[worker] = self.opened_since_report(worker) + 1
         self._changed.add(worker)
 
     def closed(self, worker: str) -> None:
         """A stream from `worker` has ended."""
         left = self.in_flight(worker) - 1
         assert left >= 0, worker
+        self._since_report[worker] = self.opened_since_report(worker) - 1
         self._changed.add(worker)
         if left:
             self._in_flight[worker] = left
@@ -78,6 +86,7 @@ class Ledger:
         """`worker` has left the fleet; streams it still has open are closed one by one."""
         self._sent.pop(worker, None)
         self._tokens.pop(worker, None)
+        self._since_report.pop(worker, None)
 
     def _drop_oldest(self, worker: str, entries: OrderedDict[str, tuple[int, int]]) -> None:
         _, (tokens, _) = entries.popitem(last=False)

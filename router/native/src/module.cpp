@@ -74,10 +74,10 @@ nb::dict match(PrefixIndex& index, nb::handle names, const nb::tuple& wanted, co
     wanted_seats.push_back(seat ? nb::cast<uint32_t>(nb::handle(seat)) : kNone);
   }
   const PyNames source(names);
-  index.begin_match();
+  index.begin_match(wanted_seats, num_longest);
   for (Py_ssize_t at = 0; at < source.size() && index.walk(source.read(at, kPiece)); at += kPiece) {
   }
-  index.end_match(wanted_seats, num_longest, runs, longest);
+  index.end_match(runs, longest);
   nb::dict out;
   for (const Run& run : longest) out[workers[run.seat]] = run.num_blocks;
   for (size_t i = 0; i < runs.size(); ++i) out[wanted[i]] = runs[i];

@@ -29,7 +29,6 @@ uint32_t PrefixIndex::take_seat() {
     seats_.emplace_back();
     taken_.resize(seats_.size() / 64 + 1);
     few_bits_.resize(taken_.size());
-    depth_.resize(seats_.size());
   } else {
     seat = seats_free_.back();
     seats_free_.pop_back();
@@ -164,10 +163,13 @@ void PrefixIndex::drop_given_up(uint32_t index) {
   if (is_empty(holders)) erase(index);
 }
 
-void PrefixIndex::begin_match() {
+void PrefixIndex::begin_match(std::span<const uint32_t> wanted, uint32_t num_longest) {
+  wanted_.clear();
+  for (const uint32_t seat : wanted) wanted_.push_back({seat, 0});
   ended_.clear();
   alive_ = taken_;
   walked_ = 0;
+  num_longest_ = num_longest;
 }
 
 bool PrefixIndex::walk(std::span<const Name> names) {
@@ -190,27 +192,29 @@ bool PrefixIndex::walk(std::span<const Name> names) {
   return true;
 }
 
-void PrefixIndex::end_match(std::span<const uint32_t> wanted, uint32_t num_longest,
-                            std::vector<uint32_t>& runs, std::vector<Run>& longest) {
-  for (size_t word = 0; word < alive_.size(); ++word) note(alive_[word], word);
+void PrefixIndex::end_match(std::vector<uint32_t>& runs, std::vector<Run>& longest) {
+  intersect(Holders{});
   runs.clear();
-  for (const uint32_t seat : wanted) runs.push_back(is_taken(seat) ? depth_[seat] : 0);
-  const size_t kept = std::min<size_t>(num_longest, ended_.size());
+  for (const Run& run : wanted_) runs.push_back(run.num_blocks);
+  const size_t kept = std::min<size_t>(num_longest_, ended_.size());
   longest.assign(ended_.rbegin(), ended_.rbegin() + static_cast<ptrdiff_t>(kept));
-  for (const Run& run : ended_) depth_[run.seat] = 0;
 }
 
 // Leaves alive who also holds the next name; false: nobody.
 bool PrefixIndex::intersect(const Holders& holders) {
+  for (Run& run : wanted_) {
+    if (test(alive_, run.seat)) run.num_blocks = walked_;
+  }
   const bool few = holders.wide == kNone;
   for (size_t i = 0; i < holders.num_few; ++i) {
     few_bits_[holders.few[i] / 64] |= bit_of(holders.few[i]);
   }
   const Bits& bits = few ? few_bits_ : wide_[holders.wide];
   uint64_t any = 0;
+  num_noted_ = 0;
   for (size_t word = 0; word < alive_.size(); ++word) {
     const uint64_t held = word < bits.size() ? bits[word] : 0;
-    note(alive_[word] & ~held, word);
+    if (const uint64_t ended = alive_[word] & ~held) note_ended(ended, word);
     any |= alive_[word] &= held;
   }
   for (size_t i = 0; i < holders.num_few; ++i) few_bits_[holders.few[i] / 64] = 0;
@@ -218,11 +222,9 @@ bool PrefixIndex::intersect(const Holders& holders) {
 }
 
 // The seats in `bits` hold exactly the names walked so far.
-void PrefixIndex::note(uint64_t bits, size_t word) {
-  for (; bits && walked_ > 0; bits &= bits - 1) {
-    const auto seat = static_cast<uint32_t>(64 * word + std::countr_zero(bits));
-    depth_[seat] = walked_;
-    ended_.push_back({seat, walked_});
+void PrefixIndex::note_ended(uint64_t bits, size_t word) {
+  for (; bits && walked_ > 0 && num_noted_ < num_longest_; bits &= bits - 1, ++num_noted_) {
+    ended_.push_back({static_cast<uint32_t>(64 * word + std::countr_zero(bits)), walked_});
   }
 }
 

@@ -32,13 +32,11 @@ class PrefixIndex {
   void remove(uint32_t seat, std::span<const Name> names);
 
   // A match is one walk over a prompt's names, given piece by piece: begin, walk until it returns
-  // false (nobody holds more) or the names end, then ask for the results.
-  void begin_match();
+  // false (nobody holds more) or the names end, then ask for the results: leading blocks that each
+  // of `wanted` holds, and the `num_longest` longest runs of all seats, longest first.
+  void begin_match(std::span<const uint32_t> wanted, uint32_t num_longest);
   bool walk(std::span<const Name> names);
-  // Leading blocks that each of `wanted` holds, and the `num_longest` longest runs of all seats,
-  // longest first. Ends the match.
-  void end_match(std::span<const uint32_t> wanted, uint32_t num_longest,
-                 std::vector<uint32_t>& runs, std::vector<Run>& longest);
+  void end_match(std::vector<uint32_t>& runs, std::vector<Run>& longest);
 
   uint32_t size() const { return table_.size(); }
   uint32_t num_blocks(uint32_t seat) const { return seats_[seat].num_blocks; }
@@ -69,7 +67,7 @@ class PrefixIndex {
   void sweep(uint32_t num_entries);
   void drop_given_up(uint32_t index);
   bool intersect(const Holders& holders);
-  void note(uint64_t bits, size_t word);
+  void note_ended(uint64_t bits, size_t word);
 
   uint32_t blocks_max_;
   Table table_;
@@ -83,10 +81,12 @@ class PrefixIndex {
   uint32_t sweep_at_ = 0;
   // Of the match, kept to allocate nothing per call.
   uint32_t walked_ = 0;
-  Bits alive_;  // seats that hold all names walked
+  uint32_t num_longest_ = 0;
+  uint32_t num_noted_ = 0;  // of the runs that ended at the present name
+  Bits alive_;              // seats that hold all names walked
   Bits few_bits_;
-  std::vector<uint32_t> depth_;
-  std::vector<Run> ended_;
+  std::vector<Run> wanted_;  // runs so far
+  std::vector<Run> ended_;   // shortest first; of equal ones as many as can matter
 };
 
 }  // namespace kvasir::router
