@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from e2e_shell import Kubectl, say
+from kvasir_cli.demo import SYSTEM
 
 POD = "e2e-clients"
 SCRIPTS = ("e2e_chat.py", "e2e_shell.py")
 END_LIMIT_S = 150
+UNCACHED = "This is talk {name}. " + SYSTEM  # no worker has the beginning of such a prompt
 CONTROL_PLANE = "node-role.kubernetes.io/control-plane"
 
 

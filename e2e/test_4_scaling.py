@@ -2,15 +2,17 @@
 
 import re
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 from e2e_chat import chat, tell
-from e2e_clients import Clients
+from e2e_clients import UNCACHED, Clients
 from e2e_cluster import (
     DECODE,
     DRAINS,
     KINDS,
+    PREFILL,
     SERVICE,
     operator_metric,
     patch,
@@ -23,7 +25,7 @@ from e2e_shell import Kubectl, followed_log, metric, port_forward, say, wait_for
 AUTOSCALER = """
 apiVersion: autoscaling/v2
 kind: HorizontalPodAutoscaler
-metadata: {name: decode}
+metadata: {name: %s}
 spec:
   scaleTargetRef: {apiVersion: kvasir.dev/v1alpha1, kind: DecodePool, name: smollm2-decode}
   minReplicas: 3
@@ -70,6 +72,7 @@ def test_scale_in_drains_under_load(kubectl: Kubectl, operator: Kubectl, tmp_pat
     say(f"{gone} finished {begun[1]} requests before it went")
     assert operator_metric(operator, DRAINS, outcome="drained") == drained + 1
     assert kubectl.json(DECODE)["spec"]["replicas"] == 1
+    assert "WorkerDrained" in kubectl("describe", DECODE, quiet=True)
 
 
 @pytest.mark.timeout(240)
@@ -86,13 +89,82 @@ def test_scale_out(kubectl: Kubectl, router: str) -> None:
 @pytest.mark.timeout(400)
 def test_autoscaler_owns_the_replicas(kubectl: Kubectl) -> None:
     """An autoscaler keeps to its bounds without metrics; the template's replicas stay at 2."""
-    kubectl("apply", "-f", "-", stdin=AUTOSCALER)
+    kubectl("apply", "-f", "-", stdin=AUTOSCALER % "one")
     wait_for_ready(kubectl, "decode", 3)
     patch(kubectl, SERVICE, {"spec": {"slo": {"tpotMs": 110}}})  # the service is reconciled again
-    wait_until_settled(kubectl, limit_s=60)
-    assert kubectl.json(DECODE)["spec"]["replicas"] == 3
+    wait_until_settled(kubectl, limit_s=90)
+    pool = kubectl.json(DECODE)
+    assert pool["spec"]["replicas"] == 3
+    assert pool["status"]["replicasOwner"] == "HorizontalPodAutoscaler one"
+    kubectl("apply", "-f", "-", stdin=AUTOSCALER % "two")
+    kubectl("wait", "--for=condition=ReplicasContested", DECODE, "--timeout=90s", limit_s=100)
     kubectl("get", "hpa,dcp")
-    kubectl("delete", "hpa", "decode")
+    kubectl("delete", "hpa", "one", "two")
     kubectl("scale", DECODE, "--replicas=2")
     wait_for_ready(kubectl, "decode", 2)
+    wait_until_settled(kubectl, limit_s=90)
+
+
+@pytest.mark.timeout(300)
+def test_worker_changes_its_role_and_back(kubectl: Kubectl) -> None:
+    """Under load, without a restart, and no request fails."""
+    before = ready_pods(kubectl, "prefill", "decode")
+    with Clients(kubectl, num_clients=3, system=UNCACHED) as load:
+        wait_for("answers before", load.has_done(3), limit_s=90)
+        for num_lent in (1, 0):
+            patch(kubectl, DECODE, {"spec": {"lentReplicas": num_lent}})
+            what = f"{num_lent} decode workers to serve as prefill workers"
+            wait_for(what, partial(_has_lent, kubectl, num_lent), limit_s=90)
+            wait_for("answers afterwards", load.has_done(4), limit_s=90)
+    assert load.failures == []
+    assert ready_pods(kubectl, "prefill", "decode") == before
     wait_until_settled(kubectl, limit_s=60)
+
+
+def _has_lent(kubectl: Kubectl, number: int) -> bool:
+    """Whether exactly so many workers of the decode pool are in the other role, and serve."""
+    status = kubectl.json(DECODE)["status"]
+    flips = len(status.get("roleFlips", ()))
+    return bool(status.get("lentReplicas", 0) == flips == number)
+
+
+@pytest.mark.timeout(420)
+def test_planner_recommends_then_applies(kubectl: Kubectl) -> None:
+    """How many workers it wants depends on the machine; what is promised is that they come."""
+    planner = {"intervalSeconds": 2, "keepWindowSeconds": 20, "shrinkDwellSeconds": 10}
+    with Clients(kubectl, num_clients=2, system=UNCACHED) as load:
+        patch(kubectl, SERVICE, {"spec": {"planner": {"mode": "Recommend", **planner}}})
+        wait_for("a plan from measurements", partial(_has_plan, kubectl), limit_s=120)
+        kubectl("get", SERVICE, "-o", "jsonpath={.status.plan}")
+        assert _replicas(kubectl) == {"prefill": 2, "decode": 2}
+        with Clients(kubectl, num_clients=4, system=UNCACHED) as step:
+            patch(kubectl, SERVICE, {"spec": {"planner": {"mode": "Apply"}}})
+            wait_for("the plan to be applied", partial(_is_planned, kubectl), limit_s=120)
+            wait_for("answers under the load step", step.has_done(4), limit_s=120)
+        kubectl("get", SERVICE, "-o", "jsonpath={.status.plan}")
+        patch(kubectl, SERVICE, {"spec": {"planner": None}})
+        for pool in (PREFILL, DECODE):
+            patch(kubectl, pool, {"spec": {"lentReplicas": 0}})
+            kubectl("scale", pool, "--replicas=2")
+        for role in ("prefill", "decode"):
+            wait_for_ready(kubectl, role, 2)
+    assert load.failures == []
+    assert step.failures == []
+    wait_until_settled(kubectl, limit_s=90)
+
+
+def _has_plan(kubectl: Kubectl) -> bool:
+    plan = kubectl.json(SERVICE)["status"].get("plan", {})
+    return plan.get("reason", "NoMeasurements") != "NoMeasurements" and bool(plan.get("pools"))
+
+
+def _is_planned(kubectl: Kubectl) -> bool:
+    """Whether a plan of mode Apply is in the pools."""
+    plan = kubectl.json(SERVICE)["status"].get("plan", {})
+    wanted = {pool["name"]: pool["target"] for pool in plan.get("pools", ())}
+    return plan.get("mode") == "Apply" and wanted == _replicas(kubectl)
+
+
+def _replicas(kubectl: Kubectl) -> dict[str, int]:
+    pools = {"prefill": PREFILL, "decode": DECODE}
+    return {name: kubectl.json(pool)["spec"]["replicas"] for name, pool in pools.items()}

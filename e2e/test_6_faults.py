@@ -5,7 +5,7 @@ import time
 import pytest
 from conftest import NAMESPACE, Cluster
 from e2e_chat import QUESTION, chat, system, tell, user
-from e2e_clients import Clients
+from e2e_clients import UNCACHED, Clients
 from e2e_cluster import (
     DECODE,
     SERVICE,
@@ -18,7 +18,6 @@ from e2e_cluster import (
 from e2e_shell import Kubectl, run, say, wait_for
 from kvasir_cli.demo import SYSTEM
 
-UNCACHED = "This is talk {name}. " + SYSTEM  # no worker has its beginning
 KILL = ("--force", "--grace-period=0", "--wait=false")
 
 

@@ -18,7 +18,7 @@ def test_operator_had_no_trouble(operator: Kubectl) -> None:
         say(f"{name}: {len(log.splitlines())} lines of log, no error")
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_service_outlives_the_operator(helm: Helm, kubectl: Kubectl) -> None:
     """The CRDs stay, and with them every resource and all that serves."""
     before = ready_pods(kubectl, *ROLES)

@@ -315,7 +315,7 @@ def test_every_setting_is_accepted_and_stays(api: KubeApi) -> None:
         wait_for("policies", lambda: "full-redis" in api("get", "networkpolicies"))
         seen = process.metric("kvasir_operator_reconciles_total{.*}")
         writes = process.writes()
-        api("annotate", "msvc,dcp,pfp,kvp", "--all", "seen=1")
+        api("annotate", "msvc,dcp,pfp,kvp", "--all", "touched=2")
         wait_for(
             "four more reconciles",
             lambda: process.metric("kvasir_operator_reconciles_total{.*}") >= seen + 4,
