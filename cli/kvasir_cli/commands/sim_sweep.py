@@ -69,7 +69,11 @@ def _sweep(
     if png_file is not None:
         _need_matplotlib()
     base = build(SimSettings, values)
-    axes = Axes(policies or POLICIES, rates or RATES, replicas or REPLICAS)  # type: ignore[arg-type]
+    axes = Axes(
+        policies or POLICIES,  # type: ignore[arg-type]
+        rates or RATES,
+        replicas or REPLICAS,
+    )
     runs = axes.settings(base)
     with count_progress(f"simulating {base.trace.name}", len(runs)) as advance:
         points = run_sweep(
