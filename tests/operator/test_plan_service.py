@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from kvasir_operator.core.manifests import Manifest, Ref
+from kvasir_operator.core.manifests import Manifest, Ref, ref_of
+from kvasir_operator.core.service import service_children
 from operator_builders import (
     MODEL,
     child_of,
@@ -11,6 +12,7 @@ from operator_builders import (
     make_object,
     make_service,
     make_stateful_set,
+    make_world,
     plan_for,
 )
 
@@ -177,3 +179,10 @@ def test_router_copies_no_weights() -> None:
     pod = child_of(plan, "Deployment", "chat-router")["spec"]["template"]["spec"]
     assert "*.safetensors" in pod["initContainers"][0]["command"][2]
     assert MODEL["name"] == "tiny"
+
+
+def test_every_child_is_one_that_is_observed() -> None:
+    """A child that is never read would be applied in every reconcile."""
+    plan = plan_for(make_service())
+    observed = service_children(make_world(make_service()).owner)
+    assert {ref_of(child) for child in plan.children} <= set(observed)

@@ -58,6 +58,7 @@ def service_children(owner: Owner) -> tuple[Ref, ...]:
         *(Ref(kind, namespace, f"{owner.name}-{part}") for part, kind in PARTS.items()),
         Ref("PodDisruptionBudget", namespace, router),
         *(Ref(kind, namespace, router) for kind in ("Deployment", "Service")),
+        Ref("Service", namespace, f"{router}-peers"),
     )
 
 
