@@ -64,7 +64,7 @@ POLICIES: dict[str, Callable[[], Choose]] = {
 
 
 def _estimates(view: FleetView, request: Request, workers: Sequence[str]) -> list[Candidate]:
-    runs = view.prefix.match(request.names, workers)
+    runs = view.prefix.match(request.names, tuple(workers))
     return [estimate(view, request, worker, runs) for worker in workers]
 
 

@@ -40,6 +40,7 @@ ENTRIES = (
     Entry(MEASURE, "bench", "bench:bench", "Measure the engine or a serving fleet."),
     Entry(MEASURE, "engine", "engine:engine", "Run the engine alone: logits of given tokens."),
     Entry(MEASURE, "sim", "sim:sim", "Run the fleet's decisions under a simulated clock."),
+    Entry(MEASURE, "kube", "kube:kube", "Show what the operator would make of a file."),
     Entry(PARTS, "worker", "process:worker", "Serve a model: prefill, decode or both."),
     Entry(PARTS, "kvnode", "process:kvnode", "Hold KV blocks for all workers."),
     Entry(PARTS, "router", "process:router", "OpenAI HTTP and gRPC in front of the workers."),

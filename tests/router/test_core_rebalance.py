@@ -95,6 +95,14 @@ def test_a_long_wait_makes_a_worker_hot() -> None:
     assert rebalance(view, queued, now_ms=5_000) == []  # too late for the SLO anyway
 
 
+def test_a_move_that_gains_nothing_is_not_made() -> None:
+    view = make_fleet({"a": 26_000, "b": 30_000})
+    old, *fresh = waiting_at(view, "a", 5)
+    old = Queued(old.request, "a", sent_ms=0)
+    fresh = [Queued(item.request, "a", sent_ms=3_500) for item in fresh]
+    assert rebalance(view, [old, *fresh], now_ms=3_600) == []
+
+
 @settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 90_000), min_size=2, max_size=6),

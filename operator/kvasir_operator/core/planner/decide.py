@@ -230,6 +230,7 @@ def _finish(
         scaled_ms=now_ms if has_scaled else inputs.memory.scaled_ms,
         flipped_ms=now_ms if has_flipped else inputs.memory.flipped_ms,
     )
+    present = predict(inputs.pools, inputs.now, inputs.slo)
     rejected = list(needs.unmet)
     if not mix.is_exact:
         rejected.append(Rejection("the exact search", "too many mixes: the best one found counts"))
@@ -238,8 +239,8 @@ def _finish(
         message=MESSAGES[reason],
         targets=targets,
         memory=memory,
-        predicted=predict(planned, inputs.now, inputs.slo),
-        present=predict(inputs.pools, inputs.now, inputs.slo),
+        predicted=predict(planned, inputs.now, inputs.slo) if planned != inputs.pools else present,
+        present=present,
         terms=needs.terms,
         rejected=tuple(rejected),
     )

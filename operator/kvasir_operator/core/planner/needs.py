@@ -60,7 +60,8 @@ def needs_of(
     """What a load, multiplied by `factor`, needs."""
     prefill, unmet = _prefill_columns(pools, _times(load.prefill, factor), slo)
     demand = _times(load.decode, factor)
-    decode = [decode_workers(demand, pool.speed, slo) for pool in pools]
+    by_speed = {speed: decode_workers(demand, speed, slo) for speed in {p.speed for p in pools}}
+    decode = [by_speed[pool.speed] for pool in pools]
     terms = [
         Term(pool.name, role, round(workers, 2), load_name)
         for role, column in ((Role.PREFILL, prefill[0]), (Role.DECODE, decode))
@@ -97,12 +98,9 @@ def _prefill_columns(
     columns, first = [], 0
     for level in sorted(set(reach) - {0}):
         part = load.from_share(first)
-        columns.append(
-            [
-                prefill_workers(part, pool.speed, slo) if far >= level else math.inf
-                for pool, far in zip(pools, reach, strict=True)
-            ]
-        )
+        fast = {pool.speed for pool, far in zip(pools, reach, strict=True) if far >= level}
+        workers = {speed: prefill_workers(part, speed, slo) for speed in fast}
+        columns.append([workers.get(pool.speed, math.inf) for pool in pools])
         first = level
     if not demand.requests_per_s or max(reach) >= slo.attainment * QUANTILES:
         return columns or [[0.0] * len(pools)], ()

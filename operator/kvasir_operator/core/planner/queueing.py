@@ -18,7 +18,7 @@ from kvasir_operator.core.planner.facts import Demand, Slo, Speed
 
 QUANTILES = 32
 CATCH_UP_S = 30.0  # tokens that wait are to be computed within this time
-BISECTIONS = 30
+BISECTIONS = 20
 SEARCHED_MAX = 1e6  # workers, or milliseconds
 NORMAL = NormalDist()
 SCORES = tuple(NORMAL.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES))
