@@ -166,7 +166,7 @@ class KubeCluster:
                 )
             )
             named = {"apiVersion": page.get("apiVersion", ""), "kind": kind}  # items lack both
-            items += [{**item, **named} for item in page["items"]]
+            items += [{**item, **named} for item in page["items"] or ()]  # null: none
             token = page["metadata"].get("continue", "")
             if not token:
                 return items

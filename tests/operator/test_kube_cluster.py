@@ -123,6 +123,11 @@ async def test_list_follows_pages(api: FakeApi, cluster: KubeCluster) -> None:
     assert api.requests[1][3]["continue"] == "more"
 
 
+async def test_list_of_nothing_may_say_null(api: FakeApi, cluster: KubeCluster) -> None:
+    api.answers = [(200, {"apiVersion": "v1", "items": None, "metadata": {}})]
+    assert await cluster.list("Pod", "ns") == []
+
+
 async def test_expired_credentials_are_read_again_once(api: FakeApi, cluster: KubeCluster) -> None:
     api.answers = [(401, {}), (200, {"kind": "Service"})]
     assert await cluster.get(SERVICE) == {"kind": "Service"}
