@@ -28,7 +28,7 @@ class _Held:
 
     rank: tuple[int, int, float, int]
     job: Job = field(compare=False)
-    pair: tuple[str, ...] = field(compare=False)
+    key: bytes = field(compare=False)
     tokens: int = field(compare=False)
     """To compute there, as judged when it came."""
 
@@ -83,7 +83,7 @@ class DualMap(RoutingPolicy):
         runs = self.view.leading(job.request.names)
         estimates = {name: self._estimate_ms(job, name, runs, now_ms) for name in pair}
         worker = self._choose(job, estimates, runs)
-        self._hold(job, pair, worker, runs)
+        self._hold(job, key, worker, runs)
         touched = {worker}
         if min(estimates.values()) > self.settings.slo_ttft_ms:
             for name in pair:
@@ -144,10 +144,10 @@ class DualMap(RoutingPolicy):
             return True
         return self._queues[worker].oldest_ms(now_ms) > WAIT_MS_MAX
 
-    def _hold(self, job: Job, pair: tuple[str, ...], worker: str, runs: Runs) -> None:
+    def _hold(self, job: Job, key: bytes, worker: str, runs: Runs) -> None:
         hit = hit_tokens(job.request, runs.get(worker, 0))
         rank = (-job.request.priority, -hit, job.arrival_ms, job.index)
-        self._queues[worker].add(_Held(rank, job, pair, job.request.input_tokens - hit))
+        self._queues[worker].add(_Held(rank, job, key, job.request.input_tokens - hit))
 
     def _release(self, workers: Iterable[str]) -> list[Action]:
         """What the workers' allowance lets go."""
@@ -178,7 +178,7 @@ class DualMap(RoutingPolicy):
                 break
             if self._estimate_ms(held.job, target, runs, now_ms) <= slo_ms:
                 self._queues[source].take(held)
-                self._hold(held.job, held.pair, target, runs)
+                self._hold(held.job, held.key, target, runs)
                 given.add(target)
         return given
 
@@ -190,15 +190,16 @@ class DualMap(RoutingPolicy):
         found = []
         for held in self._queues[source].held:
             before_ms += held.tokens * us / 1_000
-            target = self._target(source, held.pair, hot)
+            target = self._target(source, held.key, hot)
             if target is not None:
                 runs = self.view.leading(held.job.request.names)
                 after_ms = self._estimate_ms(held.job, target, runs, now_ms)
                 found.append((before_ms - after_ms, held, target, runs))
         return sorted(found, key=lambda move: (-move[0], move[1].job.index))
 
-    def _target(self, source: str, pair: tuple[str, ...], hot: set[str]) -> str | None:
+    def _target(self, source: str, key: bytes, hot: set[str]) -> str | None:
         """The other candidate, or the source's neighbour when that is hot."""
+        pair = self._rings.candidates(key)
         other = next((name for name in pair if name != source), None)
         if other is not None and other not in hot:
             return other
