@@ -12,13 +12,13 @@ from functools import partial
 
 from kvasir_sim.fleet import Fleet
 from kvasir_sim.lines import Dismissed
-from kvasir_sim.policy import Action, Refuse, RoutingPolicy, Send, Why
+from kvasir_sim.policy import Action, Recall, Refuse, RoutingPolicy, Send, Why
 from kvasir_sim.settings import FleetChange, SimSettings
 from kvasir_sim.trace import TraceRequest
 from kvasir_sim.worker import Job
 
 HOP_MS = 1.0
-"""For a request that a worker gives back to reach its router."""
+"""From a worker to a router or back, beside the prompts themselves."""
 
 HELD_MS_MAX = 3_600_000.0
 """A policy that still holds requests this long after the last arrival has lost them."""
@@ -38,7 +38,7 @@ class Engine:
     ) -> None:
         self.served: list[Job] = []
         self.refused: list[Job] = []
-        self.num_moved = 0
+        self.num_moved = self.num_recalled = 0
         self._settings, self._progress = settings, progress
         self._random = random.Random(settings.seed)
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
@@ -46,8 +46,10 @@ class Engine:
         discipline = settings.worker_queue or policy.discipline
         self.fleet = Fleet(settings, discipline, self._random)
         self.policies = [
-            policy(view, settings, replica) for replica, view in enumerate(self.fleet.views)
+            policy(view, settings, number) for number, view in enumerate(self.fleet.views)
         ]
+        for replica in self.policies:
+            replica.meet([peer for peer in self.policies if peer is not replica])
         self._num_open = 0
 
     def run(self, requests: Sequence[TraceRequest], arrivals_ms: Sequence[float]) -> None:
@@ -103,6 +105,8 @@ class Engine:
                     self._send(job, worker, now_ms)
                 case Refuse(job):
                     self._end(job, self.refused)
+                case Recall(job, worker):
+                    self.at(now_ms + HOP_MS, partial(self._recall, job, worker))
 
     def _send(self, job: Job, name: str, now_ms: float) -> None:
         worker = self.fleet.workers.get(name)
@@ -112,6 +116,13 @@ class Engine:
         self.fleet.views[job.replica].sent(name, job.index, job.request)
         self._dismiss(worker.accept(job, now_ms), now_ms)
         self._start(name, now_ms)
+
+    def _recall(self, job: Job, name: str, now_ms: float) -> None:
+        worker = self.fleet.workers.get(name)
+        if worker is not None and job.worker == name and worker.line.take_out(job):
+            self.num_recalled += 1
+            self.at(now_ms + HOP_MS, partial(self._give_back, job, name, Why.RECALLED))
+            self._retire_if_done(name)
 
     def _start(self, name: str, now_ms: float) -> None:
         job, dismissed = self.fleet.workers[name].start_next(now_ms)
@@ -136,6 +147,9 @@ class Engine:
             if one.is_refused:
                 self.fleet.views[one.job.replica].ended(one.job.index, is_served=False)
                 self._end(one.job, self.refused)
+                policy = self.policies[one.job.replica]
+                actions = policy.refused(one.job, one.job.worker, now_ms)
+                self._act(one.job.replica, actions, now_ms)
             else:
                 self.num_moved += 1
                 event = partial(self._give_back, one.job, one.job.worker, Why.BUSY)

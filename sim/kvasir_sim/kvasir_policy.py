@@ -1,18 +1,20 @@
 """Kvasir's own policy: the production core, fed as the live router feeds it.
 
 Nothing of a decision is repeated here. `kvasir` calls `pick` with the view that a router would
-have: the reports that came through, its own ledger and its own hotness tree.
+have: the reports that came through, its own ledger and its own hotness tree. On a tick it calls
+`rebalance` with the requests that wait, and passes its extended keys on to the other replicas.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from kvasir_router.core.choose import Rejected, Route, excluding, pick
+from kvasir_router.core.choose import Rejected, pick
 from kvasir_router.core.fleet import FleetView, Policy, Request, WorkerState
 from kvasir_router.core.keys import KeyLimits, KeyTree
 from kvasir_router.core.ledger import Ledger
-from kvasir_router.core.rebalance import MOVES_MAX, hand_back
+from kvasir_router.core.rebalance import MOVES_MAX, Queued, hand_back, rebalance
 
-from kvasir_sim.policy import Action, Refuse, RoutingPolicy, Send, Why
+from kvasir_sim.policy import Action, Recall, Refuse, RoutingPolicy, Send, Why
 from kvasir_sim.settings import SimSettings
 from kvasir_sim.trace import BLOCK_TOKENS
 from kvasir_sim.view import ReplicaView
@@ -29,10 +31,12 @@ PATIENCE_MS = 600_000
 class _Seen(FleetView):
     """A router's view whose queues are those that the simulated replica knows."""
 
-    def __init__(self, known: ReplicaView, policy: Policy) -> None:
+    def __init__(self, known: ReplicaView, policy: Policy, *, replica: int) -> None:
         super().__init__(
             prefix=known.blocks,
-            keys=KeyTree(KeyLimits(start_blocks=KEY_TOKENS // BLOCK_TOKENS)),
+            keys=KeyTree(
+                KeyLimits(start_blocks=KEY_TOKENS // BLOCK_TOKENS), replica=b"%d" % replica
+            ),
             ledger=Ledger(),
             policy=policy,
             block_tokens=BLOCK_TOKENS,
@@ -60,60 +64,122 @@ class _Seen(FleetView):
                 self.put(state, now_ms=int(now_ms))
 
 
+@dataclass(slots=True)
+class _Open:
+    """A request that has no first token yet."""
+
+    job: Job
+    exclude: frozenset[str] = frozenset()
+    """Workers that gave it back."""
+
+    num_handed_back: int = 0
+    is_recalled: bool = False
+    """Each moves at most once."""
+
+
 class KvasirPolicy(RoutingPolicy):
     """The production core."""
 
     discipline = "deadline"
+    tick_ms = 250.0
+    """As the live router's. There, news of keys are told as soon."""
 
     def __init__(self, view: ReplicaView, settings: SimSettings, replica: int) -> None:
         super().__init__(view, settings, replica)
         policy = Policy(local_prefill_tokens_max=0, reuse_us_per_token=settings.reuse_us_per_token)
-        self._fleet = _Seen(view, policy)
+        self._fleet = _Seen(view, policy, replica=replica)
         self._fleet.follow_members(0.0)
-        self._gave_up: dict[int, frozenset[str]] = {}
-        """Workers that gave a request back, by its number."""
+        self._open: dict[str, _Open] = {}
+        self._waiting: dict[str, Queued] = {}
+        """Those that may move, the longest known first."""
+        self._peers: list[KvasirPolicy] = []
+        self._told_version = 0
+
+    def meet(self, peers: Sequence[RoutingPolicy]) -> None:
+        """Extended keys are exchanged with them."""
+        self._peers = [peer for peer in peers if isinstance(peer, KvasirPolicy)]
 
     def arrived(self, job: Job, now_ms: float) -> Sequence[Action]:
         """As the router does: count the key, then pick."""
         self._fleet.keys.observe(
             job.request.names, num_workers=len(self.view.members), now_ms=int(now_ms)
         )
-        self._fleet.now_ms = now_ms
-        return self._answer(job, pick(self._fleet, self._describe(job, now_ms), now_ms=int(now_ms)))
+        return self._route(_Open(job), now_ms)
 
     def returned(self, job: Job, worker: str, why: Why, now_ms: float) -> Sequence[Action]:
         """To another worker."""
+        known = self._open[self._id(job)]
+        if why is Why.BUSY:
+            known.num_handed_back += 1
+            return self._route(known, now_ms, refused_by=worker)
+        known.exclude |= {worker}
+        return self._route(known, now_ms)
+
+    def first_token(self, job: Job, worker: str, now_ms: float) -> Sequence[Action]:
+        """It waits no more."""
+        self._forget(self._id(job))
+        return ()
+
+    def tick(self, now_ms: float) -> Sequence[Action]:
+        """Tells what keys are new, and asks hot workers for what should wait elsewhere."""
+        self._tell_keys(now_ms)
         self._fleet.now_ms = now_ms
-        request = self._describe(job, now_ms)
-        self._gave_up[job.index] = request.exclude | {worker}
-        if why is Why.FAILED:
-            decision = pick(self._fleet, excluding(request, worker), now_ms=int(now_ms))
-        else:
-            decision = hand_back(self._fleet, request, refused_by=worker, now_ms=int(now_ms))
-        return self._answer(job, decision)
+        moves = rebalance(self._fleet, self._waiting.values(), now_ms=int(now_ms))
+        for move in moves:
+            self._open[move.request_id].is_recalled = True
+            del self._waiting[move.request_id]
+        return [Recall(self._open[move.request_id].job, move.source) for move in moves]
 
     def members(self, now_ms: float) -> Sequence[Action]:
         """New rings."""
         self._fleet.follow_members(now_ms)
         return ()
 
-    def _answer(self, job: Job, decision: Route | Rejected) -> Sequence[Action]:
-        if isinstance(decision, Rejected):
-            self._gave_up.pop(job.index, None)
-            return (Refuse(job),)
-        num_moves = len(self._gave_up.get(job.index, ()))
-        return (Send(job, decision.computes, may_move=num_moves < MOVES_MAX),)
+    def _tell_keys(self, now_ms: float) -> None:
+        keys = self._fleet.keys
+        if keys.shared_version != self._told_version:
+            self._told_version = keys.shared_version
+            for peer in self._peers:
+                peer._fleet.keys.merge(keys.shared(), now_ms=int(now_ms))
 
-    def _describe(self, job: Job, now_ms: float) -> Request:
-        request = job.request
+    def _route(
+        self, known: _Open, now_ms: float, *, refused_by: str | None = None
+    ) -> Sequence[Action]:
+        self._fleet.now_ms = now_ms
+        request = self._describe(known, now_ms)
+        if refused_by is None:
+            decision = pick(self._fleet, request, now_ms=int(now_ms))
+        else:
+            known.exclude |= {refused_by}
+            decision = hand_back(self._fleet, request, refused_by=refused_by, now_ms=int(now_ms))
+        request_id = request.request_id
+        self._waiting.pop(request_id, None)
+        if isinstance(decision, Rejected):
+            self._forget(request_id)
+            return (Refuse(known.job),)
+        self._open[request_id] = known
+        if not known.is_recalled:
+            self._waiting[request_id] = Queued(request, decision.computes, int(now_ms))
+        may_move = known.num_handed_back < MOVES_MAX
+        return (Send(known.job, decision.computes, may_move=may_move),)
+
+    def _forget(self, request_id: str) -> None:
+        self._open.pop(request_id, None)
+        self._waiting.pop(request_id, None)
+
+    def _id(self, job: Job) -> str:
+        return f"{self.settings.seed}/{job.index}"
+
+    def _describe(self, known: _Open, now_ms: float) -> Request:
+        job, request = known.job, known.job.request
         return Request(
-            request_id=f"{self.settings.seed}/{job.index}",
+            request_id=self._id(job),
             num_tokens=request.input_tokens,
             names=request.names,
             short_key=b"\0" * 16,
             max_tokens=request.output_tokens,
             ttft_slo_ms=request.ttft_slo_ms or self.settings.slo_ttft_ms,
             timeout_ms=PATIENCE_MS,
-            exclude=self._gave_up.get(job.index, frozenset()),
+            exclude=known.exclude,
             waited_ms=int(now_ms - job.arrival_ms),
         )

@@ -43,6 +43,9 @@ class Line(Protocol):
     def update(self, job: "Job", cost_ms: float) -> None:
         """`job.miss_tokens` has been judged again."""
 
+    def take_out(self, job: "Job") -> bool:
+        """Removes a request, if it waits here."""
+
     def clear(self) -> "list[Job]":
         """Empties the queue."""
 
@@ -79,6 +82,14 @@ class FifoLine:
 
     def update(self, job: "Job", cost_ms: float) -> None:
         """Never asked for."""
+
+    def take_out(self, job: "Job") -> bool:
+        """By a search: only policies of deadline queues recall requests."""
+        if job not in self._jobs:
+            return False
+        self._jobs.remove(job)
+        self.tokens -= job.miss_tokens
+        return True
 
     def clear(self) -> "list[Job]":
         """All, oldest first."""
@@ -136,6 +147,13 @@ class DeadlineLine:
         """Less is left to compute."""
         self._lack(job)
         self._queue.update(job.index, compute_ms=cost_ms, tokens=job.miss_tokens)
+
+    def take_out(self, job: "Job") -> bool:
+        """Its number finds it."""
+        waiting = self._queue.remove(job.index)
+        if waiting is not None:
+            self._forget(waiting)
+        return waiting is not None
 
     def clear(self) -> "list[Job]":
         """Empties the queue."""

@@ -20,6 +20,7 @@ class Why(enum.StrEnum):
 
     BUSY = "busy"  # it cannot make the request's deadline; another worker may
     FAILED = "failed"  # the worker is gone, and what it had begun is lost
+    RECALLED = "recalled"  # the router had asked for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,15 @@ class Refuse:
     job: Job
 
 
-Action = Send | Refuse
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """`worker` is asked to give the request back, which it does if it has not begun it."""
+
+    job: Job
+    worker: str
+
+
+Action = Send | Refuse | Recall
 
 
 class RoutingPolicy:
@@ -57,6 +66,9 @@ class RoutingPolicy:
     def __init__(self, view: ReplicaView, settings: SimSettings, replica: int) -> None:
         self.view, self.settings, self.replica = view, settings, replica
 
+    def meet(self, peers: Sequence["RoutingPolicy"]) -> None:
+        """The other replicas, once all are there."""
+
     def choose(self, job: Job, now_ms: float) -> str | None:
         """The worker of a request; None: it is refused."""
         raise AssertionError("a policy gives choose() or arrived()")
@@ -73,6 +85,10 @@ class RoutingPolicy:
     def first_token(self, job: Job, worker: str, now_ms: float) -> Sequence[Action]:
         """The first token of a request that this replica had sent passes through it."""
         return ()
+
+    def refused(self, job: Job, worker: str, now_ms: float) -> Sequence[Action]:
+        """The worker answered a request of this replica 429: it is no more in flight either."""
+        return self.first_token(job, worker, now_ms)
 
     def tick(self, now_ms: float) -> Sequence[Action]:
         """Time has passed."""

@@ -1,22 +1,26 @@
 """Stale views, failures, KV nodes: what the engine models beside a healthy fleet."""
 
+import hashlib
 import os
+from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from kvasir_router.core.prefix import PrefixView
 from kvasir_sim.engine import Engine
 from kvasir_sim.main import POLICIES, run_sim, simulate
+from kvasir_sim.policy import Action, Recall, RoutingPolicy, Send, Why
 from kvasir_sim.settings import SimSettings
 from kvasir_sim.trace import TraceRequest, at_rate
 from kvasir_sim.view import GONE_TOKENS, ReplicaView, Report
-from kvasir_sim.worker import SimWorker, Speed
+from kvasir_sim.worker import Job, SimWorker, Speed
 
 SPEED = Speed(1_000.0, 0.0)
 
 
 def make_request(*blocks: int) -> TraceRequest:
-    names = tuple(block.to_bytes(16, "little") for block in blocks)
+    names = tuple(hashlib.blake2b(b"%d" % block, digest_size=16).digest() for block in blocks)
     return TraceRequest(0.0, 512 * len(blocks), 1, names)
 
 
@@ -75,6 +79,58 @@ def test_what_a_failed_worker_had_is_served_by_others() -> None:
     assert {job.worker for job in late} == {"w0", "w1"}
     assert len(engine.served) + len(engine.refused) == 60
     assert any(job.arrival_ms < 5_000 for job in late)
+
+
+class Mover(RoutingPolicy):
+    """All to one worker, and on a tick what still waits to the other."""
+
+    tick_ms = 100.0
+    whys: ClassVar[list[Why]] = []
+
+    def arrived(self, job: Job, now_ms: float) -> list[Action]:
+        self.jobs = [*getattr(self, "jobs", []), job]
+        return [Send(job, "w0")]
+
+    def tick(self, now_ms: float) -> list[Action]:
+        jobs, self.jobs = self.jobs, []
+        return [Recall(job, "w0") for job in jobs]
+
+    def returned(self, job: Job, worker: str, why: Why, now_ms: float) -> list[Action]:
+        self.whys.append(why)
+        return [Send(job, "w1")]
+
+
+@pytest.mark.parametrize("queue", ["fifo", "deadline"])
+def test_a_worker_gives_back_what_it_is_asked_for_and_has_not_begun(queue: str) -> None:
+    settings = make_settings(workers=2, worker_queue=queue, slo_ttft_ms=60_000)
+    engine = Engine(settings, Mover)
+    requests = make_requests(6)
+    Mover.whys.clear()
+    engine.run(requests, [float(n) for n in range(6)])
+    assert Counter(job.worker for job in engine.served) == {"w0": 1, "w1": 5}
+    assert Mover.whys == [Why.RECALLED] * 5
+    assert engine.num_recalled == 5
+
+
+def test_requests_leave_hot_workers_by_the_routers_own_rule() -> None:
+    settings = make_settings(workers=3, slo_ttft_ms=8_000)
+    engine = Engine(settings, POLICIES["kvasir"])
+    requests = make_requests(200)
+    engine.run(requests, at_rate(requests, 6.0))
+    assert engine.num_recalled > 0
+    assert len(engine.served) + len(engine.refused) == 200
+
+
+def test_replicas_exchange_extended_keys() -> None:
+    engine = Engine(make_settings(replicas=2, sync_ms=500), POLICIES["kvasir"])
+    one, two = engine.policies
+    jobs = [Job(n, make_request(1, 2, 100 + n), n, n + 5_000.0) for n in range(40)]
+    for job in jobs:
+        one.arrived(job, job.arrival_ms)
+    names = jobs[0].request.names
+    assert [p._fleet.keys.depth(names) for p in (one, two)] == [3, 2]
+    one.tick(250.0)
+    assert two._fleet.keys.depth(names) == 3
 
 
 def test_workers_that_leave_finish_what_they_have() -> None:
