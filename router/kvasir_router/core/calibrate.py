@@ -31,13 +31,12 @@ class Calibration:
     """Factors and errors, per worker."""
 
     def __init__(self) -> None:
-        self._log_factor: dict[str, float] = {}
+        self._factor: dict[str, float] = {}
         self._error: dict[str, float] = {}
 
     def factor(self, worker: str) -> float:
         """What an estimate for `worker` is to be multiplied with."""
-        log_factor = self._log_factor.get(worker)
-        return math.exp(log_factor) if log_factor else 1.0
+        return self._factor.get(worker, 1.0)
 
     def error(self, worker: str) -> float:
         """Typical size of ln(actual / predicted) at `worker` of late; 0 before any observation."""
@@ -46,16 +45,16 @@ class Calibration:
     def observe(self, worker: str, *, uncalibrated_ms: float, actual_ms: float) -> None:
         """A first token came `actual_ms` after the decision that had estimated another time."""
         ratio = math.log((actual_ms + FLOOR_MS) / (uncalibrated_ms + FLOOR_MS))
-        old = self._log_factor.get(worker, 0.0)
+        old = math.log(self.factor(worker))
         step = max(-STEP_MAX, min(STEP_MAX, GAIN * (ratio - old)))
         bound = math.log(FACTOR_MAX)
-        self._log_factor[worker] = max(-bound, min(bound, old + step))
+        self._factor[worker] = math.exp(max(-bound, min(bound, old + step)))
         error = self.error(worker)
         self._error[worker] = error + GAIN * (abs(ratio - old) - error)
 
     def forget(self, worker: str) -> None:
         """`worker` has left the fleet."""
-        self._log_factor.pop(worker, None)
+        self._factor.pop(worker, None)
         self._error.pop(worker, None)
 
 
@@ -64,14 +63,12 @@ class OutputLength:
 
     def __init__(self) -> None:
         self._log_tokens = math.log(OUTPUT_TOKENS_UNKNOWN)
-
-    @property
-    def tokens(self) -> int:
+        self.tokens = OUTPUT_TOKENS_UNKNOWN
         """Output tokens to expect of a request."""
-        return round(math.exp(self._log_tokens))
 
     def observe(self, tokens: int) -> None:
         """An output ended by itself after so many tokens."""
         is_longer = tokens > math.exp(self._log_tokens)
         step = STEP_MAX * (OUTPUT_SHARE if is_longer else OUTPUT_SHARE - 1)
         self._log_tokens = max(0.0, self._log_tokens + step)
+        self.tokens = round(math.exp(self._log_tokens))

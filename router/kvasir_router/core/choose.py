@@ -103,7 +103,7 @@ def choose_by_slo(candidates: Sequence[Candidate], request: Request) -> tuple[in
     if len(candidates) == 1:
         return 0, RouteReason.ONLY_CANDIDATE
     one, two = candidates
-    faster = 0 if _rank(one, request) <= _rank(two, request) else 1
+    faster = 0 if _is_faster(one, two, request) else 1
     if one.hit_tokens == two.hit_tokens:
         return faster, RouteReason.LESS_LOADED
     longer = 0 if one.hit_tokens > two.hit_tokens else 1
@@ -112,9 +112,11 @@ def choose_by_slo(candidates: Sequence[Candidate], request: Request) -> tuple[in
     return faster, RouteReason.SMALLER_ESTIMATE
 
 
-def _rank(candidate: Candidate, request: Request) -> tuple[float, int]:
-    """Smaller is better; ties fall by the request, so that equal workers share equally."""
-    return candidate.ttft_estimate_ms, _coin(candidate.worker, request)
+def _is_faster(one: Candidate, two: Candidate, request: Request) -> bool:
+    """By the estimates; ties fall by the request, so that equal workers share equally."""
+    if one.ttft_estimate_ms != two.ttft_estimate_ms:
+        return one.ttft_estimate_ms < two.ttft_estimate_ms
+    return _coin(one.worker, request) <= _coin(two.worker, request)
 
 
 def _coin(worker: str, request: Request) -> int:

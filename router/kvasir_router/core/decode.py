@@ -58,14 +58,16 @@ def choose_decode(view: FleetView, request: Request, runs: Mapping[str, int]) ->
 
 def calmest(view: FleetView, request: Request, needed: int) -> str | None:
     """The least busy worker that can take the request, else the least busy one."""
-    first, equals = None, list[str]()
-    for name in islice(view.by_running, LOOKED_AT_MAX + len(request.exclude)):
-        if name in request.exclude:
+    first, equals, running = None, list[str](), 0.0
+    exclude, workers = request.exclude, view.workers
+    for key, name in islice(view.by_running.items(), LOOKED_AT_MAX + len(exclude)):
+        if name in exclude:
             continue
         first = first or name
-        if equals and view.running(name) > view.running(equals[0]):
+        if equals and key[0] > running:
             break
-        if _can_take(view, request, view.workers[name], needed):
+        if _can_take(view, request, workers[name], needed):
+            running = key[0]
             equals.append(name)
             if len(equals) == EQUALS_MAX:
                 break

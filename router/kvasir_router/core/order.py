@@ -19,6 +19,10 @@ class Order:
     def __iter__(self) -> Iterator[str]:
         return (name for _, name in self._sorted)
 
+    def items(self) -> Iterator[tuple[Key, str]]:
+        """Keys and names."""
+        return iter(self._sorted)
+
     def put(self, name: str, key: Key) -> None:
         """Adds a name, or moves it."""
         if self._keys.get(name) != key:
