@@ -119,6 +119,7 @@ async def _serve(
         created_s=0,
         model="bench",
         ttft_slo_ms=int(settings.slo_ttft_ms / settings.speedup),
+        tpot_slo_ms=0,
         arrived_ms=arrived_ms,
         deadline_ms=arrived_ms + 600_000,
     )

@@ -141,6 +141,7 @@ class Intake:
             created_s=int(time.time()),
             model=self._settings.model_name,
             ttft_slo_ms=urgency.ttft_slo_ms,
+            tpot_slo_ms=terms.tpot_slo_ms or 0,
             arrived_ms=caller.arrived_ms,
             deadline_ms=caller.arrived_ms + min(terms.timeout_ms or timeout_ms_max, timeout_ms_max),
         )

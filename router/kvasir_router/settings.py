@@ -35,7 +35,8 @@ class RouterSettings(BaseModel):
     """Target for the time to first token; a candidate above half of it loses its cache bonus."""
 
     tpot_slo_ms: int = Field(default=100, ge=1)
-    """Target for the time per output token; requests within both targets count as attained."""
+    """Target for the time per output token; requests within both targets count as attained.
+    A request may ask for its own."""
 
     api_key_file: Path | None = None
     """Lines `KEY TENANT [WEIGHT]`; without it every client is the one default tenant."""

@@ -57,7 +57,8 @@ class Telemetry:
             progress.first_token_ms is not None
             and progress.first_token_ms - call.arrived_ms <= call.ttft_slo_ms
         )
-        counts.attained += is_first_in_time and stats.tpot_ms <= self._tpot_slo_ms
+        tpot_slo_ms = call.tpot_slo_ms or self._tpot_slo_ms
+        counts.attained += is_first_in_time and stats.tpot_ms <= tpot_slo_ms
 
     def message(self, *, now_ms: int) -> inference_pb2.RouterTelemetry:
         """The counters as they are, and the age of the oldest request without a first token."""

@@ -2,6 +2,7 @@
 
     body field (OpenAI's extra_body)   header                    gRPC
     ttft_slo_ms                        x-kvasir-ttft-slo-ms      ttft_slo_ms
+    tpot_slo_ms                        x-kvasir-tpot-slo-ms      tpot_slo_ms
     timeout_ms                         x-kvasir-timeout-ms       timeout_ms
     priority                           x-kvasir-priority         priority
     session_id                         x-kvasir-session-id       session_id
@@ -28,6 +29,9 @@ class Terms(BaseModel):
 
     ttft_slo_ms: int | None = Field(default=None, ge=1, le=DEADLINE_MS_MAX)
     """Extension: the first token is due this long after the request came."""
+
+    tpot_slo_ms: int | None = Field(default=None, ge=1, le=DEADLINE_MS_MAX)
+    """Extension: no output token should take longer; its decode worker is chosen by it."""
 
     timeout_ms: int | None = Field(default=None, ge=1, le=DEADLINE_MS_MAX)
     """Extension: after it the request ends; at most the router's own bound."""

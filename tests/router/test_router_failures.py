@@ -22,14 +22,14 @@ async def test_busy_worker_is_passed_over_once(tmp_path: Path) -> None:
         assert router.served_by() == ["a", "b"]
 
 
-async def test_two_busy_workers_are_a_429_with_retry_after(tmp_path: Path) -> None:
-    workers = [FakeWorker(name, script=Script(Reason.BUSY)) for name in "abc"]
+async def test_three_busy_workers_are_a_429_with_retry_after(tmp_path: Path) -> None:
+    workers = [FakeWorker(name, script=Script(Reason.BUSY)) for name in "abcd"]
     async with running_router(tmp_path, *workers) as router:
         with pytest.raises(openai.RateLimitError) as caught:
             await router.chat_text()
         assert caught.value.code == "overloaded"
         assert caught.value.response.headers["retry-after"] == "3"
-        assert len(router.requests()) == 2
+        assert len(router.requests()) == 3
 
 
 async def test_busy_prefill_peer_sends_the_request_to_the_other_candidate(tmp_path: Path) -> None:

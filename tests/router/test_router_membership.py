@@ -96,6 +96,14 @@ async def test_failing_kv_transfer_is_shown_and_avoided(tmp_path: Path) -> None:
         assert not decode.requests[0].HasField("prefill_peer")
 
 
+async def test_measured_speeds_reach_the_view(tmp_path: Path) -> None:
+    load = {"prefill_us_per_token": 90.0, "decode_ms_per_step": 7.0, "store_us_per_token": 3.0}
+    async with running_router(tmp_path, FakeWorker("a", load=load)) as router:
+        state = router.server.fleet.view().workers["a"]
+        assert {name: getattr(state, name) for name in load} == load
+        assert state.peer_us_per_token == 0
+
+
 async def test_block_events_reach_the_prefix_view(tmp_path: Path) -> None:
     names = sorted(random_name() for _ in range(4))
     worker = FakeWorker("a", held=set(names[:2]))

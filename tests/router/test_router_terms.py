@@ -9,6 +9,7 @@ import pytest
 from fake_worker import FakeWorker, Script
 from kvasir_proto.errors import Reason
 from kvasir_proto.v1 import common_pb2, inference_pb2
+from kvasir_router.core.rebalance import MOVES_MAX
 from kvasir_router.core.sessions import STEP_PRIORITY_MAX, SessionLimits, SessionTable
 from kvasir_router.tenants import Tenants
 from router_fixtures import RouterUnderTest, running_router
@@ -61,6 +62,8 @@ async def test_body_wins_over_headers(router: RouterUnderTest) -> None:
         ({"extra_body": {"priority": 11}}, "priority"),
         ({"extra_body": {"priority": "1"}}, "priority"),
         ({"extra_body": {"ttft_slo_ms": 0}}, "ttft_slo_ms"),
+        ({"extra_body": {"tpot_slo_ms": 0}}, "tpot_slo_ms"),
+        ({"extra_headers": {"x-kvasir-tpot-slo-ms": "fast"}}, "x-kvasir-tpot-slo-ms"),
         ({"extra_body": {"deadline_ms": 2**40}}, "deadline_ms"),
         ({"extra_body": {"session_id": ""}}, "session_id"),
         ({"extra_body": {"session_id": "x" * 129}}, "session_id"),
@@ -122,8 +125,8 @@ def test_bad_weight_is_refused_without_showing_the_key(tmp_path: Path, text: str
     assert "secret-key" not in str(caught.value)
 
 
-async def test_request_handed_back_goes_once_to_the_other_candidate(tmp_path: Path) -> None:
-    workers = [FakeWorker(f"w{i}", "both") for i in range(2)]
+async def test_request_may_be_handed_back_as_often_as_the_core_allows(tmp_path: Path) -> None:
+    workers = [FakeWorker(f"w{i}", "both") for i in range(MOVES_MAX + 2)]
     async with running_router(tmp_path, *workers) as router:
         for worker in workers:
             worker.script = Script(refuse=Reason.BUSY, times=1)
@@ -131,7 +134,36 @@ async def test_request_handed_back_goes_once_to_the_other_candidate(tmp_path: Pa
             await router.openai.chat.completions.create(model="tiny", messages=HI, max_tokens=2)
         assert int(caught.value.response.headers["Retry-After"]) >= 1
         sent = [request.terms.may_move for worker in workers for request in worker.requests]
-        assert sorted(sent) == [False, True]
+        assert sorted(sent) == [False] + MOVES_MAX * [True]
+        assert all(len(worker.requests) <= 1 for worker in workers)
+
+
+async def test_request_that_two_workers_handed_back_is_served_by_a_third(tmp_path: Path) -> None:
+    workers = [FakeWorker(f"w{i}", "both") for i in range(4)]
+    shared = Script(refuse=Reason.BUSY, times=MOVES_MAX)
+    for worker in workers:
+        worker.script = shared
+    async with running_router(tmp_path, *workers) as router:
+        assert await router.chat_text(max_tokens=3) == "abc"
+        assert len(router.served_by()) == MOVES_MAX + 1
+
+
+@pytest.mark.parametrize("how", ["body", "headers", "grpc", ""])
+async def test_pace_that_is_asked_for_chooses_the_decode_worker(tmp_path: Path, how: str) -> None:
+    slow = FakeWorker("slow", "decode", load={"decode_ms_per_step": 200.0})
+    fast = FakeWorker("fast", "decode", load={"decode_ms_per_step": 10.0, "num_running": 1})
+    async with running_router(tmp_path, FakeWorker("p0", "prefill"), slow, fast) as router:
+        if how == "grpc":
+            request = inference_pb2.InferenceRequest(model="tiny", prompt="hi", tpot_slo_ms=50)
+            decision = await router.stub.Route(request, timeout=10)
+            assert decision.decode_worker == "fast"
+            return
+        asked = {
+            "body": {"extra_body": {"tpot_slo_ms": 50}},
+            "headers": {"extra_headers": {"x-kvasir-tpot-slo-ms": "50"}},
+        }
+        await router.chat_text(**asked.get(how, {}))
+        assert router.served_by() == (["fast"] if how else ["slow"])
 
 
 def test_session_with_a_deadline_is_due_earlier_the_later_it_is() -> None:

@@ -41,6 +41,8 @@ async def test_another_worker_fetches_instead_of_computing(model: Path, kv_node:
         assert result.stats.tokens_cached_fetched == 192
         assert result.stats.tokens_computed == 8
         assert result.stats.kv_bytes_moved > 0
+        load = (await second.stub.Describe(worker_pb2.DescribeRequest(), timeout=10)).load
+        assert 0 < load.store_us_per_token < 1e6
         assert result.done.usage.cached_tokens == 192
         assert await second.metric('kvasir_worker_prompt_tokens_total{source="fetched"') == 192
         assert await second.metric('kvasir_worker_kv_bytes_total{use="fetch"') > 0
@@ -94,6 +96,8 @@ async def test_kv_node_that_is_gone_costs_nothing_but_computing(
         result = await worker.generate(make_request(prompt(200)))
         assert result.stats.tokens_computed == 200
         assert len(result.tokens) == 8
+        load = (await worker.stub.Describe(worker_pb2.DescribeRequest(), timeout=10)).load
+        assert load.store_us_per_token == 0
         await until(lambda: worker.is_idle)
 
 

@@ -17,7 +17,6 @@ from kvasir_proto.errors import KvasirError, Reason
 from kvasir_engine.core.types import EngineRequest, Reservation, TokenEvent
 from kvasir_engine.worker.admission import Turn
 from kvasir_engine.worker.host import Host
-from kvasir_engine.worker.rates import FetchRates
 from kvasir_engine.worker.trace import Trace
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,6 @@ class Compute:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._rates = FetchRates()
 
     async def events(
         self, request: EngineRequest, *, turn: Turn, trace: Trace
@@ -67,7 +65,7 @@ class Compute:
         if tier is None:
             return None, 0
         names, num_held = self._wanted(request)
-        timeout_ms = self._rates.timeout_ms(
+        timeout_ms = self._host.fetch_rates.timeout_ms(
             num_blocks=len(names) - num_held,
             compute_ms_per_block=self._compute_ms_per_block(),
             timeout_ms_max=self._host.settings.fetch_timeout_ms,
@@ -110,7 +108,7 @@ class Compute:
         )
         num_fetched = result.num_fetched_leading
         elapsed_ms = (time.monotonic() - started_s) * 1000
-        self._rates.fetched(num_blocks=num_fetched, elapsed_ms=elapsed_ms)
+        self._host.fetch_rates.fetched(num_blocks=num_fetched, elapsed_ms=elapsed_ms)
         trace.tokens_cached_fetched = num_fetched * BLOCK_TOKENS
         trace.kv_bytes_moved += result.bytes_moved
         self._host.metrics.kv_bytes.labels("fetch").inc(result.bytes_moved)

@@ -22,6 +22,7 @@ from kvasir_engine.worker.events import EventHub
 from kvasir_engine.worker.inflight import InFlight
 from kvasir_engine.worker.metrics import Gauges, WorkerMetrics
 from kvasir_engine.worker.peers import Peers
+from kvasir_engine.worker.rates import FetchRates
 from kvasir_engine.worker.requests import Limits
 from kvasir_engine.worker.settings import WorkerSettings
 from kvasir_engine.worker.state import Role, TransferHealth, WorkerState
@@ -87,6 +88,7 @@ class Host:
             num_leading_held=lambda names: self.hub.num_leading_held(names),
             on_given_up=lambda why: self.metrics.given_up.labels(why).inc(),
         )
+        self.fetch_rates = FetchRates()
         self.peers = Peers(close_grace_s=settings.request_timeout_ms / 1000)
         self.serving: Serving | None = None
 
@@ -155,6 +157,7 @@ class Host:
         if self.serving is not None:
             _add_model(description, self.serving)
             _add_load(description, self.load())
+            description.load.store_us_per_token = self.fetch_rates.us_per_token
         return description
 
     def gauges(self) -> Gauges:

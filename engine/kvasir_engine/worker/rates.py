@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from kvasir_kvstore.core.block import BLOCK_TOKENS
+
 _WEIGHT = 0.3
 """Of the newest measurement in the running mean."""
 FETCH_LATENCY_MS = 2.0
@@ -17,6 +19,11 @@ class FetchRates:
     ms_per_block: float = 0.0
     """Running mean; 0: not yet known, so a fetch is tried."""
     num_declined: int = 0
+
+    @property
+    def us_per_token(self) -> float:
+        """What a fetched token costs; 0: not yet known."""
+        return self.ms_per_block * 1000 / BLOCK_TOKENS
 
     def fetched(self, *, num_blocks: int, elapsed_ms: float) -> None:
         """A fetch ended; one that brought nothing says nothing about the rate."""

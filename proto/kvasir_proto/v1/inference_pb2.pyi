@@ -96,6 +96,7 @@ class InferenceRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    TPOT_SLO_MS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     prompt: _builtins.str
     ttft_slo_ms: _builtins.int
@@ -108,6 +109,8 @@ class InferenceRequest(_message.Message):
     """steps of one agent share it: later steps gain urgency"""
     deadline_ms: _builtins.int
     """from now until the whole session should be done; 0: none"""
+    tpot_slo_ms: _builtins.int
+    """per output token; 0: none is asked for"""
     @_builtins.property
     def tokens(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -127,10 +130,11 @@ class InferenceRequest(_message.Message):
         priority: _builtins.int = ...,
         session_id: _builtins.str = ...,
         deadline_ms: _builtins.int = ...,
+        tpot_slo_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "sampling", b"sampling", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "deadline_ms", b"deadline_ms", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "session_id", b"session_id", "timeout_ms", b"timeout_ms", "tokens", b"tokens", "ttft_slo_ms", b"ttft_slo_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "deadline_ms", b"deadline_ms", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "session_id", b"session_id", "timeout_ms", b"timeout_ms", "tokens", b"tokens", "tpot_slo_ms", b"tpot_slo_ms", "ttft_slo_ms", b"ttft_slo_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "tokens", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015

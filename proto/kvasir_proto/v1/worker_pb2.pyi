@@ -141,6 +141,7 @@ class WorkerLoad(_message.Message):
     BLOCKS_FREE_FIELD_NUMBER: _builtins.int
     PREFILL_US_PER_TOKEN_FIELD_NUMBER: _builtins.int
     DECODE_MS_PER_STEP_FIELD_NUMBER: _builtins.int
+    STORE_US_PER_TOKEN_FIELD_NUMBER: _builtins.int
     num_waiting: _builtins.int
     """requests not yet prefilled"""
     num_running: _builtins.int
@@ -154,6 +155,8 @@ class WorkerLoad(_message.Message):
     """measured, exponentially weighted; 0: not yet known"""
     decode_ms_per_step: _builtins.float
     """measured, exponentially weighted; 0: not yet known"""
+    store_us_per_token: _builtins.float
+    """likewise: a prompt token fetched from a KV node; 0: none was"""
     def __init__(
         self,
         *,
@@ -164,10 +167,11 @@ class WorkerLoad(_message.Message):
         blocks_free: _builtins.int = ...,
         prefill_us_per_token: _builtins.float = ...,
         decode_ms_per_step: _builtins.float = ...,
+        store_us_per_token: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_total", b"blocks_total", "decode_ms_per_step", b"decode_ms_per_step", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_queued", b"prefill_tokens_queued", "prefill_us_per_token", b"prefill_us_per_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_total", b"blocks_total", "decode_ms_per_step", b"decode_ms_per_step", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_queued", b"prefill_tokens_queued", "prefill_us_per_token", b"prefill_us_per_token", "store_us_per_token", b"store_us_per_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -91,4 +91,5 @@ def state_of(about: worker_pb2.WorkerDescription) -> WorkerState:
         blocks_free=load.blocks_free,
         prefill_us_per_token=load.prefill_us_per_token,
         decode_ms_per_step=load.decode_ms_per_step,
+        store_us_per_token=load.store_us_per_token,
     )

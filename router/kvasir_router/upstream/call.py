@@ -8,6 +8,7 @@ from kvasir_proto.frames import Frame
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
 from kvasir_router.core.choose import Route
+from kvasir_router.core.rebalance import MOVES_MAX
 
 CONTINUED_PRIORITY = 100
 """Above whatever clients and sessions reach."""
@@ -29,6 +30,8 @@ class Call:
     created_s: int
     model: str
     ttft_slo_ms: int
+    tpot_slo_ms: int
+    """0: none is asked for."""
     arrived_ms: int
     deadline_ms: int
     """Monotonic, like `arrived_ms`."""
@@ -42,8 +45,8 @@ class Progress:
     """The route that brought the first token."""
 
     num_attempts: int = 0
-    may_move: bool = True
-    """No worker has handed it back yet: the next one may."""
+    num_refused: int = 0
+    """Times that a worker handed it back."""
 
     num_continued: int = 0
     token_bytes: list[bytes] = field(default_factory=list)
@@ -117,5 +120,5 @@ def queue_terms(call: Call, progress: Progress, *, now_ms: int) -> common_pb2.Qu
         ttft_left_ms=max(left_ms, 1),
         priority=call.priority,
         tenant_weight=weight,
-        may_move=progress.may_move,
+        may_move=progress.num_refused < MOVES_MAX,
     )

@@ -113,6 +113,7 @@ class Dispatcher:
             short_key=block.child(root, short),
             max_tokens=call.sampling.max_tokens,
             ttft_slo_ms=call.ttft_slo_ms,
+            tpot_slo_ms=call.tpot_slo_ms,
             timeout_ms=max(call.deadline_ms - now_ms(), 0),
         )
 
@@ -298,7 +299,7 @@ class Dispatcher:
     def _note(self, call: Call, failure: KvasirError, progress: Progress) -> None:
         self._metrics.failed_attempt(failure, continued=progress.has_output)
         progress.num_continued += progress.has_output
-        progress.may_move &= failure.reason not in REFUSALS
+        progress.num_refused += failure.reason in REFUSALS
         log.warning(
             "request %s: attempt %d failed (%s): %s",
             call.request_id,

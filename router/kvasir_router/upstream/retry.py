@@ -1,7 +1,7 @@
 """What to do after a worker failed a request: try another, or tell the client. Pure.
 
 Invariants: at most `attempts_max` attempts; a request whose output has begun is never ended by a
-refusal alone; a refusal before that is re-forwarded once (P/D-Serve), then the client is told.
+refusal alone; before that it is re-forwarded `MOVES_MAX` times at most (P/D-Serve).
 """
 
 from dataclasses import dataclass, replace
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from kvasir_proto.errors import PEER_PARAM, KvasirError, Reason
 
 from kvasir_router.core.choose import Route
+from kvasir_router.core.rebalance import MOVES_MAX
 
 CLIENTS_FAULT = frozenset(
     {
@@ -22,7 +23,6 @@ CLIENTS_FAULT = frozenset(
 )
 REFUSALS = frozenset({Reason.BUSY, Reason.OVERLOADED})
 PEERS_FAULT = frozenset({Reason.KV_TRANSFER, Reason.STALE_PEER})
-REFUSALS_MAX = 2
 RETRY_AFTER_MS = 1_000
 
 
@@ -55,7 +55,7 @@ def after_failure(
     )
     if tried.num_failed >= tried.attempts_max:
         return last_word(failure)
-    if tried.num_refused >= REFUSALS_MAX and not has_output:
+    if tried.num_refused > MOVES_MAX and not has_output:
         return last_word(failure)
     return tried
 
