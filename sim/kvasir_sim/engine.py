@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+from kvasir_sim.decode import DecodeStage
 from kvasir_sim.fleet import Fleet
 from kvasir_sim.lines import Dismissed
 from kvasir_sim.policy import Action, Recall, Refuse, RoutingPolicy, Send, Why
@@ -19,6 +20,9 @@ from kvasir_sim.worker import Job
 
 HOP_MS = 1.0
 """From a worker to a router or back, beside the prompts themselves."""
+
+DECODE_REPORT_MS = 250.0
+"""How often decode workers report when the others' queues are known exactly."""
 
 HELD_MS_MAX = 3_600_000.0
 """A policy that still holds requests this long after the last arrival has lost them."""
@@ -51,6 +55,10 @@ class Engine:
         for replica in self.policies:
             replica.meet([peer for peer in self.policies if peer is not replica])
         self._num_open = 0
+        self._decode: DecodeStage | None = None
+        if settings.decode_workers:
+            self._decode = DecodeStage(settings, at=self.at, ended=self._last_token)
+            self._report_decode(0.0)
 
     def run(self, requests: Sequence[TraceRequest], arrivals_ms: Sequence[float]) -> None:
         """Replays the requests until each is served or refused."""
@@ -99,9 +107,9 @@ class Engine:
     def _act(self, replica: int, actions: Iterable[Action], now_ms: float) -> None:
         for action in actions:
             match action:
-                case Send(job, worker, may_move):
+                case Send(job, worker, may_move, decode):
                     assert job.replica == replica, "requests stay with the replica they came to"
-                    job.may_move = may_move
+                    job.may_move, job.decode = may_move, decode
                     self._send(job, worker, now_ms)
                 case Refuse(job):
                     self._end(job, self.refused)
@@ -135,12 +143,21 @@ class Engine:
         if worker is None or worker.current is not job:  # the worker failed meanwhile
             return
         self.fleet.stored(name, *worker.finish())
-        self._end(job, self.served)
-        self.fleet.views[job.replica].ended(job.index, is_served=True)
-        policy = self.policies[job.replica]
+        view, policy = self.fleet.views[job.replica], self.policies[job.replica]
+        view.ended(job.index, is_served=True)
+        if self._decode is not None and job.request.output_tokens > 1:
+            self._decode.take(job, job.decode or policy.choose_decode(job, now_ms), now_ms)
+            view.decode_began(job.decode)
+        else:
+            self._last_token(job, now_ms)
         self._act(job.replica, policy.first_token(job, name, now_ms), now_ms)
         self._start(name, now_ms)
         self._retire_if_done(name)
+
+    def _last_token(self, job: Job, now_ms: float) -> None:
+        job.last_token_ms = now_ms
+        self._end(job, self.served)
+        self.policies[job.replica].ended(job, now_ms)
 
     def _dismiss(self, dismissed: Iterable[Dismissed], now_ms: float) -> None:
         for one in dismissed:
@@ -167,6 +184,15 @@ class Engine:
     def _sync(self, now_ms: float) -> None:
         self.fleet.report(now_ms)
         self.at(now_ms + self._settings.sync_ms, self._sync)
+
+    def _report_decode(self, now_ms: float) -> None:
+        assert self._decode is not None
+        reports = self._decode.reports()
+        for view, policy in zip(self.fleet.views, self.policies, strict=True):
+            view.decode_reported(reports)
+            policy.decode_reported(now_ms)
+        period_ms = DECODE_REPORT_MS if self.fleet.is_exact else self._settings.sync_ms
+        self.at(now_ms + period_ms, self._report_decode)
 
     def _tick(self, replica: int, now_ms: float) -> None:
         policy = self.policies[replica]

@@ -31,7 +31,9 @@ PATIENCE_MS = 600_000
 class _Seen(FleetView):
     """A router's view whose queues are those that the simulated replica knows."""
 
-    def __init__(self, known: ReplicaView, policy: Policy, *, replica: int) -> None:
+    def __init__(
+        self, known: ReplicaView, policy: Policy, *, decode_blocks: int, replica: int
+    ) -> None:
         super().__init__(
             prefix=known.blocks,
             keys=KeyTree(
@@ -42,19 +44,36 @@ class _Seen(FleetView):
             block_tokens=BLOCK_TOKENS,
         )
         self.now_ms = 0.0
-        self._known = known
+        self._known, self._decode_blocks = known, decode_blocks
         self.put(DECODE)
+
+    def follow_decode(self, now_ms: float) -> None:
+        """Takes decode workers as they report; the one that takes whatever comes goes."""
+        self.remove(DECODE.name)
+        for name, report in self._known.decode.items():
+            state = WorkerState(
+                name,
+                can_prefill=False,
+                can_decode=True,
+                num_running=report.num_running,
+                blocks_total=self._decode_blocks,
+                blocks_free=report.tokens_free // BLOCK_TOKENS,
+                decode_ms_per_step=report.ms_per_step,
+            )
+            self.ledger.reported(name, now_ms=int(now_ms))
+            self.put(state)
 
     def queued_tokens(self, worker: str) -> int:
         """Read when asked for: a decision looks at few workers."""
-        if worker == DECODE.name:
+        if not self.workers[worker].can_prefill:
             return 0
         return self._known.pending_tokens(worker, self.now_ms)
 
     def follow_members(self, now_ms: float) -> None:
         """Makes the rings those of the members."""
-        for gone in self.workers.keys() - {DECODE.name, *self._known.members}:
-            self.remove(gone)
+        for gone in [name for name, state in self.workers.items() if state.can_prefill]:
+            if gone not in self._known.members:
+                self.remove(gone)
         for name in self._known.members:
             if name not in self.workers:
                 us = self._known.us_per_token(name)
@@ -87,7 +106,12 @@ class KvasirPolicy(RoutingPolicy):
     def __init__(self, view: ReplicaView, settings: SimSettings, replica: int) -> None:
         super().__init__(view, settings, replica)
         policy = Policy(local_prefill_tokens_max=0, reuse_us_per_token=settings.reuse_us_per_token)
-        self._fleet = _Seen(view, policy, replica=replica)
+        self._fleet = _Seen(
+            view,
+            policy,
+            decode_blocks=settings.decode_cache_tokens // BLOCK_TOKENS,
+            replica=replica,
+        )
         self._fleet.follow_members(0.0)
         self._open: dict[str, _Open] = {}
         self._waiting: dict[str, Queued] = {}
@@ -114,6 +138,21 @@ class KvasirPolicy(RoutingPolicy):
             return self._route(known, now_ms, refused_by=worker)
         known.exclude |= {worker}
         return self._route(known, now_ms)
+
+    def refused(self, job: Job, worker: str, now_ms: float) -> Sequence[Action]:
+        """It goes nowhere else."""
+        self._forget(self._id(job))
+        self._fleet.ledger.closed(job.decode)
+        return ()
+
+    def decode_reported(self, now_ms: float) -> None:
+        """As load reports reach a router."""
+        self._fleet.follow_decode(now_ms)
+
+    def ended(self, job: Job, now_ms: float) -> None:
+        """Its decode worker has one fewer."""
+        self._fleet.ledger.closed(job.decode)
+        self._fleet.output.observe(job.request.output_tokens)
 
     def first_token(self, job: Job, worker: str, now_ms: float) -> Sequence[Action]:
         """It waits no more."""
@@ -154,14 +193,17 @@ class KvasirPolicy(RoutingPolicy):
             decision = hand_back(self._fleet, request, refused_by=refused_by, now_ms=int(now_ms))
         request_id = request.request_id
         self._waiting.pop(request_id, None)
+        if known.job.decode:
+            self._fleet.ledger.closed(known.job.decode)
         if isinstance(decision, Rejected):
             self._forget(request_id)
             return (Refuse(known.job),)
         self._open[request_id] = known
         if not known.is_recalled:
             self._waiting[request_id] = Queued(request, decision.computes, int(now_ms))
+        self._fleet.ledger.opened(decision.decode)
         may_move = known.num_handed_back < MOVES_MAX
-        return (Send(known.job, decision.computes, may_move=may_move),)
+        return (Send(known.job, decision.computes, may_move=may_move, decode=decision.decode),)
 
     def _forget(self, request_id: str) -> None:
         self._open.pop(request_id, None)
@@ -178,6 +220,7 @@ class KvasirPolicy(RoutingPolicy):
             names=request.names,
             short_key=b"\0" * 16,
             max_tokens=request.output_tokens,
+            tpot_slo_ms=self.settings.slo_tpot_ms if self.settings.decode_workers else 0,
             ttft_slo_ms=request.ttft_slo_ms or self.settings.slo_ttft_ms,
             timeout_ms=PATIENCE_MS,
             exclude=known.exclude,

@@ -32,6 +32,9 @@ class Send:
     may_move: bool = False
     """Whether the worker may hand it back for lack of time; else it refuses it then."""
 
+    decode: str = ""
+    """Who decodes it; empty: whom `choose_decode` names after the prefill."""
+
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
@@ -89,6 +92,16 @@ class RoutingPolicy:
     def refused(self, job: Job, worker: str, now_ms: float) -> Sequence[Action]:
         """The worker answered a request of this replica 429: it is no more in flight either."""
         return self.first_token(job, worker, now_ms)
+
+    def choose_decode(self, job: Job, now_ms: float) -> str:
+        """Who decodes a request whose prompt is computed: the least busy, as far as known."""
+        return min(self.view.decode, key=self.view.decode_running)
+
+    def decode_reported(self, now_ms: float) -> None:
+        """`view.decode` is new."""
+
+    def ended(self, job: Job, now_ms: float) -> None:
+        """The last token of a request has passed through this replica."""
 
     def tick(self, now_ms: float) -> Sequence[Action]:
         """Time has passed."""

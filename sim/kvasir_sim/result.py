@@ -25,10 +25,48 @@ class SimResult:
     wait_max_ms: float
     refused: int
     served: int
+    decode: "DecodeResult | None" = None
+    """Only with decode workers."""
 
     def to_json(self) -> dict[str, float | int]:
-        """As `kvasir sim run --json` writes it."""
-        return asdict(self)
+        """As `kvasir sim run --json` writes it: flat, the figures of decode last."""
+        figures = asdict(self)
+        decode = figures.pop("decode")
+        return {**figures, **(decode or {})}
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeResult:
+    """TPOT is from the first to the last token, over the tokens after the first; a request of one
+    token has none."""
+
+    tpot_p50_ms: float
+    tpot_p90_ms: float
+    tpot_p99_ms: float
+    tpot_attainment: float
+    """Of served requests."""
+
+    both_attainment: float
+    """TTFT and TPOT in time, of all requests."""
+
+
+def summarise_decode(jobs: Sequence[Job], *, num_refused: int, slo_tpot_ms: float) -> DecodeResult:
+    """Figures of served jobs."""
+    tpot = {
+        job.index: (job.last_token_ms - job.finished_ms) / (job.request.output_tokens - 1)
+        for job in jobs
+        if job.request.output_tokens > 1
+    }
+    p50, p90, p99 = np.percentile(list(tpot.values()) or [0.0], [50, 90, 99])
+    paced = {job.index for job in jobs if tpot.get(job.index, 0.0) <= slo_tpot_ms}
+    both = sum(job.index in paced and job.finished_ms <= job.deadline_ms for job in jobs)
+    return DecodeResult(
+        tpot_p50_ms=float(p50),
+        tpot_p90_ms=float(p90),
+        tpot_p99_ms=float(p99),
+        tpot_attainment=len(paced) / max(len(jobs), 1),
+        both_attainment=both / (len(jobs) + num_refused),
+    )
 
 
 def summarise(

@@ -48,7 +48,7 @@ class SimSettings(BaseModel):
     """How requests are routed."""
 
     workers: int = Field(default=8, ge=1, le=4_096)
-    """Prefill workers; decode is not modelled and takes whatever comes."""
+    """Prefill workers."""
 
     rate: float = Field(default=9.0, gt=0)
     """Requests per second; the trace's intervals are scaled to it."""
@@ -106,6 +106,32 @@ class SimSettings(BaseModel):
 
     kv_node_us_per_token: float = Field(default=8.0, ge=0)
     """Time per prompt token fetched from a KV node."""
+
+    decode_workers: int = Field(default=0, ge=0, le=4_096)
+    """Workers that decode what the prefill workers hand off. 0: decode takes whatever comes, at
+    once, and TPOT is not reported."""
+
+    decode_base_ms: float = Field(default=18.0, gt=0)
+    """Time of a decode step, what is in it aside: mostly reading the weights."""
+
+    decode_ms_per_request: float = Field(default=0.2, ge=0)
+    """Time that every request adds to a step."""
+
+    decode_us_per_context_token: float = Field(default=0.1, ge=0)
+    """Time that every token of context in the batch adds to a step."""
+
+    decode_batch_max: int = Field(default=64, ge=1)
+    """Requests that a decode worker runs together; what comes beyond waits there."""
+
+    decode_cache_tokens: int = Field(default=1_198_372, ge=512)
+    """KV memory of each decode worker; a request takes its prompt and its whole output."""
+
+    handoff_us_per_token: float = Field(default=10.0, ge=0)
+    """Time per prompt token to move its KV from the prefill to the decode worker."""
+
+    slo_tpot_ms: int = Field(default=50, ge=1)
+    """A request attains this when its output tokens after the first come at this mean distance, the
+    hand-off and waiting for decode included. Counts only with decode workers."""
 
     @field_validator("changes")
     @classmethod

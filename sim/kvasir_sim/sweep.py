@@ -8,7 +8,7 @@ import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from kvasir_sim.main import simulate
 from kvasir_sim.readers import load_trace
@@ -50,7 +50,7 @@ class Point:
     def to_json(self) -> dict[str, object]:
         """Flat, for a file."""
         varied = {"policy": self.policy, "replicas": self.replicas, "rate": self.rate}
-        return {**varied, **asdict(self.result)}
+        return {**varied, **self.result.to_json()}
 
 
 def run_sweep(

@@ -5,11 +5,13 @@ are known as they stood at the last report that came through, less what the work
 since, plus what this replica has itself sent since. Policies read nothing else of the fleet.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvasir_router.core.prefix import PrefixView
 
+from kvasir_sim.decode import DecodeReport
 from kvasir_sim.trace import BLOCK_TOKENS, TraceRequest
 from kvasir_sim.worker import SimWorker
 
@@ -71,11 +73,14 @@ class ReplicaView:
         self.members: tuple[str, ...] = tuple(workers)
         """Workers that may be chosen, in a fixed order."""
         self._workers, self._blocks, self.is_exact = workers, blocks, is_exact
+        self.decode: Mapping[str, DecodeReport] = {}
+        """Decode workers, as they last reported; written by `decode_reported`."""
         self._reports: dict[str, Report] = {}
         self._sent: dict[str, dict[int, int]] = {}  # worker -> request -> its uncached tokens
         self._own = _OwnPrompts()
         self._open: dict[int, tuple[str, Sequence[bytes]]] = {}
         self._ended: dict[str, list[Sequence[bytes]]] = {}  # by worker, since its last report
+        self._begun = Counter[str]()  # own requests by decode worker, since its last report
 
     def pending_tokens(self, worker: str, now_ms: float) -> int:
         """Uncached prompt tokens that `worker` was given and, as far as known, has not computed."""
@@ -148,6 +153,19 @@ class ReplicaView:
         self._sent.pop(worker, None)
         for names in self._ended.pop(worker, ()):
             self._own.remove(worker, names)
+
+    def decode_running(self, worker: str) -> int:
+        """Requests that a decode worker was given and, as far as known, has not ended."""
+        return self.decode[worker].num_running + self._begun[worker]
+
+    def decode_began(self, worker: str) -> None:
+        """This replica's request is handed off to a decode worker."""
+        self._begun[worker] += 1
+
+    def decode_reported(self, reports: Mapping[str, DecodeReport]) -> None:
+        """All decode workers have reported."""
+        self.decode = reports
+        self._begun.clear()
 
     def left(self, worker: str) -> None:
         """The worker is no member any more."""

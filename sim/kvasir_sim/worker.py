@@ -36,6 +36,10 @@ class Job:
     finished_ms: float = 0.0
     hit_tokens: int = 0
     worker: str = ""
+    decode: str = ""
+    """Who decodes it, once that is decided."""
+
+    last_token_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

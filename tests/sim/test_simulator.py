@@ -22,7 +22,7 @@ POLICIES = ("kvasir", "round-robin", "least-loaded")
 def write_trace(path: Path, rows: list[tuple[float, int, list[int]]]) -> Path:
     """Rows are (timestamp in ms, input tokens, hash ids)."""
     keys = ("timestamp", "input_length", "hash_ids")
-    lines = [json.dumps({**dict(zip(keys, row, strict=True)), "output_length": 1}) for row in rows]
+    lines = [json.dumps({**dict(zip(keys, row, strict=True)), "output_length": 3}) for row in rows]
     path.write_text("\n".join(lines))
     return path
 
@@ -85,9 +85,17 @@ def test_the_cache_evicts_the_least_recently_used_block() -> None:
     st.integers(1, 3),
     st.sampled_from([(), ("1:x2",), ("1:-1", "3:+2"), ("0.5:+1", "2:x1")]),
     st.sampled_from([0.0, 0.5]),
+    st.sampled_from([0, 1, 3]),
 )
 def test_every_request_is_served_or_refused_exactly_once(
-    tmp_path_factory: pytest.TempPathFactory, rows, policy, workers, replicas, changes, loss
+    tmp_path_factory: pytest.TempPathFactory,
+    rows,
+    policy,
+    workers,
+    replicas,
+    changes,
+    loss,
+    decode_workers,
 ) -> None:
     path = tmp_path_factory.mktemp("trace") / "t"
     ordered = sorted(rows)
@@ -101,6 +109,7 @@ def test_every_request_is_served_or_refused_exactly_once(
         "replicas": replicas,
         "changes": changes,
         "sync_loss": loss,
+        "decode_workers": decode_workers,
     }
     result = simulate(trace, **fields)
     assert result.served + result.refused == len(rows)
