@@ -54,6 +54,15 @@ class _OwnPrompts:
                 if not holders:
                     del self._holders[name]
 
+    def run(self, worker: str, names: Sequence[bytes]) -> int:
+        """Leading names that prompts sent to one worker have."""
+        run = 0
+        for name in names:
+            if worker not in self._holders.get(name, ()):
+                break
+            run += 1
+        return run
+
     def extend(self, runs: dict[str, int], names: Sequence[bytes]) -> None:
         """Lengthens leading runs by those of the own prompts, each of which is whole."""
         for depth, name in enumerate(names, start=1):
@@ -121,7 +130,9 @@ class ReplicaView:
 
     def hit_tokens(self, worker: str, request: TraceRequest) -> int:
         """Leading prompt tokens that `worker` holds."""
-        return min(self.leading(request.names).get(worker, 0) * BLOCK_TOKENS, request.input_tokens)
+        names = request.names
+        run = max(self._blocks.match(names, (worker,))[worker], self._own.run(worker, names))
+        return min(run * BLOCK_TOKENS, request.input_tokens)
 
     @property
     def blocks(self) -> PrefixView:
