@@ -270,6 +270,9 @@ def _event_time(event: Manifest) -> str:
 
 
 def _is_status_current(obj: Manifest, status: Manifest) -> bool:
-    """Whether the live status says the same; what we no longer say must be gone, too."""
-    live = obj.get("status", {})
-    return set(live) == set(status) and contains(live, status) and contains(status, live)
+    """Whether the live status says the same; what we no longer say must be gone, too.
+
+    An empty list says nothing: the API server adds those that the schema has as defaults.
+    """
+    live, said = ({k: v for k, v in s.items() if v != []} for s in (obj.get("status", {}), status))
+    return set(live) == set(said) and contains(live, said) and contains(said, live)

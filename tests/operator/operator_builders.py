@@ -4,7 +4,7 @@ import copy
 import json
 from typing import Any
 
-from kvasir_operator.api import API_VERSION
+from kvasir_operator.api import API_VERSION, KINDS
 from kvasir_operator.core.manifests import (
     DRAIN_ANNOTATION,
     FIELD_MANAGER,
@@ -173,6 +173,13 @@ def plan_for(obj: Manifest, *live: Manifest, **facts: Any) -> Plan:
     return make_plan(make_world(obj, *live, **facts))
 
 
+def _defaulted(status: Manifest, kind: str) -> Manifest:
+    """A status with the fields that the API server adds by the schema's defaults."""
+    fields = next(k.status.model_fields.values() for k in KINDS if k.kind == kind)
+    added = {f.alias: f.get_default(call_default_factory=True) for f in fields}
+    return {name: list(value) for name, value in added.items() if value == ()} | status
+
+
 class FakeCluster:
     """A cluster in memory: server-side apply with owned fields, generations, UIDs and defaults."""
 
@@ -231,7 +238,7 @@ class FakeCluster:
     async def apply_status(self, ref: Ref, status: Manifest) -> None:
         """See Cluster."""
         self.writes.append(("status", ref))
-        self.objects[ref]["status"] = json.loads(json.dumps(status))
+        self.objects[ref]["status"] = _defaulted(json.loads(json.dumps(status)), ref.kind)
 
     async def create_event(self, namespace: str, event: Manifest) -> None:
         """See Cluster."""

@@ -17,6 +17,7 @@ from operator_builders import (
     FakeCluster,
     condition_of,
     make_decode_pool,
+    make_object,
     make_pod,
     make_service,
     make_workers,
@@ -88,6 +89,17 @@ async def test_second_reconcile_of_a_service_writes_nothing() -> None:
     assert (await reconciler.reconcile(SERVICE)).num_writes == 12
     cluster.writes.clear()
     assert (await reconciler.reconcile(SERVICE)).num_writes == 0
+    assert cluster.writes == []
+
+
+async def test_second_reconcile_of_kv_nodes_writes_nothing() -> None:
+    cluster = FakeCluster()
+    cluster.add(make_object("KVCachePool", "chat-kv", {"replicas": 1}))
+    reconciler = make_reconciler(cluster)
+    nodes = Ref("KVCachePool", "default", "chat-kv")
+    await reconciler.reconcile(nodes)
+    cluster.writes.clear()
+    await reconciler.reconcile(nodes)
     assert cluster.writes == []
 
 
