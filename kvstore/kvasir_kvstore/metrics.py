@@ -61,6 +61,11 @@ class NodeMetrics:
         self.offers = Counter(
             "kvasir_kvnode_offers", "Offers, by reason", ["reason"], registry=self.registry
         )
+        self.watchers_dropped = Counter(
+            "kvasir_kvnode_watchers_dropped",
+            "Event streams closed because their reader fell behind",
+            registry=self.registry,
+        )
         self.pull_seconds = Histogram(
             "kvasir_kvnode_pull_seconds",
             "Time to pull one offer",

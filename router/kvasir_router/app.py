@@ -45,7 +45,7 @@ class Probes:
         return web.json_response({"alive": True})
 
     async def readyz(self, request: web.Request) -> web.Response:
-        """Ready, or why not; `degraded` lists faults of single workers, KV transfer among them."""
+        """Ready, or why not; `degraded` lists faults of single workers and KV nodes."""
         problems = self._readiness.problems()
         body = {
             "ready": not problems,

@@ -40,6 +40,7 @@ class RouterMetrics:
         )
         self.in_flight = self._gauge("requests_in_flight", "Requests being served")
         self.peers = self._gauge("peers", "Router replicas whose extended keys are followed")
+        self.kv_nodes = self._gauge("kv_nodes", "KV nodes whose blocks are known")
         self.keys_extended = self._gauge("keys_extended", "Prefixes whose keys are longer")
         self.workers = self._gauge(
             "workers", "Workers, by what they are to this router: prefill, decode, excluded", "use"
@@ -67,6 +68,7 @@ class RouterMetrics:
         """The exposition format; the fleet is counted as it is now."""
         workers = view.workers.values()
         self.peers.set(num_peers)
+        self.kv_nodes.set(len(view.stores))
         self.keys_extended.set(view.keys.num_extended)
         self.workers.labels("prefill").set(sum(w.can_prefill for w in workers))
         self.workers.labels("decode").set(sum(w.can_decode for w in workers))

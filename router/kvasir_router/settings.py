@@ -31,6 +31,10 @@ class RouterSettings(BaseModel):
     """gRPC addresses of the other router replicas, or a dns: name of all of them, this one too.
     They tell one another which keys are extended; without them each decides by what it sees."""
 
+    kv_nodes: tuple[str, ...] = ()
+    """gRPC addresses of KV nodes, like `workers`: estimates then count what workers can fetch from
+    them. The router serves without them."""
+
     ttft_slo_ms: int = Field(default=5_000, ge=1)
     """Target for the time to first token; a candidate above half of it loses its cache bonus."""
 
@@ -75,7 +79,7 @@ class RouterSettings(BaseModel):
     """How often dns: names are looked up."""
 
     blocks_known_max: int = Field(default=1_000_000, ge=1)
-    """Block names remembered over all workers, about 150 bytes each."""
+    """Block names remembered over all workers and KV nodes, about 54 bytes each."""
 
     local_prefill_tokens_max: int = Field(default=64, ge=0)
     """Uncached suffixes up to this length are prefilled by the decode worker itself."""
@@ -83,7 +87,7 @@ class RouterSettings(BaseModel):
     drain_timeout_ms: int = Field(default=30_000, ge=0)
     """At shutdown, streams may finish for this long."""
 
-    @field_validator("workers", "peers")
+    @field_validator("workers", "peers", "kv_nodes")
     @classmethod
     def _check_specs(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
         for spec in specs:

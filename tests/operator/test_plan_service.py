@@ -82,8 +82,21 @@ def test_parts_find_one_another() -> None:
     args = " ".join(pod["containers"][0]["args"])
     assert "--worker dns:chat-prefill.default.svc:50051" in args
     assert "--worker dns:chat-decode.default.svc:50051" in args
+    assert "--kv-node dns:chat-kv.default.svc:50051" in args
     assert "--peer dns:chat-router-peers.default.svc:9000" in args
     assert plan.status["endpoint"] == "http://chat-router.default.svc:8000/v1"
+
+
+def test_routers_may_watch_kv_nodes_behind_their_network_policy() -> None:
+    router = child_of(plan_for(make_service()), "Deployment", "chat-router")
+    labels = router["spec"]["template"]["metadata"]["labels"]
+    pool = make_object("KVCachePool", "chat-kv", {"networkPolicy": True})
+    policy = child_of(plan_for(pool), "NetworkPolicy", "chat-kv")
+    [rule] = [
+        r for r in policy["spec"]["ingress"] if {"port": "grpc", "protocol": "TCP"} in r["ports"]
+    ]
+    admitted = [peer["podSelector"]["matchLabels"] for peer in rule["from"]]
+    assert any(wanted.items() <= labels.items() for wanted in admitted)
 
 
 def test_without_kv_nodes_there_is_no_redis() -> None:
@@ -93,6 +106,8 @@ def test_without_kv_nodes_there_is_no_redis() -> None:
     names = {child["metadata"]["name"] for child in plan.children}
     assert not names & {"chat-kv", "chat-redis"}
     assert "redisUrl" not in child_of(plan, "DecodePool", "chat-decode")["spec"]
+    router = child_of(plan, "Deployment", "chat-router")["spec"]["template"]["spec"]
+    assert "--kv-node" not in router["containers"][0]["args"]
 
 
 def test_external_redis_replaces_the_own_one() -> None:

@@ -91,7 +91,7 @@ def plan_fleet(options: FleetOptions, ports: Sequence[int]) -> list[PartPlan]:
         for role, count in (("prefill", options.num_prefill), ("decode", options.num_decode))
         for i in range(count)
     ]
-    return [*kv_nodes, *workers, _router(options, router_grpc_port, workers)]
+    return [*kv_nodes, *workers, _router(options, router_grpc_port, workers, peers)]
 
 
 def _listen(host: str, grpc_port: int, http_port: int) -> list[str]:
@@ -134,12 +134,16 @@ def _worker(
     )
 
 
-def _router(options: FleetOptions, grpc_port: int, workers: Sequence[PartPlan]) -> PartPlan:
+def _router(
+    options: FleetOptions, grpc_port: int, workers: Sequence[PartPlan], kv_nodes: tuple[str, ...]
+) -> PartPlan:
     arguments = ["router", "--model", str(options.model), "--model-name", options.model_name]
     arguments += _listen(options.host, grpc_port, options.port)
     arguments += ["--drain-timeout-ms", str(DRAIN_MS), "--ttft-slo-ms", str(options.ttft_slo_ms)]
     for worker in workers:
         arguments += ["--worker", worker.grpc_address]
+    for address in kv_nodes:
+        arguments += ["--kv-node", address]
     host = options.url.removeprefix("http://").rpartition(":")[0]
     return PartPlan(
         "router", "router", host, options.port, grpc_port, 0, tuple(arguments), stop_stage=0

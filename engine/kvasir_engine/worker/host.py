@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from kvasir_kvstore._native import BlockPool, BlockServer
 from kvasir_kvstore.client import KvTier
 from kvasir_kvstore.core import block
+from kvasir_kvstore.events import EventHub
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
 from kvasir_engine.core.types import EngineLoad
 from kvasir_engine.engine import Engine
 from kvasir_engine.text import Tokenizer
 from kvasir_engine.worker.admission import Admission, Asked, asked_of
-from kvasir_engine.worker.events import EventHub
 from kvasir_engine.worker.inflight import InFlight
 from kvasir_engine.worker.metrics import Gauges, WorkerMetrics
 from kvasir_engine.worker.peers import Peers
@@ -74,9 +74,10 @@ class Host:
         self.health = TransferHealth(failures_max=settings.transfer_failures_max)
         self.metrics = WorkerMetrics(self.gauges)
         self.hub = EventHub(
-            self.describe,
-            self.metrics,
+            worker_pb2.WorkerEvent,
+            lambda: worker_pb2.WorkerEvent(description=self.describe()),
             queue_max=settings.watch_queue_max,
+            on_dropped=self.metrics.watchers_dropped.inc,
             announces=settings.block_events,
         )
         self.in_flight = InFlight(

@@ -5,7 +5,7 @@ The layout is that of the first offer: until then a node does not know how large
 
 import asyncio
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvasir_proto.errors import KvasirError, Reason
@@ -41,18 +41,22 @@ class Arena:
         settings: KvNodeSettings,
         address: common_pb2.PeerAddress,
         port_holder: socket.socket,
+        *,
+        on_change: Callable[[Sequence[bytes], Sequence[bytes]], None],
     ) -> None:
         """Takes address space and starts to serve on the address's data port.
 
         Args:
             layout: checked (check_layout).
             port_holder: has kept the data port so far; it is closed to make way.
+            on_change: told of all names that come and go, whatever becomes of the call.
 
         Raises:
             KvasirError: not even one block fits.
             OSError: the port is taken.
         """
         self.layout = layout
+        self._on_change = on_change
         num_slots = settings.memory_mb * MIB // layout.block_bytes
         if num_slots < 1 or layout.block_bytes // layout.num_layers > LAYER_BYTES_MAX:
             raise KvasirError(
@@ -87,6 +91,7 @@ class Arena:
         reservation = self.cache.reserve(
             names, evict=self.pool.unpublish, uses=lambda slot: int(uses[slot])
         )
+        self._on_change((), reservation.evicted)
         if not reservation.names:
             return Filled((), reservation.evicted, None)
         committed: list[bytes] = []
@@ -107,6 +112,7 @@ class Arena:
                     committed.append(name)
                     unfilled.remove(name)
         finally:
+            self._on_change(committed, ())
             for name in unfilled:
                 self.cache.abandon(name)
         return Filled(tuple(committed), reservation.evicted, result)

@@ -72,6 +72,7 @@ async def _run(settings: KvNodeSettings) -> None:
             leases.result()
         log.info("KV node %s stops", settings.name)
         store.is_draining = True
+        store.hub.close()
         await _set_health(health_servicer, health_pb2.HealthCheckResponse.NOT_SERVING)
 
 

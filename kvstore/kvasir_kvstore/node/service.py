@@ -1,5 +1,6 @@
 """gRPC of a KV node: turns messages into calls of the store, and its errors into statuses."""
 
+from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
@@ -49,3 +50,15 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
                 for run in runs
             ]
         )
+
+    async def WatchEvents(  # type: ignore[override]
+        self, request: kvnode_pb2.WatchKvNodeRequest, context: Context
+    ) -> None:
+        """A snapshot, then changes; ends with OVERLOADED if the watcher falls behind."""
+        watch = self._store.hub.watch(load_interval_ms=request.load_interval_ms)
+        try:
+            async with aclosing(watch) as events:
+                async for event in events:
+                    await context.write(event)
+        except KvasirError as error:
+            await abort(context, error)

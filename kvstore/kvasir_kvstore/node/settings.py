@@ -21,6 +21,8 @@ class KvNodeSettings(PeerSettings):
     """Longest time that one offer may ask for."""
     connections_max: int = Field(default=256, ge=1)
     """Data-plane connections; each takes a thread."""
+    watch_queue_max: int = Field(default=4096, ge=1)
+    """Events that wait for one watcher; one that falls further behind must reconnect."""
     lease_ttl_ms: int = Field(default=60_000, ge=100)
     """Entries in the index end so long after this node has died."""
     stop_timeout_ms: int = Field(default=3_000, ge=0)

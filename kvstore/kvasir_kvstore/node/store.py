@@ -15,6 +15,7 @@ from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2, kvnode_pb2
 
 from kvasir_kvstore.core.block import NAME_BYTES
+from kvasir_kvstore.events import EventHub
 from kvasir_kvstore.index import BlockIndex, Location
 from kvasir_kvstore.metrics import NodeMetrics
 from kvasir_kvstore.node.arena import Arena, Filled, check_layout
@@ -61,6 +62,12 @@ class NodeStore:
         )
         self.metrics = NodeMetrics(self._scrape)
         self.counts = Counts()
+        self.hub = EventHub(
+            kvnode_pb2.KvNodeEvent,
+            lambda: kvnode_pb2.KvNodeEvent(description=self.describe()),
+            queue_max=settings.watch_queue_max,
+            on_dropped=self.metrics.watchers_dropped.inc,
+        )
         self.is_draining = False
         self._arena: Arena | None = None
         self._turn = asyncio.Semaphore(settings.offers_running_max)
@@ -234,13 +241,18 @@ class NodeStore:
         """The memory for this layout; made for the first one that is offered."""
         check_layout(layout)
         if self._arena is None:
-            self._arena = Arena(layout, self._settings, self.address, self._port_holder)
+            self._arena = Arena(
+                layout, self._settings, self.address, self._port_holder, on_change=self._changed
+            )
             log.info("holds up to %d blocks", self._arena.cache.num_slots)
         if self._arena.layout != layout:
             raise KvasirError(
                 Reason.UNSUPPORTED, "this KV node holds blocks of another layout", param="layout"
             )
         return self._arena
+
+    def _changed(self, stored: Sequence[bytes], removed: Sequence[bytes]) -> None:
+        self.hub.blocks_changed(stored=stored, removed=removed)
 
     async def _announce_all(self) -> None:
         if self._arena is None:

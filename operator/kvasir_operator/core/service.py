@@ -114,6 +114,12 @@ def _redis_url(owner: Owner, spec: ModelServiceSpec) -> str | None:
     return spec.redis.url or f"redis://{owner.name}-redis.{owner.namespace}.svc:{REDIS_PORT}/0"
 
 
+def _kv_nodes(owner: Owner, spec: ModelServiceSpec) -> list[str]:
+    if spec.kv_cache is None:
+        return []
+    return [f"dns:{owner.name}-kv.{owner.namespace}.svc:{WORKER_GRPC_PORT}"]
+
+
 def _redis(world: World, spec: ModelServiceSpec) -> list[Manifest]:
     if spec.kv_cache is None or spec.redis.url:
         return []
@@ -159,10 +165,9 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
     )
     redis_url = _redis_url(owner, spec)
     common = image | ({"redisUrl": redis_url} if redis_url else {})
-    kv_node = f"dns:{owner.name}-kv.{owner.namespace}.svc:{WORKER_GRPC_PORT}"
     worker = common | {
         "model": spec.model.model_dump(mode="json", by_alias=True, exclude_none=True),
-        "kvNodes": [kv_node] if spec.kv_cache is not None else [],
+        "kvNodes": _kv_nodes(owner, spec),
     }
     bodies = {
         "prefill": _body(spec.prefill, worker | {"peerPool": f"{owner.name}-decode"}),
@@ -256,6 +261,7 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
             *("--tpot-slo-ms", str(spec.slo.tpot_ms)),
             *("--drain-timeout-ms", str(1000 * DRAIN_TIMEOUT_S)),
             *(arg for worker in workers for arg in ("--worker", worker)),
+            *(arg for node in _kv_nodes(owner, spec) for arg in ("--kv-node", node)),
             *("--peer", f"dns:{name}-peers.{owner.namespace}.svc:{spec.router.grpc_port}"),
         ),
         ports=ports,

@@ -49,6 +49,11 @@ class KvNodeStub:
                 request_serializer=kvasir__proto_dot_v1_dot_kvnode__pb2.LocateRequest.SerializeToString,
                 response_deserializer=kvasir__proto_dot_v1_dot_kvnode__pb2.LocateResponse.FromString,
                 _registered_method=True)
+        self.WatchEvents = channel.unary_stream(
+                '/kvasir.v1.KvNode/WatchEvents',
+                request_serializer=kvasir__proto_dot_v1_dot_kvnode__pb2.WatchKvNodeRequest.SerializeToString,
+                response_deserializer=kvasir__proto_dot_v1_dot_kvnode__pb2.KvNodeEvent.FromString,
+                _registered_method=True)
 
 
 class KvNodeServicer:
@@ -75,6 +80,13 @@ class KvNodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchEvents(self, request, context):
+        """What this node holds: a snapshot, then changes, like Worker.WatchEvents.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvNodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_KvNodeServicer_to_server(servicer, server):
                     servicer.Locate,
                     request_deserializer=kvasir__proto_dot_v1_dot_kvnode__pb2.LocateRequest.FromString,
                     response_serializer=kvasir__proto_dot_v1_dot_kvnode__pb2.LocateResponse.SerializeToString,
+            ),
+            'WatchEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEvents,
+                    request_deserializer=kvasir__proto_dot_v1_dot_kvnode__pb2.WatchKvNodeRequest.FromString,
+                    response_serializer=kvasir__proto_dot_v1_dot_kvnode__pb2.KvNodeEvent.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class KvNode:
             '/kvasir.v1.KvNode/Locate',
             kvasir__proto_dot_v1_dot_kvnode__pb2.LocateRequest.SerializeToString,
             kvasir__proto_dot_v1_dot_kvnode__pb2.LocateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvasir.v1.KvNode/WatchEvents',
+            kvasir__proto_dot_v1_dot_kvnode__pb2.WatchKvNodeRequest.SerializeToString,
+            kvasir__proto_dot_v1_dot_kvnode__pb2.KvNodeEvent.FromString,
             options,
             channel_credentials,
             insecure,

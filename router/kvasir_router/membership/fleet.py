@@ -18,6 +18,7 @@ from kvasir_router.core.prefix import PrefixView
 from kvasir_router.membership import eligible
 from kvasir_router.membership.discovery import follow_targets
 from kvasir_router.membership.member import Member
+from kvasir_router.membership.stores import Stores
 from kvasir_router.settings import RouterSettings
 
 
@@ -46,6 +47,12 @@ class Fleet:
             ledger=self.ledger,
             policy=Policy(local_prefill_tokens_max=settings.local_prefill_tokens_max),
         )
+        self.stores = Stores(
+            settings.kv_nodes,
+            self._view,
+            interval_ms=settings.resolve_interval_ms,
+            silence_timeout_ms=settings.silence_timeout_ms,
+        )
         self._stale = False  # members must be judged anew
         self._likeness: dict[str, object] = {}  # target -> what its judgement depends on
         self._context_length: int | None = None
@@ -55,8 +62,9 @@ class Fleet:
         self.fingerprint: bytes | None = None
 
     async def run(self) -> None:
-        """Follows all members until cancelled."""
+        """Follows all members and KV nodes until cancelled."""
         async with asyncio.TaskGroup() as self._group:
+            self._group.create_task(self.stores.run(), name="KV nodes")
             await follow_targets(
                 self._settings.workers,
                 interval_ms=self._settings.resolve_interval_ms,
@@ -196,14 +204,14 @@ class Fleet:
         return missing
 
     def degraded(self) -> list[str]:
-        """What is wrong with single workers."""
+        """What is wrong with single workers and KV nodes."""
         self.view()
         faults = [f"worker {name}: {p}" for name, p in sorted(self._problems.items()) if p]
         for name, member in sorted(self._by_name.items()):
             about = member.description
             if member.reachable and about and not about.kv_transfer_healthy:
                 faults.append(f"worker {name}: KV transfer fails: {about.kv_transfer_error}")
-        return faults
+        return [*faults, *self.stores.degraded()]
 
     def members(self) -> list[tuple[Member, str]]:
         """Every member and why it is not routed to, by name."""

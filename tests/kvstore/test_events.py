@@ -3,20 +3,22 @@
 from contextlib import aclosing
 
 import pytest
-from kvasir_engine.worker import events
-from kvasir_engine.worker.events import EventHub
-from kvasir_engine.worker.metrics import Gauges, WorkerMetrics
+from kvasir_kvstore import events
+from kvasir_kvstore.events import EventHub
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import worker_pb2
 
 NEVER_MS = 3_600_000
 
 
-def make_hub(*, queue_max: int = 16) -> EventHub:
+def make_hub(
+    *, queue_max: int = 16, dropped: list[None] | None = None
+) -> EventHub[worker_pb2.WorkerEvent]:
     return EventHub(
-        lambda: worker_pb2.WorkerDescription(model="m"),
-        WorkerMetrics(Gauges),
+        worker_pb2.WorkerEvent,
+        lambda: worker_pb2.WorkerEvent(description=worker_pb2.WorkerDescription(model="m")),
         queue_max=queue_max,
+        on_dropped=lambda: (dropped if dropped is not None else []).append(None),
     )
 
 
@@ -74,7 +76,8 @@ async def test_description_comes_on_change_and_every_interval() -> None:
 
 
 async def test_watcher_that_falls_behind_is_cut_off() -> None:
-    hub = make_hub(queue_max=2)
+    dropped: list[None] = []
+    hub = make_hub(queue_max=2, dropped=dropped)
     async with aclosing(hub.watch(load_interval_ms=NEVER_MS)) as stream:
         await anext(stream)
         for i in range(4):
@@ -82,6 +85,7 @@ async def test_watcher_that_falls_behind_is_cut_off() -> None:
         with pytest.raises(KvasirError) as caught:
             await anext(stream)
     assert caught.value.reason is Reason.OVERLOADED
+    assert len(dropped) == 1
     async with aclosing(hub.watch(load_interval_ms=NEVER_MS)) as stream:
         assert len((await anext(stream)).stored) == 4
 

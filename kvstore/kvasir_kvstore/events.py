@@ -1,4 +1,4 @@
-"""What a worker tells its watchers: which blocks it holds, and how it is.
+"""What a worker or KV node tells its watchers: which blocks it holds, and how it is.
 
 Decides what goes into each watcher's stream: a snapshot, then every change, in order, and the
 description every so often. Invariant: a watcher that applies its events in order knows exactly the
@@ -7,11 +7,10 @@ blocks of `held`, or its stream has ended. A watcher that falls behind is cut of
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from typing import Generic, TypeVar
 
 from kvasir_proto.errors import KvasirError, Reason
-from kvasir_proto.v1 import worker_pb2
-
-from kvasir_engine.worker.metrics import WorkerMetrics
+from kvasir_proto.v1 import kvnode_pb2, worker_pb2
 
 NAMES_PER_EVENT_MAX = 50_000
 """A snapshot of more comes in several events: gRPC messages are bounded."""
@@ -19,22 +18,25 @@ LOAD_INTERVAL_MS = 200
 LOAD_INTERVAL_MS_MIN = 20
 WATCHERS_MAX = 256
 
+E = TypeVar("E", worker_pb2.WorkerEvent, kvnode_pb2.KvNodeEvent)
+"""Events of one shape: sequence, snapshot, stored, removed, description."""
 
-class Watcher:
+
+class Watcher(Generic[E]):
     """One stream of events; `put` is called by the hub, `next_event` by the stream's owner."""
 
-    def __init__(self, snapshot: Iterable[bytes], *, queue_max: int) -> None:
+    def __init__(self, kind: type[E], snapshot: Iterable[bytes], *, queue_max: int) -> None:
         names = list(snapshot)
-        first = worker_pb2.WorkerEvent(snapshot=True, stored=names[:NAMES_PER_EVENT_MAX])
-        self._queue: asyncio.Queue[worker_pb2.WorkerEvent | None] = asyncio.Queue()
+        first = kind(snapshot=True, stored=names[:NAMES_PER_EVENT_MAX])
+        self._queue: asyncio.Queue[E | None] = asyncio.Queue()
         self._queue.put_nowait(first)
         for start in range(NAMES_PER_EVENT_MAX, len(names), NAMES_PER_EVENT_MAX):
-            rest = worker_pb2.WorkerEvent(stored=names[start : start + NAMES_PER_EVENT_MAX])
+            rest = kind(stored=names[start : start + NAMES_PER_EVENT_MAX])
             self._queue.put_nowait(rest)
         self._size_max = self._queue.qsize() + queue_max
         self.is_cut_off = False
 
-    def put(self, event: worker_pb2.WorkerEvent) -> None:
+    def put(self, event: E) -> None:
         """Adds an event; cuts the watcher off if too many wait."""
         if self._queue.qsize() >= self._size_max:
             self.is_cut_off = True
@@ -45,7 +47,7 @@ class Watcher:
         """No more events come."""
         self._queue.put_nowait(None)
 
-    async def next_event(self, *, timeout_ms: float) -> worker_pb2.WorkerEvent | None:
+    async def next_event(self, *, timeout_ms: float) -> E | None:
         """The next event.
 
         Raises:
@@ -60,23 +62,32 @@ class Watcher:
         return self._queue.get_nowait()
 
 
-class EventHub:
-    """The names held by this worker, and those who watch them. Lives in the event loop's thread."""
+class EventHub(Generic[E]):
+    """The names held here, and those who watch them. Lives in the event loop's thread."""
 
     def __init__(
         self,
-        describe: Callable[[], worker_pb2.WorkerDescription],
-        metrics: WorkerMetrics,
+        kind: type[E],
+        described: Callable[[], E],
         *,
         queue_max: int,
+        on_dropped: Callable[[], None],
         announces: bool = True,
     ) -> None:
-        """`announces`: watchers are told of blocks; else of the worker itself alone."""
+        """What a hub tells.
+
+        Args:
+            kind: of its events.
+            described: a new event with nothing but the description in it.
+            on_dropped: a watcher fell behind.
+            announces: watchers are told of blocks; else of the process itself alone.
+        """
         self._announces = announces
-        self._describe = describe
-        self._metrics = metrics
+        self._kind: type[E] = kind
+        self._described: Callable[[], E] = described
+        self._on_dropped = on_dropped
         self._queue_max = queue_max
-        self._watchers: set[Watcher] = set()
+        self._watchers: set[Watcher[E]] = set()
         self.held: dict[bytes, None] = {}
         """Names in the order in which they were stored: parents before children."""
 
@@ -85,25 +96,25 @@ class EventHub:
         return next((i for i, name in enumerate(names) if name not in self.held), len(names))
 
     def blocks_changed(self, *, stored: Iterable[bytes], removed: Iterable[bytes]) -> None:
-        """The engine's cache changed: `removed` first, then `stored`."""
+        """What is held changed: `removed` first, then `stored`."""
         gone = [name for name in removed if self.held.pop(name, 0) is None]
         new = [name for name in stored if name not in self.held]
         self.held.update(dict.fromkeys(new))
         if gone and self._announces:
-            self._send(worker_pb2.WorkerEvent(removed=gone))
+            self._send(self._kind(removed=gone))
         if new and self._announces:
-            self._send(worker_pb2.WorkerEvent(stored=new))
+            self._send(self._kind(stored=new))
 
     def description_changed(self) -> None:
         """Role, drain or health changed: watchers hear of it at once."""
-        self._send(worker_pb2.WorkerEvent(description=self._describe()))
+        self._send(self._described())
 
     def close(self) -> None:
         """Ends every stream."""
         for watcher in self._watchers:
             watcher.close()
 
-    async def watch(self, *, load_interval_ms: int) -> AsyncGenerator[worker_pb2.WorkerEvent, None]:
+    async def watch(self, *, load_interval_ms: int) -> AsyncGenerator[E, None]:
         """One watcher's events, numbered from 1.
 
         Raises:
@@ -112,20 +123,19 @@ class EventHub:
         if len(self._watchers) >= WATCHERS_MAX:
             raise KvasirError(Reason.OVERLOADED, f"{WATCHERS_MAX} watchers are connected")
         interval_s = max(load_interval_ms or LOAD_INTERVAL_MS, LOAD_INTERVAL_MS_MIN) / 1000
-        watcher = Watcher(self.held if self._announces else (), queue_max=self._queue_max)
+        held = self.held if self._announces else ()
+        watcher = Watcher(self._kind, held, queue_max=self._queue_max)
         self._watchers.add(watcher)
         try:
             async for event in self._numbered(watcher, interval_s):
                 yield event
         except KvasirError:
-            self._metrics.watchers_dropped.inc()
+            self._on_dropped()
             raise
         finally:
             self._watchers.discard(watcher)
 
-    async def _numbered(
-        self, watcher: Watcher, interval_s: float
-    ) -> AsyncGenerator[worker_pb2.WorkerEvent, None]:
+    async def _numbered(self, watcher: Watcher[E], interval_s: float) -> AsyncGenerator[E, None]:
         now_s = asyncio.get_running_loop().time
         sequence = 0
         describe_at_s = 0.0
@@ -134,25 +144,25 @@ class EventHub:
             try:
                 event = await watcher.next_event(timeout_ms=wait_s * 1000)
             except TimeoutError:
-                event = worker_pb2.WorkerEvent(description=self._describe())
+                event = self._described()
             if event is None:
                 return
             sequence += 1
             event = self._stamped(event, sequence)
             if not event.HasField("description") and now_s() >= describe_at_s:
-                event.description.CopyFrom(self._describe())
+                event.MergeFrom(self._described())
             if event.HasField("description"):
                 describe_at_s = now_s() + interval_s
             yield event
 
     @staticmethod
-    def _stamped(event: worker_pb2.WorkerEvent, sequence: int) -> worker_pb2.WorkerEvent:
+    def _stamped(event: E, sequence: int) -> E:
         """A copy for one watcher: events are shared between queues."""
-        own = worker_pb2.WorkerEvent()
+        own = type(event)()
         own.CopyFrom(event)
         own.sequence = sequence
         return own
 
-    def _send(self, event: worker_pb2.WorkerEvent) -> None:
+    def _send(self, event: E) -> None:
         for watcher in self._watchers:
             watcher.put(event)

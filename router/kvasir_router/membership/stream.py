@@ -1,0 +1,129 @@
+"""One peer's event stream: dialled, followed, and dialled again with backoff.
+
+Invariant: `reachable` is true only while events arrive; every event is applied in sequence, and a
+gap means a new stream with a new snapshot.
+"""
+
+import asyncio
+import logging
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import grpc
+import grpc.aio
+from kvasir_proto.v1 import kvnode_pb2, worker_pb2
+
+log = logging.getLogger(__name__)
+
+LOAD_INTERVAL_MS = 200
+BACKOFF_MS_MIN = 100
+BACKOFF_MS_MAX = 1_000
+EVENT_BYTES_MAX = 64 << 20
+"""A snapshot of three million block names."""
+
+E = TypeVar("E", worker_pb2.WorkerEvent, kvnode_pb2.KvNodeEvent)
+
+
+class SequenceGapError(Exception):
+    """An event is missing: what is known of the peer's blocks may be wrong."""
+
+
+class StreamEndedError(Exception):
+    """The peer ended its event stream: it is going away."""
+
+
+class Followed(ABC, Generic[E]):
+    """A worker or KV node at one address."""
+
+    kind: str
+    event_type: type[E]
+
+    def __init__(self, target: str, *, silence_timeout_ms: int) -> None:
+        self.target = target
+        self.reachable = False
+        self.error = "not yet connected"
+        self._silence_s = silence_timeout_ms / 1_000
+        self._sequence = 0
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The peer's own name, or its address before it said one."""
+
+    @abstractmethod
+    def _watch(self, channel: grpc.aio.Channel) -> "grpc.aio.UnaryStreamCall[Any, E]":
+        """Opens the stream."""
+
+    def _learn(self, event: E) -> bool:
+        """Takes note of who the peer is; whether that is known now."""
+        return True
+
+    @abstractmethod
+    def _tell(self, event: E) -> None:
+        """An event was applied."""
+
+    @abstractmethod
+    def _lost(self) -> None:
+        """The stream broke; the next event will be a snapshot."""
+
+    async def run(self) -> None:
+        """Follows the peer until cancelled."""
+        backoff_ms = BACKOFF_MS_MIN
+        while True:
+            was_reachable = True
+            try:
+                await self._follow()
+            except SequenceGapError:
+                log.warning("%s %s: an event is missing, reconnecting", self.kind, self.name)
+            except grpc.aio.AioRpcError as error:
+                was_reachable = self._lose(error.details() or error.code().name.lower())
+            except TimeoutError:
+                was_reachable = self._lose("no event in time")
+            except StreamEndedError:
+                was_reachable = self._lose("it ended its event stream")
+            backoff_ms = BACKOFF_MS_MIN if was_reachable else min(2 * backoff_ms, BACKOFF_MS_MAX)
+            await asyncio.sleep(backoff_ms * random.uniform(0.5, 1.0) / 1_000)
+
+    def _lose(self, error: str) -> bool:
+        was_reachable, self.reachable = self.reachable, False
+        self.error = error
+        if was_reachable:
+            log.warning("%s %s is unreachable: %s", self.kind, self.name, error)
+            self._lost()
+        return was_reachable
+
+    async def _follow(self) -> None:
+        """One stream, to its end. Its deadline is per event: silence ends it."""
+        async with grpc.aio.insecure_channel(self.target, options=_channel_options()) as channel:
+            call = self._watch(channel)
+            first = True
+            while True:
+                async with asyncio.timeout(self._silence_s):
+                    event = await call.read()
+                if not isinstance(event, self.event_type):
+                    raise StreamEndedError
+                self._apply(event, first=first)
+                first = False
+
+    def _apply(self, event: E, *, first: bool) -> None:
+        in_order = event.snapshot if first else event.sequence == self._sequence + 1
+        if not in_order and not event.snapshot:
+            raise SequenceGapError
+        self._sequence = event.sequence
+        is_known = self._learn(event)
+        if not self.reachable and is_known:
+            log.info("%s %s is reachable at %s", self.kind, self.name, self.target)
+            self.reachable, self.error = True, ""
+        self._tell(event)
+
+
+def _channel_options() -> Sequence[tuple[str, int]]:
+    return (
+        ("grpc.max_receive_message_length", EVENT_BYTES_MAX),
+        ("grpc.initial_reconnect_backoff_ms", BACKOFF_MS_MIN),
+        ("grpc.max_reconnect_backoff_ms", BACKOFF_MS_MAX),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_http_proxy", 0),
+    )
