@@ -29,6 +29,16 @@ def serve_all(queue: AdmissionQueue, now_ms: float = 0.0) -> tuple[list[int], li
         now_ms += waiting.compute_ms
 
 
+def test_what_is_late_by_rounding_alone_is_kept() -> None:
+    now_ms, compute_ms, deadline_ms = 67106694.89324894, 5886.0922176229105, 67112580.98546655
+    assert now_ms + (compute_ms - deadline_ms) > 0
+    assert not now_ms + compute_ms > deadline_ms
+    waiting = Waiting(0, now_ms, compute_ms=compute_ms, deadline_ms=deadline_ms, tokens=1)
+    queue = AdmissionQueue(QueueLimits())
+    assert not queue.push(waiting, now_ms=now_ms)
+    assert not queue.review(now_ms=now_ms)
+
+
 def test_the_earliest_deadline_is_served_first() -> None:
     queue = AdmissionQueue(QueueLimits(short_ms_max=0))
     for number, deadline_ms in enumerate((4_000, 2_000, 3_000)):
