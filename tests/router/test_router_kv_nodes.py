@@ -36,10 +36,18 @@ class Node:
         self.spec = f"127.0.0.1:{port}"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def _spawn(self) -> None:
         code = "from kvasir_cli.main import main; main()"
         arguments = ["kvnode", "--name", "kv-0", f"--grpc-port={self._port}", "--memory-mb", "4"]
         self._process = subprocess.Popen([sys.executable, "-c", code, *arguments])
+
+    async def start(self) -> None:
+        """Starts the process and waits until it answers."""
+        self._spawn()
+        async with grpc.aio.insecure_channel(self.spec) as channel:
+            await kvnode_pb2_grpc.KvNodeStub(channel).Describe(
+                kvnode_pb2.DescribeKvNodeRequest(), timeout=60, wait_for_ready=True
+            )
 
     def kill(self) -> None:
         if self._process is not None:
@@ -90,7 +98,11 @@ async def running(folder: Path, node: Node) -> AsyncIterator[RouterUnderTest]:
     load = {"prefill_us_per_token": 1_000.0, "store_us_per_token": 100.0}
     workers = [FakeWorker(f"p{i}", "prefill", load=load) for i in range(2)]
     async with running_router(
-        folder, *workers, FakeWorker("d0", "decode"), kv_nodes=(node.spec,)
+        folder,
+        *workers,
+        FakeWorker("d0", "decode"),
+        kv_nodes=(node.spec,),
+        silence_timeout_ms=10_000,
     ) as router:
         yield router
 
@@ -121,7 +133,7 @@ async def test_blocks_that_only_a_kv_node_holds_make_both_candidates_faster(
 ) -> None:
     async with running(tmp_path, node) as router:
         assert estimates(await routed(router)) == [COMPUTED_MS] * 2
-        node.start()
+        await node.start()
         await router.until(knows(router, 0))
         await node.offer(NAMES)
         await router.until(knows(router, len(NAMES)))
@@ -134,7 +146,7 @@ async def test_blocks_that_only_a_kv_node_holds_make_both_candidates_faster(
 
 async def test_lost_kv_node_is_forgotten_and_found_again(tmp_path: Path, node: Node) -> None:
     async with running(tmp_path, node) as router:
-        node.start()
+        await node.start()
         await router.until(knows(router, 0))
         await node.offer(NAMES)
         await router.until(knows(router, len(NAMES)))
@@ -149,7 +161,7 @@ async def test_lost_kv_node_is_forgotten_and_found_again(tmp_path: Path, node: N
         (fault,) = degraded
         assert fault.startswith(f"KV node {node.spec}: unreachable")
         assert await router.chat_text(max_tokens=3) == "abc"
-        node.start()
+        await node.start()
         await router.until(knows(router, 0))
 
 
