@@ -3,9 +3,10 @@
 The prompt is 32 KB of text, already tokenised and named: 8,192 tokens, 256 blocks. A decision is
 all that the router does per request between having the names and sending it off: count the key,
 pick, enter the request into the ledger. Fleets of 64 and 1,024 workers and one with 10,000 requests
-queued take turns in one process, so that a busy machine disturbs all alike. Times: this thread's
-CPU, the wall clock, and of the pick alone the least of nine repetitions. Bars: p50 <= 50 us and p99
-<= 150 us at 64 workers; 1,024 workers within 1.5x of that; p99 <= 150 us with 10,000 queued.
+queued take turns in one process, so that a busy machine disturbs all alike. Times: of whole
+decisions this thread's CPU and the wall clock, of the pick within them the same, and the least of
+nine repetitions of it. Bars, on the pick's wall clock: p50 <= 50 us and p99 <= 150 us at 64 workers;
+1,024 workers within 1.5x of that; p99 <= 150 us with 10,000 queued.
 """
 
 import argparse
@@ -94,7 +95,7 @@ class Bench:
     def __init__(self, num_workers: int, *, num_queued: int = 0, seed: int = 1) -> None:
         self._random = random.Random(seed)
         self.num_prefill = num_workers // 2
-        self.times, self.rebalance_times = Times(), Times()
+        self.times, self.pick_times, self.rebalance_times = Times(), Times(), Times()
         self._system = make_names("system", SYSTEM_BLOCKS)
         self._turns = [
             self._system + make_names(f"chat-{i}", PROMPT_BLOCKS - SYSTEM_BLOCKS)
@@ -109,7 +110,7 @@ class Bench:
         for number in range(num_queued):
             self._decide(self._request(f"queued-{number}"), now_ms=number // 10)
         self._now_ms, self._number = num_queued // 10, 0
-        self.times = Times()
+        self.pick_times = Times()
 
     def _join(self, num_workers: int) -> None:
         for i in range(num_workers):
@@ -150,7 +151,7 @@ class Bench:
     def _decide(self, request: Request, *, now_ms: int) -> Route:
         view = self.view
         view.keys.observe(request.names, num_workers=self.num_prefill, now_ms=now_ms)
-        route = pick(view, request, now_ms=now_ms)
+        route = self.pick_times.measure(lambda: pick(view, request, now_ms=now_ms))
         assert isinstance(route, Route), route
         missing = request.num_tokens - route.hit_tokens
         worker, name = route.computes, request.request_id
@@ -209,12 +210,16 @@ def run(num_rounds: int) -> dict[str, Any]:
         print(f"\rround {number + 1} of {num_rounds}", end="", flush=True)
     print()
     decisions = {name: bench.times.summary() for name, bench in benches.items()}
+    for name, bench in benches.items():
+        once = bench.pick_times.summary()
+        decisions[name] |= {f"pick_{key}": value for key, value in once.items()}
     small, large = decisions["workers_64"], decisions["workers_1024"]
     prefix = benches["workers_64"].view.prefix
     return {
         "decision": decisions,
         "ratio_1024_to_64": {
-            key: round(large[key] / small[key], 2) for key in ("cpu_us_p50", "cpu_us_p99")
+            key: round(large[key] / small[key], 2)
+            for key in ("pick_wall_us_p50", "pick_wall_us_p99", "cpu_us_p50")
         },
         "naming_8192_tokens": measure_naming(100),
         "rebalance_64_queued": {n: b.rebalance_times.summary() for n, b in benches.items()},
@@ -225,14 +230,14 @@ def run(num_rounds: int) -> dict[str, Any]:
 
 
 def meets_bars(result: dict[str, Any]) -> dict[str, bool]:
-    """The bars, by the least CPU time of each pick; the rest also counts whoever else runs."""
+    """The bars, by the wall clock of each pick as it comes, in the midst of whole decisions."""
     decision = result["decision"]
     return {
-        "64 workers: p50 <= 50 us": decision["workers_64"]["best_pick_us_p50"] <= 50,
-        "64 workers: p99 <= 150 us": decision["workers_64"]["best_pick_us_p99"] <= 150,
-        "1,024 workers: p50 within 1.5x": result["ratio_1024_to_64"]["cpu_us_p50"] <= 1.5,
+        "64 workers: p50 <= 50 us": decision["workers_64"]["pick_wall_us_p50"] <= 50,
+        "64 workers: p99 <= 150 us": decision["workers_64"]["pick_wall_us_p99"] <= 150,
+        "1,024 workers: p50 within 1.5x": result["ratio_1024_to_64"]["pick_wall_us_p50"] <= 1.5,
         "10,000 queued: p99 <= 150 us": (
-            decision["workers_64_queued_10000"]["best_pick_us_p99"] <= 150
+            decision["workers_64_queued_10000"]["pick_wall_us_p99"] <= 150
         ),
         "1 million blocks: <= 200 MB": result["prefix_mb"] <= 200,
     }

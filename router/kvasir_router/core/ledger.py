@@ -45,10 +45,13 @@ class Ledger:
 
     def sent(self, worker: str, *, request_id: str, tokens: int, now_ms: int) -> None:
         """A request with `tokens` to compute goes to `worker`."""
-        self.prefilled(worker, request_id=request_id)
-        entries = self._sent.setdefault(worker, OrderedDict())
+        entries = self._sent.get(worker)
+        if entries is None:
+            entries = self._sent[worker] = OrderedDict()
+        elif request_id in entries:
+            self._tokens[worker] -= entries.pop(request_id)[0]
         entries[request_id] = (tokens, now_ms)
-        self._tokens[worker] = self.tokens(worker) + tokens
+        self._tokens[worker] = self._tokens.get(worker, 0) + tokens
         if len(entries) > ENTRIES_MAX:
             self._drop_oldest(worker, entries)
 
@@ -67,8 +70,8 @@ class Ledger:
 
     def opened(self, worker: str) -> None:
         """A stream from `worker` begins."""
-        self._in_flight[worker] = self.in_flight(worker) + 1
-        self._since_report[worker] = self.opened_since_report(worker) + 1
+        self._in_flight[worker] = self._in_flight.get(worker, 0) + 1
+        self._since_report[worker] = self._since_report.get(worker, 0) + 1
         self._changed.add(worker)
 
     def closed(self, worker: str) -> None:
