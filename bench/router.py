@@ -5,8 +5,8 @@ all that the router does per request between having the names and sending it off
 pick, enter the request into the ledger. Fleets of 64 and 1,024 workers and one with 10,000 requests
 queued take turns in one process, so that a busy machine disturbs all alike. Times: of whole
 decisions this thread's CPU and the wall clock, of the pick within them the same, and the least of
-nine repetitions of it. Bars, on the pick's wall clock: p50 <= 50 us and p99 <= 150 us at 64 workers;
-1,024 workers within 1.5x of that; p99 <= 150 us with 10,000 queued.
+nine repetitions of it. Bars, on the pick's wall clock: p50 <= 50 us and p99 <= 150 us at 64
+workers; 1,024 workers within 1.5x of that; p99 <= 150 us with 10,000 queued.
 """
 
 import argparse
