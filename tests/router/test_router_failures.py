@@ -14,12 +14,13 @@ HI = [{"role": "user", "content": "hi"}]
 
 
 async def test_busy_worker_is_passed_over_once(tmp_path: Path) -> None:
-    workers = [FakeWorker("a", script=Script(Reason.BUSY, times=1)), FakeWorker("b")]
-    workers[1].script = Script(Reason.BUSY, times=0)
+    queue = {"prefill_tokens_queued": 1_000, "prefill_us_per_token": 100.0}
+    workers = FakeWorker("a", script=Script(Reason.BUSY, times=1)), FakeWorker("b", load=queue)
     async with running_router(tmp_path, *workers) as router:
-        for _ in range(8):
-            assert await router.chat_text() == TWENTY
-        assert router.served_by() == ["a", "b"]
+        assert await router.chat_text() == TWENTY
+        assert [len(worker.requests) for worker in workers] == [1, 1]
+        assert await router.chat_text() == TWENTY
+        assert [len(worker.requests) for worker in workers] == [2, 1]
 
 
 async def test_three_busy_workers_are_a_429_with_retry_after(tmp_path: Path) -> None:
