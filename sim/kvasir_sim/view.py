@@ -108,10 +108,6 @@ class ReplicaView:
         reported = self._reports.get(worker, NOTHING).num_pending
         return reported + len(self._sent.get(worker, ()))
 
-    def reported_ms(self, worker: str, now_ms: float) -> float:
-        """When the worker's queue was last known; now, with exact views."""
-        return now_ms if self.is_exact else self._reports.get(worker, NOTHING).at_ms
-
     def own_tokens(self, worker: str) -> int:
         """The part of `pending_tokens` that this replica sent after the worker's last report."""
         return 0 if self.is_exact else sum(self._sent.get(worker, {}).values())
