@@ -46,6 +46,7 @@ class Model:
         output_rows: NDArray[np.int32],
         logits: NDArray[np.float32],
         completes: NDArray[np.int32],
+        arrived: NDArray[np.int32],
     ) -> None: ...
 
 class MemoryProbe:

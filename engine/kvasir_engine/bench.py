@@ -122,6 +122,7 @@ def _prefill_case(model: LoadedModel, length: int) -> Case:
             output_rows=np.array([length - 1], np.int32),
             logits=np.empty((1, model.config.vocab_size), np.float32),
             completes=np.empty(0, np.int32),
+            arrived=np.empty(0, np.int32),
         )
 
     return Case(f"prefill_{length}", length, run)
@@ -143,6 +144,7 @@ def _decode_case(model: LoadedModel, settings: EngineBenchSettings, size: int) -
                 output_rows=np.arange(size, dtype=np.int32),
                 logits=logits,
                 completes=np.empty(0, np.int32),
+                arrived=np.empty(0, np.int32),
             )
             ids = greedy(logits)
 

@@ -26,6 +26,7 @@ def sequence_logits(model: LoadedModel, ids: np.ndarray, *, chunk: int) -> np.nd
             output_rows=np.arange(end - start, dtype=np.int32),
             logits=logits[start:end],
             completes=np.empty(0, np.int32),
+            arrived=np.empty(0, np.int32),
         )
     assert arrays.ready.any() == 0, "no block was declared complete"
     return logits

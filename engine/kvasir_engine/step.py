@@ -31,6 +31,7 @@ class ForwardModel(Protocol):
         output_rows: NDArray[np.int32],
         logits: NDArray[np.float32],
         completes: NDArray[np.int32],
+        arrived: NDArray[np.int32],
     ) -> None:
         """Computes a mixed batch."""
 
@@ -56,6 +57,7 @@ class StepRunner:
             output_rows=(np.cumsum(counts, dtype=np.int32) - 1)[sampled],
             logits=logits,
             completes=_completes(slices),
+            arrived=np.array(step.arrived, dtype=np.int32),
         )
         return _draw(step.sampled, logits) if len(logits) else []
 

@@ -42,6 +42,7 @@ def step_arguments(model: LoadedModel, *parts: Part) -> dict[str, Any]:
         "output_rows": np.arange(total, dtype=np.int32),
         "logits": np.full((total, model.config.vocab_size), np.nan, np.float32),
         "completes": np.empty(0, np.int32),
+        "arrived": np.empty(0, np.int32),
     }
 
 

@@ -101,6 +101,7 @@ BAD_STEPS: dict[str, tuple[dict[str, Any], str]] = {
         "output row",
     ),
     "completed block beyond the pool": ({"completes": i32(NUM_BLOCKS)}, "completed block"),
+    "arrived block beyond the pool": ({"arrived": i32(NUM_BLOCKS)}, "arrived block"),
     "positions of another length": ({"positions": i32(0)}, "as long as"),
     "no tokens": (
         {"token_ids": i32(), "positions": i32(), "seq_token_counts": i32(),

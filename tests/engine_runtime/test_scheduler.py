@@ -282,6 +282,24 @@ def test_an_activation_that_cannot_be_right_ends_the_request(
     assert scheduler.blocks.num_available == 8
 
 
+def test_a_step_tells_the_device_which_blocks_came_from_elsewhere() -> None:
+    """Whoever fetched them may be gone by then: the blocks have names, and others use them."""
+    scheduler = make_scheduler()
+    submit(scheduler, make_request("a", 70), reserve=True)
+    scheduler.activate("a", computed_tokens=64, now_ms=0)
+    blocks = scheduler.roster.sequences["a"].blocks.view().tolist()
+    scheduler.cancel("a", now_ms=0)
+    submit(scheduler, make_request("b", 70))
+    step = scheduler.schedule(now_ms=0)
+    assert step is not None
+    assert step.slices[0].start == 64
+    assert step.arrived == tuple(blocks[:2])
+    scheduler.fail(step, now_ms=0)  # the device may not have seen them
+    submit(scheduler, make_request("c", 70))
+    assert advance(scheduler).arrived == tuple(blocks[:2])
+    assert advance(scheduler).arrived == ()
+
+
 def test_a_cancelled_reservation_stays_until_its_owner_lets_go() -> None:
     scheduler = make_scheduler()
     submit(scheduler, make_request("a", 70), make_request("b", 70, first=1), reserve=True)

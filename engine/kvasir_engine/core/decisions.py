@@ -34,6 +34,8 @@ class Step:
     """One run of the model over a mixed batch."""
 
     slices: tuple[Slice, ...]
+    arrived: tuple[int, ...] = ()
+    """Blocks with KV from elsewhere that no step has seen yet."""
 
     @property
     def num_tokens(self) -> int:

@@ -70,6 +70,9 @@ class Scheduler:
         self.blocks = self.roster.blocks
         self._fingerprint = fingerprint
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._arrived: list[
+            int
+        ] = []  # blocks filled from elsewhere, until a step has taken them in
         self._short_max = limits.max_batch_tokens // SHORT_PART
 
     # Requests
@@ -122,6 +125,8 @@ class Scheduler:
         self._check_activation(sequence, computed_tokens, extra_tokens, now_ms)
         num_valid = max(sequence.num_cached, computed_tokens)
         sequence.num_fetched = num_valid - sequence.num_cached
+        first, end = sequence.num_cached // BLOCK_TOKENS, -(-num_valid // BLOCK_TOKENS)
+        self._arrived += sequence.blocks.view(first, end).tolist()
         sequence.queued_ms = now_ms
         sequence.wants_reservation = False
         self.roster.start(sequence)
@@ -201,7 +206,7 @@ class Scheduler:
         self._admit(plan)
         # 4. Their slices.
         slices = [self._slice(key, count, now_ms) for key, count in plan.counts.items()]
-        return Step(tuple(slices)) if slices else None
+        return Step(tuple(slices), tuple(self._arrived)) if slices else None
 
     def grant(self) -> None:
         """Makes reservations for the first in the queue; harmless while a step runs."""
@@ -209,6 +214,7 @@ class Scheduler:
 
     def complete(self, step: Step, token_ids: Sequence[int], *, now_ms: float) -> None:
         """The step was computed, and `token_ids` were drawn after its sampled slices."""
+        del self._arrived[: len(step.arrived)]
         drawn = iter(token_ids)
         for part in step.slices:
             sequence = self._land(part)

@@ -92,7 +92,7 @@ void Model::attention(const Step& step, int index) {
   normalise(act_.x, layer.attention_norm, num_tokens, act_.normed);
   linear(compute_, layer.qkv, act_.normed, num_tokens, act_.qkv, Store::kPlain);
   for_rows(&pool_, num_tokens, kTokenGrain, [&](int token) { finish_kv(step, index, token); });
-  mark_ready(step, index);
+  announce_layer(step, kv_, index);
   attend(step, index);
   project_to_stream(layer.output, act_.attended, layer.post_attention_norm, num_tokens);
 }

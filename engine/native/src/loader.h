@@ -11,7 +11,7 @@ size_t packed_bytes(const ModelShape& shape);
 class Loader {
  public:
   Loader(const ModelShape& shape, const TensorMap& tensors, Arena* arena, ThreadPool* pool,
-         const Model::Progress& progress)
+         const Progress& progress)
       : shape_(shape), tensors_(tensors), arena_(arena), pool_(pool), progress_(progress) {}
 
   Layer layer(int index);
@@ -35,7 +35,7 @@ class Loader {
   const TensorMap& tensors_;
   Arena* arena_;
   ThreadPool* pool_;
-  const Model::Progress& progress_;
+  const Progress& progress_;
   size_t done_bytes_ = 0;
 };
 

@@ -1,11 +1,9 @@
 #include "model.h"
 
 #include <algorithm>
-#include <atomic>
 #include <stdexcept>
 
 #include "bf16.h"
-#include "futex.h"
 #include "loader.h"
 
 namespace kvasir {
@@ -84,43 +82,6 @@ void Model::attach_pool(const KvPool& pool) {
   kv_ = pool;
 }
 
-void Model::check(const Step& step) const {
-  require(kv_.data != nullptr, "no KV pool is attached");
-  require(step.num_tokens > 0, "a step needs at least one token");
-  int64_t total = 0;
-  for (int s = 0; s < step.num_seqs; ++s) {
-    require(step.seq_token_counts[s] > 0, "seq_token_counts must be positive");
-    total += step.seq_token_counts[s];
-  }
-  require(total == step.num_tokens, "seq_token_counts must add up to the number of tokens");
-  for (int i = 0; i < step.num_tokens; ++i) {
-    require(step.token_ids[i] >= 0 && step.token_ids[i] < shape_.vocab_size,
-            "a token id is outside the vocabulary");
-  }
-  for (int s = 0, token = 0; s < step.num_seqs; token += step.seq_token_counts[s++]) {
-    const int first = step.positions[token];
-    const int64_t last = int64_t{first} + step.seq_token_counts[s] - 1;
-    require(first >= 0 && last / kBlockTokens < step.table_width,
-            "a position lies outside its sequence's block table");
-    for (int i = 1; i < step.seq_token_counts[s]; ++i) {
-      require(step.positions[token + i] == first + i,
-              "positions of a sequence must be consecutive");
-    }
-    const int32_t* table = step.block_tables + static_cast<size_t>(s) * step.table_width;
-    for (int b = 0; b <= last / kBlockTokens; ++b) {
-      require(table[b] >= 0 && table[b] < kv_.num_blocks, "a block id is outside the pool");
-    }
-  }
-  for (int i = 0; i < step.num_outputs; ++i) {
-    require(step.output_rows[i] >= 0 && step.output_rows[i] < step.num_tokens,
-            "an output row is outside the step");
-  }
-  for (int i = 0; i < step.num_completes; ++i) {
-    require(step.completes[i] >= 0 && step.completes[i] < kv_.num_blocks,
-            "a completed block is outside the pool");
-  }
-}
-
 void Model::embed(const Step& step) {
   for_rows(&pool_, step.num_tokens, kRowGrain, [&](int row) {
     const int id = step.token_ids[row];
@@ -133,16 +94,6 @@ void Model::embed(const Step& step) {
     for (int i = 0; i < shape_.hidden_size; ++i) act_.x[row][i] *= shape_.embedding_scale;
     fill_rope_row(shape_, step.positions[row], act_.cos[row], act_.sin[row]);
   });
-}
-
-void Model::mark_ready(const Step& step, int layer) const {
-  if (step.num_completes == 0) return;
-  for (int i = 0; i < step.num_completes; ++i) {
-    std::atomic_ref(kv_.ready[step.completes[i]])
-        .store(static_cast<uint32_t>(layer) + 1, std::memory_order_release);
-  }
-  std::atomic_ref(*kv_.progress).fetch_add(1, std::memory_order_release);
-  futex_wake_all(kv_.progress);
 }
 
 // to = RMSNorm(from), row by row; the two may be one.
@@ -180,7 +131,7 @@ void Model::write_logits(const Step& step) {
 void Model::forward(const Step& step) {
   const std::unique_lock guard(in_use_, std::try_to_lock);
   require(guard.owns_lock(), "the model is already computing a step");
-  check(step);
+  check_step(step, shape_, kv_);
   act_.reserve(shape_, std::max(step.num_tokens, step.num_outputs));
   // 1. Embeddings, rotary angles and the cut of attention into items.
   embed(step);

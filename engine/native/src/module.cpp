@@ -99,7 +99,7 @@ class PyModel {
       for (size_t i = 0; i < weight.ndim(); ++i) tensor.dims.push_back(weight.shape(i));
       tensors.emplace(nb::cast<std::string>(name), std::move(tensor));
     }
-    const Model::Progress report = [&](size_t done, size_t total) {
+    const Progress report = [&](size_t done, size_t total) {
       const nb::gil_scoped_acquire gil;
       progress(done, total);
     };
@@ -107,7 +107,7 @@ class PyModel {
     {
       const nb::gil_scoped_release no_gil;
       model_ = std::make_unique<Model>(shape, tensors, isa, num_threads,
-                                       progress.is_none() ? Model::Progress() : report);
+                                       progress.is_none() ? Progress() : report);
     }
     const char* embeddings = "model.embed_tokens.weight";
     if (!shape.has_tied_embeddings) embeddings_ = weights[embeddings];
@@ -130,8 +130,8 @@ class PyModel {
 
   void forward(Input<int32_t, 1> token_ids, Input<int32_t, 1> positions,
                Input<int32_t, 1> seq_token_counts, Input<int32_t, 2> block_tables,
-               Input<int32_t, 1> output_rows, Output<float, 2> logits,
-               Input<int32_t, 1> completes) {
+               Input<int32_t, 1> output_rows, Output<float, 2> logits, Input<int32_t, 1> completes,
+               Input<int32_t, 1> arrived) {
     require(positions.shape(0) == token_ids.shape(0), "positions must be as long as token_ids");
     require(block_tables.shape(0) == seq_token_counts.shape(0),
             "block_tables must have one row per sequence");
@@ -153,11 +153,13 @@ class PyModel {
     step.logits = logits.data();
     step.completes = completes.data();
     step.num_completes = static_cast<int>(completes.shape(0));
+    step.arrived = arrived.data();
+    step.num_arrived = static_cast<int>(arrived.shape(0));
     const nb::gil_scoped_release no_gil;
     model_->forward(step);
   }
 
-  std::string isa() const { return model_->kernels().name; }
+  std::string isa() const { return model_->path(); }
   int num_threads() const { return model_->num_threads(); }
   size_t weight_bytes() const { return model_->weight_bytes(); }
   size_t layer_bytes() const { return model_->layer_bytes(); }
@@ -165,7 +167,7 @@ class PyModel {
  private:
   static constexpr size_t kStepTokensMax = size_t{1} << 16;
 
-  std::unique_ptr<Model> model_;
+  std::unique_ptr<Device> model_;
   nb::object embeddings_;
   nb::object pool_arrays_;
 };
@@ -224,7 +226,7 @@ NB_MODULE(_native, m) {
       .def("forward", &PyModel::forward, nb::kw_only(), "token_ids"_a.noconvert(),
            "positions"_a.noconvert(), "seq_token_counts"_a.noconvert(),
            "block_tables"_a.noconvert(), "output_rows"_a.noconvert(), "logits"_a.noconvert(),
-           "completes"_a.noconvert())
+           "completes"_a.noconvert(), "arrived"_a.noconvert())
       .def_prop_ro("isa", &PyModel::isa)
       .def_prop_ro("num_threads", &PyModel::num_threads)
       .def_prop_ro("weight_bytes", &PyModel::weight_bytes)
