@@ -48,9 +48,10 @@ format: build ## rewrite Python and C++ files in the project's format
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 	find engine/native kvstore/native router/native -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
-bench: build ## engine, serving and routing figures into bench/results
+bench: build ## engine, KV transfer, serving and routing figures into bench/results
 	$(BIN)/kvasir model make qwen3-0.6b .cache/qwen3-0.6b
 	$(BIN)/kvasir bench engine --model .cache/qwen3-0.6b --json bench/results/engine.json
+	$(BIN)/kvasir bench kv --json bench/results/kv.json
 	$(BIN)/kvasir bench serve --model .cache/qwen3-0.6b --json bench/results/serve.json
 	$(BIN)/python bench/router.py --json bench/results/router.json
 

@@ -37,7 +37,7 @@ ENTRIES = (
     Entry(RUN, "generate", "talk:generate", "Complete one prompt."),
     Entry(RUN, "demo", "demo:demo", "Start a fleet, chat two turns, show who served them."),
     Entry(MODELS, "model", "model:model", "Get, import and make model folders."),
-    Entry(MEASURE, "bench", "bench:bench", "Measure the engine or a serving fleet."),
+    Entry(MEASURE, "bench", "bench:bench", "Measure the engine, a fleet or KV transfer."),
     Entry(MEASURE, "engine", "engine:engine", "Run the engine alone: logits of given tokens."),
     Entry(MEASURE, "sim", "sim:sim", "Run the fleet's decisions under a simulated clock."),
     Entry(MEASURE, "kube", "kube:kube", "Show what the operator would make of a file."),

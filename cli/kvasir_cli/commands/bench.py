@@ -1,4 +1,4 @@
-"""kvasir bench: figures of the engine alone and of a serving fleet."""
+"""kvasir bench: figures of the engine alone, of a serving fleet and of the KV data plane."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ JSON_FILE = click.option(
 
 @click.group()
 def bench() -> None:
-    """Measure the engine or a serving fleet."""
+    """Measure the engine, a serving fleet or the KV data plane."""
 
 
 @bench.command()
@@ -98,6 +98,20 @@ def serve(url: str | None, model: Path | None, json_file: Path | None, **values:
         result = _measure(url or "", model, settings)
     if json_file is not None:
         _write(json_file, {"bench": "serve", "fleet": fleet if model else url, **result})
+
+
+@bench.command()
+@JSON_FILE
+def kv(json_file: Path | None) -> None:
+    """Measure how KV blocks move on this machine, beside memcpy, plain TCP and gRPC.
+
+    Whole pulls by name with checksums, both ends in this process; medians of interleaved rounds.
+    """
+    from kvasir_kvstore.bench import run_bench_kv
+
+    run_bench_kv(json_file, report=click.echo)
+    if json_file is not None:
+        click.echo(f"wrote {json_file}")
 
 
 @contextlib.contextmanager

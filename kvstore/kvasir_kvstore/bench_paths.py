@@ -1,0 +1,144 @@
+"""The paths of the data plane's benchmark: each moves one block from one place to another.
+
+`memcpy`, `raw-tcp` and `grpc` are what the machine and the usual ways give; the others are whole
+pulls by name, with checksums made and verified, into the destination block.
+"""
+
+import importlib.util
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+
+import grpc
+import numpy as np
+
+from kvasir_kvstore._native import BlockClient, BlockPool, BlockServer
+
+Move = Callable[[], None]
+Path = Callable[[int], AbstractContextManager[Move]]
+
+PEERS = ("nixl", "mooncake")
+"""Transfer libraries that are measured where they are installed."""
+_LAYERS = 16
+_TIMEOUT_MS = 30_000
+_GRPC_CHUNK_BYTES = 1 << 20
+_GRPC_METHOD = "/bench/Pull"
+_LOOPBACK = "127.0.0.1"
+
+
+def make_paths(report: Callable[[str], None]) -> dict[str, Path]:
+    """All paths that can be measured here; `report` gets a line for each that cannot."""
+    paths: dict[str, Path] = {
+        "memcpy": _memcpy,
+        "raw-tcp": _raw_tcp,
+        "grpc": _grpc,
+        "tcp": _tcp,
+    }
+    for name in PEERS:
+        if importlib.util.find_spec(name) is None:
+            report(f"{name:13} is not installed: not measured")
+    return paths
+
+
+@contextmanager
+def _memcpy(size: int) -> Iterator[Move]:
+    source = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    target = np.zeros_like(source)
+    yield lambda: np.copyto(target, source)
+
+
+@contextmanager
+def _raw_tcp(size: int) -> Iterator[Move]:
+    """A request of one byte, answered by one block, without checksums."""
+    payload = os.urandom(size)
+    view = memoryview(bytearray(size))
+
+    def serve(listener: socket.socket) -> None:
+        peer = listener.accept()[0]
+        with peer:
+            while peer.recv(1):
+                peer.sendall(payload)
+
+    with socket.create_server((_LOOPBACK, 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        with socket.create_connection(listener.getsockname()) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+            def move() -> None:
+                client.sendall(b"x")
+                received = 0
+                while received < size:
+                    count = client.recv_into(view[received:])
+                    if count == 0:
+                        raise ConnectionError("the server of the benchmark has gone")
+                    received += count
+
+            yield move
+        thread.join()
+
+
+@contextmanager
+def _grpc(size: int) -> Iterator[Move]:
+    """A stream of chunks, each copied into the destination."""
+    payload = os.urandom(size)
+    view = memoryview(bytearray(size))
+    chunks = [payload[i : i + _GRPC_CHUNK_BYTES] for i in range(0, size, _GRPC_CHUNK_BYTES)]
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_stream_rpc_method_handler(
+        lambda _request, _context: iter(chunks)
+    )
+    service, method = _GRPC_METHOD.strip("/").split("/")
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service, {method: handler}),)
+    )
+    port = server.add_insecure_port(f"{_LOOPBACK}:0")
+    server.start()
+    with grpc.insecure_channel(f"{_LOOPBACK}:{port}") as channel:
+        pull: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(_GRPC_METHOD)
+
+        def move() -> None:
+            received = 0
+            for chunk in pull(b"", timeout=_TIMEOUT_MS / 1000):
+                view[received : received + len(chunk)] = chunk
+                received += len(chunk)
+
+        yield move
+    server.stop(None).wait()
+
+
+@contextmanager
+def _tcp(size: int) -> Iterator[Move]:
+    def make_pool() -> BlockPool:
+        return BlockPool(
+            num_blocks=1, num_layers=_LAYERS, layer_bytes=size // _LAYERS, layout_digest=bytes(16)
+        )
+
+    source, target, name, uid = make_pool(), make_pool(), bytes(16), os.urandom(16)
+    source.data[0] = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    source.ready[0] = _LAYERS
+    source.publish(name, 0)
+    server = BlockServer(source, host=_LOOPBACK, port=0, uid=uid, epoch=1)
+    client = BlockClient(target)
+
+    def move() -> None:
+        result = client.pull_named(
+            host=_LOOPBACK,
+            port=server.port,
+            uid=uid,
+            epoch=1,
+            names=[name],
+            blocks=[0],
+            timeout_ms=_TIMEOUT_MS,
+        )
+        if result.blocks_ok != [True]:
+            raise ConnectionError(f"the pull failed: {result.error or 'block missing'}")
+
+    try:
+        yield move
+    finally:
+        client.close()
+        server.stop()
