@@ -9,21 +9,16 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from kvasir_operator.api_base import ApiModel, Rule, map_list
 from kvasir_operator.api_planner import PlannerSettings, PlanStatus, WorkerPrice
+from kvasir_operator.api_pods import KeyRef, PodSettings, Resources
 from kvasir_operator.api_types import (
-    KV_FITS_RULE,
-    NODE_FITS_RULE,
     REPLICAS_MAX,
-    ApiModel,
     Condition,
     KvNodeSettings,
     Model,
-    PodSettings,
-    Resources,
-    Rule,
     Slo,
     WorkerSettings,
-    map_list,
 )
 
 GROUP = "kvasir.dev"
@@ -44,10 +39,26 @@ REPLICA_RULES = (
     Rule("self.replicas >= self.minReplicas", "replicas must not be less than minReplicas"),
     Rule("self.replicas <= self.maxReplicas", "replicas must not be greater than maxReplicas"),
 )
+REDIS_URL_PATTERN = r"^rediss?://.+"
 MODEL_RULE = Rule(
     "self.model == oldSelf.model",
     "model cannot be changed: create another ModelService and move clients to it",
 )
+
+
+def redis_rules(url: str) -> tuple[Rule, ...]:
+    """Rules of an object that has a URL of Redis in `url`, or the name of a Secret with one."""
+    return (
+        Rule(
+            f"!has(self.{url}) || !has(self.{url}SecretRef)",
+            f"only one of {url} and {url}SecretRef may be set: remove the other",
+        ),
+        Rule(
+            f"!has(self.{url}) || !self.{url}.matches('^[a-z]+://[^/]*@')",
+            f"{url} must not hold a user or password, which everybody could read: put the whole "
+            f"URL into a Secret and name its key in {url}SecretRef",
+        ),
+    )
 
 
 class Replicas(ApiModel):
@@ -72,7 +83,6 @@ class Replicas(ApiModel):
 class WorkerPoolTemplate(WorkerSettings, Replicas):
     """A pool of prefill or decode workers that a ModelService owns."""
 
-    RULES = (*REPLICA_RULES, KV_FITS_RULE)
     price: WorkerPrice = Field(
         default_factory=WorkerPrice, description="What one worker costs, for the planner."
     )
@@ -80,8 +90,6 @@ class WorkerPoolTemplate(WorkerSettings, Replicas):
 
 class KvCachePoolTemplate(KvNodeSettings, Replicas):
     """A pool of KV nodes that a ModelService owns."""
-
-    RULES = (*REPLICA_RULES, NODE_FITS_RULE)
 
 
 class RouterSettings(PodSettings):
@@ -99,13 +107,20 @@ class RouterSettings(PodSettings):
 
 
 class RedisSettings(ApiModel):
-    """The block index. Without `url`, the operator runs one in the cluster."""
+    """The block index. Without `url` or `urlSecretRef`, the operator runs one in the cluster."""
 
+    RULES = redis_rules("url")
     url: str | None = Field(
         default=None,
-        pattern=r"^rediss?://.+",
+        pattern=REDIS_URL_PATTERN,
         max_length=1024,
-        description="An existing Redis, redis://HOST:PORT/DB; absent: one is run for the service.",
+        description="An existing Redis without a password, redis://HOST:PORT/DB; rediss:// for "
+        "TLS, with ?ssl_ca_certs=PATH of a mounted volume where its CA is not a public one.",
+    )
+    url_secret_ref: KeyRef | None = Field(
+        default=None,
+        description="The key of a Secret with the URL of an existing Redis, password and all: "
+        "redis://:PASSWORD@HOST:PORT/DB. Pods read it when they start.",
     )
     max_memory_mb: int = Field(
         default=128,
@@ -135,6 +150,21 @@ class ImageSettings(ApiModel):
         default=(),
         max_length=8,
         description="Names of Secrets, in the same namespace, that open private registries.",
+    )
+
+
+class IndexSettings(ApiModel):
+    """Where a pool finds the index of blocks that all share."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = redis_rules("redisUrl")
+    redis_url: str | None = Field(
+        default=None,
+        pattern=REDIS_URL_PATTERN,
+        max_length=1024,
+        description="Redis with the index of blocks; absent: there is no shared index.",
+    )
+    redis_url_secret_ref: KeyRef | None = Field(
+        default=None, description="The key of a Secret with the URL of Redis, password and all."
     )
 
 
@@ -171,18 +201,15 @@ class ModelServiceSpec(ImageSettings):
     )
 
 
-class WorkerPoolSpec(WorkerSettings, Replicas, ImageSettings):
+class WorkerPoolSpec(WorkerSettings, Replicas, ImageSettings, IndexSettings):
     """Workers of one role for one model."""
 
-    RULES = (*REPLICA_RULES, MODEL_RULE, KV_FITS_RULE)
+    RULES = (MODEL_RULE,)
     model: Model = Field(description="The model that the workers serve. It cannot be changed.")
     kv_nodes: tuple[str, ...] = Field(
         default=(),
         max_length=64,
         description="KV nodes to use: HOST:PORT, or dns:HOST:PORT for every address of a name.",
-    )
-    redis_url: str | None = Field(
-        default=None, max_length=1024, description="Redis with the index of blocks; absent: none."
     )
     network_policy: bool = Field(default=False, description=NETWORK_POLICY_TEXT)
     peer_pool: str | None = Field(
@@ -215,17 +242,10 @@ class DecodePoolSpec(WorkerPoolSpec):
     """Workers that take over a prompt's KV and produce tokens."""
 
 
-class KVCachePoolSpec(KvNodeSettings, Replicas, ImageSettings):
+class KVCachePoolSpec(KvNodeSettings, Replicas, ImageSettings, IndexSettings):
     """Nodes that keep KV blocks for workers to fetch instead of computing them again."""
 
-    RULES = (*REPLICA_RULES, NODE_FITS_RULE)
     network_policy: bool = Field(default=False, description=NETWORK_POLICY_TEXT)
-
-    redis_url: str | None = Field(
-        default=None,
-        max_length=1024,
-        description="Redis with the index of blocks; absent: each node indexes its own.",
-    )
 
 
 class DrainingPod(ApiModel):

@@ -51,8 +51,8 @@ def _rule_lines(schema: Schema, path: str) -> list[str]:
     rules = schema.get("x-kubernetes-validations", [])
     lines = [f"- `{path}`: {rule['message']}." for rule in rules]
     for name, child in schema.get("properties", {}).items():
-        lines += _rule_lines(child, name if path in ("spec", "status") else f"{path}.{name}")
-    return lines
+        lines += _rule_lines(child, f"{path}.{name}")
+    return lines + (_rule_lines(schema["items"], f"{path}[]") if "items" in schema else [])
 
 
 def _field_lines(schema: Schema, prefix: str) -> list[str]:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from kvasir_operator.api_types import ApiModel, Rule, map_list
+from kvasir_operator.api_base import ApiModel, Rule, map_list
 
 SIGNIFICANT = "Figures are rounded to two digits, so that noise writes no status."
 

@@ -1,48 +1,13 @@
-"""The pieces that Kvasir's custom resources are made of: models, pod templates, conditions.
+"""The pieces that Kvasir's custom resources are made of: models, workers, KV nodes, conditions."""
 
-A field's description becomes `kubectl explain`, a rule becomes a CEL validation in the API server.
-"""
+from typing import ClassVar, Literal
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from pydantic import Field
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
-from pydantic.alias_generators import to_camel
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from kvasir_operator.api_base import ApiModel, Rule
+from kvasir_operator.api_pods import PodSettings
 
-NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
-QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 REPLICAS_MAX = 1000
-
-
-class Rule(NamedTuple):
-    """One CEL validation: what must hold, and what the user reads when it does not."""
-
-    rule: str
-    message: str
-
-
-class ApiModel(BaseModel):
-    """One object of the API: immutable, camelCase outside, unknown fields refused."""
-
-    model_config = ConfigDict(
-        alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True
-    )
-    RULES: ClassVar[tuple[Rule, ...]] = ()
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        schema = handler.resolve_ref_schema(handler(core_schema))
-        if cls.RULES:
-            schema["x-kubernetes-validations"] = [rule._asdict() for rule in cls.RULES]
-        return schema
-
-
-def map_list(key: str) -> dict[str, Any]:
-    """Schema extra of a list whose items are merged by `key`."""
-    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
 
 
 class HostPathSource(ApiModel):
@@ -146,137 +111,6 @@ class Slo(ApiModel):
     )
 
 
-Quantity = dict[str, int | str]
-QUANTITIES: dict[str, Any] = {
-    "additionalProperties": {
-        "anyOf": [{"type": "integer"}, {"type": "string"}],
-        "pattern": QUANTITY_PATTERN,
-        "maxLength": 32,  # bounds the cost of the rules
-        "x-kubernetes-int-or-string": True,
-    },
-    "maxProperties": 16,
-}
-
-
-class Resources(ApiModel):
-    """Compute resources of the pod's main container."""
-
-    RULES = (
-        Rule(
-            "!has(self.requests) || !has(self.limits) || self.requests.all(name, "
-            "!(name in self.limits) || quantity(string(self.requests[name]"
-            ")).compareTo(quantity(string(self.limits[name]))) <= 0)",
-            "requests must not be greater than limits",
-        ),
-    )
-
-    requests: Quantity = Field(
-        default_factory=dict,
-        json_schema_extra=QUANTITIES,
-        description="What the scheduler sets aside, by resource name (cpu, memory, ...).",
-    )
-    limits: Quantity = Field(
-        default_factory=dict,
-        json_schema_extra=QUANTITIES,
-        description="What the container may use at most, by resource name.",
-    )
-
-
-class Toleration(ApiModel):
-    """A taint that the pods accept."""
-
-    RULES = (
-        Rule(
-            "self.operator != 'Exists' || !has(self.value)",
-            "value must not be set where operator is Exists",
-        ),
-        Rule(
-            "has(self.key) || self.operator == 'Exists'",
-            "operator must be Exists where key is absent",
-        ),
-        Rule(
-            "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
-            "tolerationSeconds needs effect NoExecute",
-        ),
-    )
-
-    key: str | None = Field(
-        default=None, max_length=317, description="Key of the taint; absent: every key."
-    )
-    operator: Literal["Exists", "Equal"] = Field(
-        default="Equal", description="How key and value are compared with the taint."
-    )
-    value: str | None = Field(
-        default=None, max_length=63, description="Value of the taint, for operator Equal."
-    )
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        default=None, description="Effect of the taint; absent: every effect."
-    )
-    toleration_seconds: int | None = Field(
-        default=None, ge=0, description="How long a NoExecute taint is tolerated, in seconds."
-    )
-
-
-class TopologySpread(ApiModel):
-    """How evenly the pods of a part are spread over zones or nodes."""
-
-    topology_key: str = Field(
-        min_length=1,
-        max_length=317,
-        description="Label of nodes that tells the domains apart: topology.kubernetes.io/zone, "
-        "kubernetes.io/hostname.",
-    )
-    max_skew: int = Field(
-        default=1, ge=1, le=1000, description="By how many pods two domains may differ."
-    )
-    when_unsatisfiable: Literal["ScheduleAnyway", "DoNotSchedule"] = Field(
-        default="ScheduleAnyway", description="Whether a pod waits if it cannot be kept."
-    )
-
-
-class EnvVar(ApiModel):
-    """An environment variable of the main container."""
-
-    name: str = Field(
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256, description="Name of the variable."
-    )
-    value: str = Field(max_length=4096, description="Value of the variable.")
-
-
-class PodSettings(ApiModel):
-    """What the pods of one part have in common, whatever the part."""
-
-    resources: Resources = Field(
-        default_factory=Resources, description="Compute resources of the main container."
-    )
-    node_selector: dict[str, str] = Field(
-        default_factory=dict,
-        json_schema_extra={"maxProperties": 32},
-        description="Labels that a node must have to run the pods.",
-    )
-    tolerations: tuple[Toleration, ...] = Field(
-        default=(), max_length=32, description="Taints that the pods accept."
-    )
-    topology_spread: tuple[TopologySpread, ...] = Field(
-        default=(),
-        max_length=8,
-        json_schema_extra=map_list("topologyKey"),
-        description="How the pods of this part are spread over zones or nodes.",
-    )
-    env: tuple[EnvVar, ...] = Field(
-        default=(),
-        max_length=64,
-        json_schema_extra=map_list("name"),
-        description="Environment variables of the main container.",
-    )
-    args: tuple[str, ...] = Field(
-        default=(),
-        max_length=64,
-        json_schema_extra={"x-kubernetes-list-type": "atomic"},
-        description="Flags added after those that Kvasir sets; the last one of a name wins.",
-    )
-
-
 class Rollout(ApiModel):
     """How workers are replaced when their template changes."""
 
@@ -315,6 +149,7 @@ NODE_FITS_RULE = Rule(
 class WorkerSettings(PodSettings):
     """A prefill or decode worker."""
 
+    RULES: ClassVar[tuple[Rule, ...]] = (KV_FITS_RULE,)
     near_topology_key: str | None = Field(
         default=None,
         min_length=1,
@@ -322,7 +157,6 @@ class WorkerSettings(PodSettings):
         description="Prefer nodes that share this label with workers of the other role, so that KV "
         "crosses a short link: topology.kubernetes.io/zone, kubernetes.io/hostname.",
     )
-
     threads: int = Field(
         default=1, ge=1, le=512, description="Compute threads of the engine in one worker."
     )
@@ -347,6 +181,7 @@ class WorkerSettings(PodSettings):
 class KvNodeSettings(PodSettings):
     """A KV node."""
 
+    RULES: ClassVar[tuple[Rule, ...]] = (NODE_FITS_RULE,)
     memory_mb: int = Field(
         default=512,
         ge=1,

@@ -6,7 +6,7 @@ Invariant: every property of every schema has a description; `undescribed` lists
 from typing import Any
 
 from kvasir_operator.api import GROUP, VERSION, Column, Kind
-from kvasir_operator.api_types import NAME_PATTERN, ApiModel
+from kvasir_operator.api_base import NAME_PATTERN, ApiModel
 
 Schema = dict[str, Any]
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 from kvasir_operator.api import KINDS, POOL_KINDS, Kind, ModelServiceSpec
-from kvasir_operator.api_types import ApiModel
+from kvasir_operator.api_base import ApiModel
 from kvasir_operator.core.pool import SPECS
 from kvasir_operator.crd_schema import crd, root_schema, structural, undescribed
 from kvasir_operator.crdgen import generated

@@ -245,7 +245,9 @@ def test_replicas_of_others_are_left_alone_and_rivals_told_of(api: KubeApi) -> N
         wait_for("the event", lambda: "SeveralOwners" in api("get", "events"))
 
 
-REFUSED = {
+KEY = {"name": "a", "key": "b"}
+DATA = {"volumes": [{"name": "data", "emptyDir": {}}]}
+REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "requests above limits": (
         {"resources": {"requests": {"cpu": "2"}, "limits": {"cpu": "1500m"}}},
         "requests must not be greater than limits",
@@ -270,6 +272,38 @@ REFUSED = {
         {"rollout": {"maxSurge": 0, "maxUnavailable": 0}},
         "maxSurge and maxUnavailable must not both be 0",
     ),
+    "mount of a volume that is not listed": (
+        {"volumeMounts": [{"name": "data", "mountPath": "/data"}]},
+        "every one of volumeMounts must have the name of one of volumes",
+    ),
+    "volume with two sources": (
+        {"volumes": [{"name": "data", "emptyDir": {}, "secret": {"secretName": "a"}}]},
+        "exactly one of hostPath, persistentVolumeClaim, emptyDir",
+    ),
+    "volume with a name of Kvasir's": (
+        {"volumes": [{"name": "kvasir-tls", "emptyDir": {}}]},
+        "name must not be tmp or model, or begin with kvasir-",
+    ),
+    "mount over the model": (
+        {**DATA, "volumeMounts": [{"name": "data", "mountPath": "/model/lora"}]},
+        "mountPath must be a plain absolute path other than",
+    ),
+    "mount that climbs": (
+        {**DATA, "volumeMounts": [{"name": "data", "mountPath": "/mnt/../model"}]},
+        "mountPath must be a plain absolute path other than",
+    ),
+    "mount of a folder outside of the volume": (
+        {**DATA, "volumeMounts": [{"name": "data", "mountPath": "/a", "subPath": "b/.."}]},
+        "subPath must not have .. in it",
+    ),
+    "variable with two values": (
+        {"env": [{"name": "A", "value": "b", "valueFrom": {"secretKeyRef": KEY}}]},
+        "exactly one of value and valueFrom must be set",
+    ),
+    "variable from two sources": (
+        {"env": [{"name": "A", "valueFrom": {"secretKeyRef": KEY, "configMapKeyRef": KEY}}]},
+        "exactly one of secretKeyRef and configMapKeyRef must be set",
+    ),
     "replicas below their bound": (
         {"replicas": 1, "minReplicas": 2},
         "replicas must not be less than minReplicas",
@@ -287,6 +321,31 @@ def test_contradictions_are_refused(api: KubeApi, spec: dict[str, object], messa
     assert message in api.apply(service, check=False)
 
 
+REFUSED_REDIS = {
+    "password in the open": (
+        {"url": "redis://:secret@index:6379/0"},
+        "url must not hold a user or password",
+    ),
+    "two places": (
+        {"url": "redis://index:6379/0", "urlSecretRef": KEY},
+        "only one of url and urlSecretRef may be set",
+    ),
+}
+
+
+@pytest.mark.parametrize(("redis", "message"), REFUSED_REDIS.values(), ids=REFUSED_REDIS)
+def test_contradictions_of_redis_are_refused(
+    api: KubeApi, redis: dict[str, object], message: str
+) -> None:
+    service = make_object("ModelService", "bad", {"model": MODEL, "kvCache": {}, "redis": redis})
+    service["metadata"] = {"name": "bad", "namespace": "default"}
+    assert message in api.apply(service, check=False)
+    pool = {f"redisU{name[1:]}": value for name, value in redis.items()}
+    nodes = make_object("KVCachePool", "bad", pool)
+    nodes["metadata"] = {"name": "bad", "namespace": "default"}
+    assert message.replace("url", "redisUrl") in api.apply(nodes, check=False)
+
+
 def is_quiet(api: KubeApi, process: OperatorProcess) -> bool:
     """Whether four reconciles of everything write nothing."""
     reconciles = "kvasir_operator_reconciles_total{.*}"
@@ -296,8 +355,11 @@ def is_quiet(api: KubeApi, process: OperatorProcess) -> bool:
     return process.writes() == writes
 
 
-def test_the_sample_is_accepted(api: KubeApi) -> None:
-    sample = Path(__file__).parents[2] / "docs/samples/smollm2.yaml"
+SAMPLES = sorted((Path(__file__).parents[2] / "docs/samples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=[sample.stem for sample in SAMPLES])
+def test_the_samples_are_accepted(api: KubeApi, sample: Path) -> None:
     assert "created" in api("create", "--dry-run=server", "-f", str(sample))
 
 
@@ -322,6 +384,45 @@ def test_every_setting_is_accepted_and_stays(api: KubeApi) -> None:
         assert pod["spec"]["affinity"]["podAffinity"]
         assert any("image" in volume for volume in pod["spec"]["volumes"])
         wait_for("policies", lambda: "full-redis" in api("get", "networkpolicies"))
+        wait_for("reconciles that write nothing", lambda: is_quiet(api, process), limit_s=60)
+
+
+VOLUMES = {
+    "env": [{"name": "TOKEN", "valueFrom": {"secretKeyRef": KEY}}],
+    "volumes": [
+        {"name": "shared", "persistentVolumeClaim": {"claimName": "adapters"}},
+        {"name": "node", "hostPath": {"path": "/dev/shm", "type": "Directory"}},
+        {"name": "scratch", "emptyDir": {"medium": "Memory", "sizeLimit": "64Mi"}},
+        {"name": "settings", "configMap": {"name": "settings"}},
+        {"name": "ca", "secret": {"secretName": "ca", "optional": True}},
+        {"name": "files", "image": {"reference": "files:1"}},
+    ],
+    "volumeMounts": [
+        {"name": "shared", "mountPath": "/adapters", "subPath": "one", "readOnly": True},
+        {"name": "scratch", "mountPath": "/scratch"},
+        {"name": "ca", "mountPath": "/etc/redis"},
+    ],
+}
+
+
+def test_volumes_and_secrets_of_every_part_are_accepted_and_stay(api: KubeApi) -> None:
+    spec: dict[str, object] = dict.fromkeys(("router", "prefill", "decode", "kvCache"), VOLUMES)
+    spec |= {"model": MODEL, "redis": {"urlSecretRef": KEY}}
+    service = make_object("ModelService", "vol", spec)
+    service["metadata"] = {"name": "vol", "namespace": "default"}
+    with operator(api, "v") as process:
+        api.apply(service)
+        for selector in ("pool=vol-decode", "pool=vol-kv", "model-service=vol"):
+            pods = ("pods", "-l", f"kvasir.dev/{selector}")
+            pod = wait_for("a pod", lambda pods=pods: api.json(*pods)["items"])[0]
+            names = {volume["name"] for volume in pod["spec"]["volumes"]}
+            assert {volume["name"] for volume in VOLUMES["volumes"]} < names
+            [container] = pod["spec"]["containers"]
+            mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+            assert {"/adapters", "/scratch", "/etc/redis", "/tmp"} <= mounts
+            index = {"name": "KVASIR_REDIS", "valueFrom": {"secretKeyRef": KEY}}
+            assert (index in container["env"]) == selector.startswith("pool")
+        assert "vol-redis" not in api("get", "deployments", "-o", "name")
         wait_for("reconciles that write nothing", lambda: is_quiet(api, process), limit_s=60)
 
 

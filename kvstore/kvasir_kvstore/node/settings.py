@@ -32,5 +32,5 @@ class KvNodeSettings(PeerSettings):
     @classmethod
     def _check_redis(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError(f"{value!r} is not a URL of Redis (redis://HOST:PORT)")
+            raise ValueError("not a URL of Redis (redis://HOST:PORT)")  # it may hold a password
         return value

@@ -11,6 +11,7 @@ from kvasir_operator.core.manifests import Manifest, Owner, Ref, is_owned_by
 from kvasir_operator.core.plan import child_refs
 
 CLAIM_KIND = "PersistentVolumeClaim"
+PARTS = ("router", "prefill", "decode", "kvCache")  # of a ModelService; pools have none
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,7 @@ class Verdict:
 
 def references_of(obj: Manifest) -> tuple[Ref, ...]:
     """All objects that the verdict depends on."""
-    claim = _claim_of(obj)
-    return (*child_refs(_owner(obj)), *((claim,) if claim else ()))
+    return (*child_refs(_owner(obj)), *_claims_of(obj))
 
 
 def review(obj: Manifest, live: Mapping[Ref, Manifest]) -> Verdict:
@@ -38,11 +38,13 @@ def review(obj: Manifest, live: Mapping[Ref, Manifest]) -> Verdict:
     if taken:
         text = f"{', '.join(taken)} exists and does not belong to {owner.kind} {owner.name}"
         return Verdict(refusal=f"{text}: choose another name or remove it")
-    claim = _claim_of(obj)
-    if claim is not None and claim not in live:
-        text = f"{CLAIM_KIND} {claim.name} does not exist: no pod starts before it does"
-        return Verdict(warnings=(text,))
-    return Verdict()
+    return Verdict(
+        warnings=tuple(
+            f"{CLAIM_KIND} {claim.name} does not exist: no pod starts before it does"
+            for claim in _claims_of(obj)
+            if claim not in live
+        )
+    )
 
 
 def _is_of(child: Manifest, owner: Owner) -> bool:
@@ -53,10 +55,14 @@ def _is_of(child: Manifest, owner: Owner) -> bool:
     )
 
 
-def _claim_of(obj: Manifest) -> Ref | None:
-    source = obj.get("spec", {}).get("model", {}).get("source", {})
-    name = source.get("pvc", {}).get("claimName")
-    return Ref(CLAIM_KIND, obj["metadata"]["namespace"], name) if name else None
+def _claims_of(obj: Manifest) -> tuple[Ref, ...]:
+    """The claims that its pods mount, each once: the model's, then those of volumes."""
+    spec = obj.get("spec", {})
+    sources = [spec.get("model", {}).get("source", {}).get("pvc", {})]
+    for part in (spec, *(spec.get(name) or {} for name in PARTS)):
+        sources += [v.get("persistentVolumeClaim") or {} for v in part.get("volumes") or ()]
+    names = dict.fromkeys(s["claimName"] for s in sources if s.get("claimName"))
+    return tuple(Ref(CLAIM_KIND, obj["metadata"]["namespace"], name) for name in names)
 
 
 def _owner(obj: Manifest) -> Owner:

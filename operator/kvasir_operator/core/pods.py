@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvasir_operator.api import ImageSettings
-from kvasir_operator.api_types import Model, ModelSource, PodSettings
+from kvasir_operator.api_base import ApiModel
+from kvasir_operator.api_pods import KeyRef, PodSettings
+from kvasir_operator.api_types import Model, ModelSource
 from kvasir_operator.core.manifests import POOL_LABEL, Manifest, without_empty
 from kvasir_operator.core.problems import MODEL_CONTAINER, MODEL_VOLUME
 
@@ -43,6 +45,7 @@ class Part:
     tcp_probe_port: str = ""
     grace_s: int = 30
     env: Mapping[str, str] = field(default_factory=dict)
+    secret_env: Mapping[str, KeyRef] = field(default_factory=dict)  # never in args: ps shows those
     near: tuple[str, str] | None = None  # a pool to be near to, and the label of the domains
 
 
@@ -67,10 +70,7 @@ def pod_template(part: Part, labels: dict[str, str]) -> Manifest:
                 },
                 "imagePullSecrets": [{"name": n} for n in part.image.image_pull_secrets],
                 "nodeSelector": dict(part.settings.node_selector),
-                "tolerations": [
-                    t.model_dump(by_alias=True, exclude_none=True)
-                    for t in part.settings.tolerations
-                ],
+                "tolerations": [_as_written(t) for t in part.settings.tolerations],
                 "affinity": _affinity(part),
                 "topologySpreadConstraints": [
                     {
@@ -84,6 +84,7 @@ def pod_template(part: Part, labels: dict[str, str]) -> Manifest:
                 "volumes": [
                     {"name": "tmp", "emptyDir": {}},
                     *([_model_volume(source)] if source else []),
+                    *(_as_written(volume) for volume in part.settings.volumes),
                 ],
             }
         ),
@@ -103,6 +104,7 @@ def _container(part: Part) -> Manifest:
     mounts = [{"name": "tmp", "mountPath": "/tmp"}]
     if part.model is not None:
         mounts.append(_model_mount(part.model.source))
+    mounts += [_as_written(mount) for mount in part.settings.volume_mounts]
     return without_empty(
         {
             "name": part.name,
@@ -130,16 +132,32 @@ def _env(part: Part) -> list[Manifest]:
         "KVASIR_POD_UID": "metadata.uid",
         "KVASIR_POD_IP": "status.podIP",
     }
-    own = {variable.name: variable.value for variable in part.settings.env}
-    plain = {**part.env, **own}
-    return [
-        *(
-            {"name": name, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
+    given: dict[str, Manifest] = {
+        **{
+            name: {"valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
             for name, path in downward.items()
-            if name not in plain
-        ),
-        *(without_empty({"name": name, "value": value}) for name, value in plain.items()),
-    ]
+        },
+        **{
+            name: {"valueFrom": {"secretKeyRef": _as_written(ref)}}
+            for name, ref in part.secret_env.items()
+        },
+        **{name: without_empty({"value": value}) for name, value in part.env.items()},
+        **{variable.name: without_empty(_as_written(variable)) for variable in part.settings.env},
+    }
+    return [{"name": name, **value} for name, value in given.items()]
+
+
+def _as_written(part: ApiModel) -> Manifest:
+    """A piece of the spec that a pod has in the same form; false is not stored, so not said."""
+    return _without_false(part.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+def _without_false(body: Manifest) -> Manifest:
+    return {
+        key: _without_false(value) if isinstance(value, dict) else value
+        for key, value in body.items()
+        if value is not False
+    }
 
 
 def _probes(part: Part) -> Manifest:

@@ -307,6 +307,7 @@ def _part(world: World, spec: PoolSpec) -> Part:
         image=spec,
         default_image=world.default_image,
         service_account=owner.name,
+        secret_env={"KVASIR_REDIS": ref} if (ref := spec.redis_url_secret_ref) else {},
         model=model,
         needs_weights=True,
         near=_near(spec),

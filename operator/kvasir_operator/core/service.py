@@ -12,7 +12,7 @@ from kvasir_operator.api import (
     ModelServiceSpec,
     WorkerPoolTemplate,
 )
-from kvasir_operator.api_types import PodSettings
+from kvasir_operator.api_pods import PodSettings
 from kvasir_operator.core import children as make
 from kvasir_operator.core.conditions import (
     ConditionType,
@@ -108,10 +108,14 @@ def _requeue_after_ms(world: World, *, is_settled: bool) -> int | None:
     return interval_ms if is_settled else min(interval_ms, REQUEUE_UNSETTLED_MS)
 
 
-def _redis_url(owner: Owner, spec: ModelServiceSpec) -> str | None:
+def _index(owner: Owner, spec: ModelServiceSpec) -> Manifest:
+    """Where the pools find the index of blocks."""
     if spec.kv_cache is None:
-        return None
-    return spec.redis.url or f"redis://{owner.name}-redis.{owner.namespace}.svc:{REDIS_PORT}/0"
+        return {}
+    if spec.redis.url_secret_ref is not None:
+        return {"redisUrlSecretRef": spec.redis.url_secret_ref.model_dump()}
+    own = f"redis://{owner.name}-redis.{owner.namespace}.svc:{REDIS_PORT}/0"
+    return {"redisUrl": spec.redis.url or own}
 
 
 def _kv_nodes(owner: Owner, spec: ModelServiceSpec) -> list[str]:
@@ -121,7 +125,7 @@ def _kv_nodes(owner: Owner, spec: ModelServiceSpec) -> list[str]:
 
 
 def _redis(world: World, spec: ModelServiceSpec) -> list[Manifest]:
-    if spec.kv_cache is None or spec.redis.url:
+    if spec.kv_cache is None or spec.redis.url or spec.redis.url_secret_ref:
         return []
     owner, name = world.owner, f"{world.owner.name}-redis"
     labels = role_labels(owner, "redis")
@@ -163,8 +167,7 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         exclude_none=True,
         include={"image", "image_pull_policy", "image_pull_secrets", "network_policy"},
     )
-    redis_url = _redis_url(owner, spec)
-    common = image | ({"redisUrl": redis_url} if redis_url else {})
+    common = image | _index(owner, spec)
     worker = common | {
         "model": spec.model.model_dump(mode="json", by_alias=True, exclude_none=True),
         "kvNodes": _kv_nodes(owner, spec),
