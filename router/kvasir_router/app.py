@@ -1,10 +1,10 @@
 """The HTTP application: the OpenAI API, /metrics, /healthz and /readyz."""
 
-import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from aiohttp import web
 
+from kvasir_router.leaving import Leaving
 from kvasir_router.membership.fleet import Fleet
 from kvasir_router.metrics import CONTENT_TYPE, RouterMetrics
 from kvasir_router.openai.handlers import OpenAiApi
@@ -19,11 +19,11 @@ class Readiness:
     """Whether new requests should come here."""
 
     fleet: Fleet
-    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    leaving: Leaving
 
     def problems(self) -> list[str]:
         """What keeps the router from serving; empty: it can."""
-        return ["the router is stopping"] if self.stopping.is_set() else self.fleet.problems()
+        return ["the router is stopping"] if self.leaving.has_begun else self.fleet.problems()
 
 
 class Probes:
@@ -70,10 +70,13 @@ def make_app(
     probes: Probes,
     tenants: Tenants,
     metrics: RouterMetrics,
+    leaving: Leaving,
 ) -> web.Application:
     """All routes and the middleware."""
     app = web.Application(
-        middlewares=[api_middleware(tenants, metrics)], client_max_size=settings.body_bytes_max
+        middlewares=[api_middleware(tenants, metrics, leaving)],
+        client_max_size=settings.body_bytes_max,
     )
+    app.on_response_prepare.append(leaving.mark)
     app.add_routes([*api.routes(), *probes.routes()])
     return app

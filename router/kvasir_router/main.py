@@ -1,4 +1,7 @@
-"""The router as a process: runs until SIGTERM or SIGINT, then finishes its streams."""
+"""The router as a process: runs until SIGTERM or SIGINT, then lingers and finishes its streams.
+
+A second signal ends the lingering.
+"""
 
 import asyncio
 import logging
@@ -25,13 +28,18 @@ def run(settings: RouterSettings) -> None:
 
 
 async def _serve(settings: RouterSettings, text: Tokenizer) -> None:
-    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    loop, stopped, hurried = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+
+    def stop() -> None:
+        (hurried if stopped.is_set() else stopped).set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
+        loop.add_signal_handler(number, stop)
     server = RouterServer(settings, text)
     try:
         await server.start()
         await server.serve(stopped)
         log.info("stopping")
+        await server.linger(hurried)
     finally:
         await server.stop()

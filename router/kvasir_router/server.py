@@ -1,7 +1,7 @@
 """One router process put together: fleet, dispatcher, HTTP and gRPC servers, and their order.
 
-Started from the bottom up, stopped from the top down: no new requests first, then the streams
-finish within a bound, then the connections to the workers close.
+Started from the bottom up, stopped from the top down: clients are sent elsewhere, then no new
+connection is accepted, the streams finish within a bound, the connections to the workers close.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from aiohttp import web
 
 from kvasir_router.app import Probes, Readiness, make_app
 from kvasir_router.intake import Intake, TextModel
+from kvasir_router.leaving import Leaving
 from kvasir_router.membership.fleet import Fleet
 from kvasir_router.metrics import RouterMetrics
 from kvasir_router.openai.handlers import OpenAiApi
@@ -48,7 +49,8 @@ class RouterServer:
             settings.peers, keys, replica=replica, interval_ms=settings.resolve_interval_ms
         )
         self.metrics = RouterMetrics()
-        self.readiness = Readiness(self.fleet)
+        self.leaving = Leaving()
+        self.readiness = Readiness(self.fleet, self.leaving)
         tenants = Tenants.load(settings.api_key_file)
         self._client = WorkerClient(
             connections_max=2 * settings.requests_in_flight_max,
@@ -62,6 +64,7 @@ class RouterServer:
             probes=Probes(self.readiness, self.peers, self.metrics),
             tenants=tenants,
             metrics=self.metrics,
+            leaving=self.leaving,
         )
         service = InferenceService(
             intake=self._intake,
@@ -118,21 +121,35 @@ class RouterServer:
                     await self.fleet.changed()
             await self._rpc.set_ready(not self.readiness.problems())
 
+    async def linger(self, hurried: asyncio.Event) -> None:
+        """Not ready any more, but serving: until nobody sends new requests here, or `hurried`."""
+        self.leaving.begin()
+        await self._rpc.set_ready(False)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.shutdown_linger_ms / 1_000):
+                await hurried.wait()
+
     async def stop(self) -> None:
         """Finishes what runs, within drain_timeout_ms, and closes everything."""
-        self.readiness.stopping.set()
-        drain_ms = self._settings.drain_timeout_ms
+        self.leaving.begin()
         if self._site is not None:
             await self._site.stop()
             self._site = None
-            rpc_stop = asyncio.create_task(self._rpc.stop(drain_ms))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(drain_ms / 1_000):
-                    await self.dispatcher.idle()
-            await rpc_stop
+            await self._drain()
         await self._runner.cleanup()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.close()
         self._intake.close()
+
+    async def _drain(self) -> None:
+        drain_ms = self._settings.drain_timeout_ms
+        rpc_stop = asyncio.create_task(self._rpc.stop(drain_ms))  # tells its clients to go away
+        if self._runner.server is not None:
+            await asyncio.sleep(0)  # what has just come in is begun before idle connections close
+            self._runner.server.pre_shutdown()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_ms / 1_000):
+                await self.leaving.idle()
+        await rpc_stop

@@ -84,8 +84,12 @@ class RouterSettings(BaseModel):
     local_prefill_tokens_max: int = Field(default=64, ge=0)
     """Uncached suffixes up to this length are prefilled by the decode worker itself."""
 
+    shutdown_linger_ms: int = Field(default=0, ge=0)
+    """After SIGTERM, new requests are served for this long although /readyz says 503: clients and
+    proxies learn only after a while that they should go elsewhere."""
+
     drain_timeout_ms: int = Field(default=30_000, ge=0)
-    """At shutdown, streams may finish for this long."""
+    """Then, streams may finish for this long."""
 
     @field_validator("workers", "peers", "kv_nodes")
     @classmethod

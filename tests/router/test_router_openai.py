@@ -332,7 +332,7 @@ async def test_a_client_that_disconnects_frees_the_worker(tmp_path: Path, is_str
                 r.close()
         async with asyncio.timeout(5):
             await worker.cancelled.wait()
-            await router.server.dispatcher.idle()
+            await router.server.leaving.idle()
         assert router.server.fleet.ledger.in_flight("w0") == 0
 
 

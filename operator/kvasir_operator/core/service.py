@@ -44,6 +44,7 @@ from kvasir_operator.core.views import pod_views, workload_view
 from kvasir_operator.core.world import REQUEUE_UNSETTLED_MS, Plan, World, without_conflicts
 
 PARTS = {"prefill": "PrefillPool", "decode": "DecodePool", "kv": "KVCachePool"}
+LINGER_S = 15  # a leaving router serves on while kube-proxies learn of it; also on a busy node
 DRAIN_TIMEOUT_S = 60  # the router's streams may take this long to end when its pod leaves
 NOT_OF_TEMPLATE = ("replicas", "minReplicas", "maxReplicas", "rollout", "networkPolicy")
 STATUS_FIELDS = {"prefill": "prefill", "decode": "decode", "kv": "kvCache"}
@@ -262,6 +263,7 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
             *("--grpc-port", str(spec.router.grpc_port)),
             *("--ttft-slo-ms", str(spec.slo.ttft_ms)),
             *("--tpot-slo-ms", str(spec.slo.tpot_ms)),
+            *("--shutdown-linger-ms", str(1000 * LINGER_S)),
             *("--drain-timeout-ms", str(1000 * DRAIN_TIMEOUT_S)),
             *(arg for worker in workers for arg in ("--worker", worker)),
             *(arg for node in _kv_nodes(owner, spec) for arg in ("--kv-node", node)),
@@ -273,7 +275,7 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         default_image=world.default_image,
         service_account=owner.name,
         model=spec.model,
-        grace_s=DRAIN_TIMEOUT_S + GRACE_MARGIN_S,
+        grace_s=LINGER_S + DRAIN_TIMEOUT_S + GRACE_MARGIN_S,
     )
     return [
         make.disruption_budget(owner, name, labels),

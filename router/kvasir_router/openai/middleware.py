@@ -10,6 +10,7 @@ from aiohttp.typedefs import Middleware
 from kvasir_proto.errors import KvasirError, Reason
 
 from kvasir_router.intake import Caller
+from kvasir_router.leaving import Leaving
 from kvasir_router.membership.fleet import now_ms
 from kvasir_router.metrics import RouterMetrics
 from kvasir_router.openai.errors import error_response, refusal_of_server
@@ -23,7 +24,7 @@ API_PREFIX = "/v1/"
 CLIENT_GONE = 499
 
 
-def api_middleware(tenants: Tenants, metrics: RouterMetrics) -> Middleware:
+def api_middleware(tenants: Tenants, metrics: RouterMetrics, leaving: Leaving) -> Middleware:
     """The middleware of the router's application."""
 
     @web.middleware
@@ -31,7 +32,10 @@ def api_middleware(tenants: Tenants, metrics: RouterMetrics) -> Middleware:
         is_api = request.path.startswith(API_PREFIX)
         caller = Caller(secrets.token_hex(16), DEFAULT_TENANT, now_ms())
         try:
-            response, reason = await _guarded(request, handler, caller, tenants if is_api else None)
+            with leaving.request():
+                response, reason = await _guarded(
+                    request, handler, caller, tenants if is_api else None
+                )
         except BaseException:  # cancelled: the client has gone
             metrics.answered("http", status=CLIENT_GONE, reason=Reason.CANCELLED)
             raise

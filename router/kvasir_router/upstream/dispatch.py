@@ -71,8 +71,6 @@ class Dispatcher:
         self.moves = Moves(fleet, metrics)
         self.telemetry = Telemetry(tpot_slo_ms=settings.tpot_slo_ms)
         self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     async def run(self, call: Call, sink: Sink, progress: Progress) -> worker_pb2.GenerateChunk:
         """Serves a call. The result holds finish reason, usage and stats.
@@ -95,10 +93,6 @@ class Dispatcher:
         self._metrics.served(call, progress)
         self.telemetry.served(call, progress, done)
         return done
-
-    async def idle(self) -> None:
-        """Returns when no request is in flight."""
-        await self._idle.wait()
 
     def describe(self, call: Call) -> Request:
         """What the core wants to know of a call."""
@@ -124,14 +118,11 @@ class Dispatcher:
             raise KvasirError(Reason.OVERLOADED, message, retry_after_ms=1_000)
         self._in_flight += 1
         self._metrics.in_flight.set(self._in_flight)
-        self._idle.clear()
         try:
             yield
         finally:
             self._in_flight -= 1
             self._metrics.in_flight.set(self._in_flight)
-            if not self._in_flight:
-                self._idle.set()
 
     async def _attempt_all(
         self, call: Call, request: Request, sink: Sink, progress: Progress
