@@ -92,6 +92,7 @@ def merge(views: Sequence[inference_pb2.FleetView]) -> Facts:
 
 def _facts(members: Sequence[inference_pb2.FleetMember], num_routers: int) -> WorkerFacts:
     problems = [problem for member in members if (problem := _problem(member))]
+    failures = [failure for member in members if (failure := _transfer_failure(member))]
     if len(members) < num_routers:
         problems.append(f"{num_routers - len(members)} of {num_routers} routers do not know it")
     load = members[-1].description.load
@@ -101,15 +102,29 @@ def _facts(members: Sequence[inference_pb2.FleetMember], num_routers: int) -> Wo
         num_requests=max(in_flight, load.num_running + load.num_waiting),
         num_blocks_held=max(member.blocks_known for member in members),
         problem=problems[0] if problems else "",
+        transfer_failure=failures[0] if failures else "",
     )
 
 
 def _problem(member: inference_pb2.FleetMember) -> str:
     if not member.reachable:
         return member.problem or "no router reaches it"
+    if failure := _transfer_failure(member):
+        return failure
+    if member.canary == inference_pb2.CANARY_STATE_PENDING:
+        return member.problem or member.canary_error
+    return str(member.problem)
+
+
+def _transfer_failure(member: inference_pb2.FleetMember) -> str:
+    """Why KV does not cross between the worker and others; empty: it does, or nobody knows."""
+    if not member.reachable:
+        return ""
     if not member.description.kv_transfer_healthy:
         return f"KV transfers fail: {member.description.kv_transfer_error}"
-    return str(member.problem)
+    if member.canary == inference_pb2.CANARY_STATE_FAILED:
+        return f"KV transfers fail: {member.canary_error}"
+    return ""
 
 
 async def _ask(address: str) -> inference_pb2.FleetView | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from kvasir_router.leaving import Leaving
+from kvasir_router.membership.canary import CanaryRun
 from kvasir_router.membership.fleet import Fleet
 from kvasir_router.metrics import CONTENT_TYPE, RouterMetrics
 from kvasir_router.openai.handlers import OpenAiApi
@@ -20,10 +21,15 @@ class Readiness:
 
     fleet: Fleet
     leaving: Leaving
+    canaries: CanaryRun
 
     def problems(self) -> list[str]:
         """What keeps the router from serving; empty: it can."""
         return ["the router is stopping"] if self.leaving.has_begun else self.fleet.problems()
+
+    def degraded(self) -> list[str]:
+        """What is wrong with single workers and KV nodes."""
+        return [*self.fleet.degraded(), *self.canaries.degraded()]
 
 
 class Probes:
@@ -50,13 +56,14 @@ class Probes:
         body = {
             "ready": not problems,
             "problems": problems,
-            "degraded": self._readiness.fleet.degraded(),
+            "degraded": self._readiness.degraded(),
         }
         return web.json_response(body, status=503 if problems else 200)
 
     async def metrics(self, request: web.Request) -> web.Response:
         """Prometheus' text format."""
         fleet = self._readiness.fleet
+        self._metrics.canaries(self._readiness.canaries.standings().values())
         text = self._metrics.text(
             fleet.view(), num_members=len(fleet.members()), num_peers=self._peers.num_connected
         )

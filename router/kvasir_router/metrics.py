@@ -1,10 +1,12 @@
 """What the router tells Prometheus. Labels are enums, worker names are not among them."""
 
-from collections.abc import Sequence
+from collections import Counter as Counts
+from collections.abc import Iterable, Sequence
 
 from kvasir_proto.errors import KvasirError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from kvasir_router.core.canary import Standing
 from kvasir_router.core.choose import Rejected, Route
 from kvasir_router.core.fleet import FleetView
 from kvasir_router.upstream.call import Call, Progress
@@ -45,6 +47,11 @@ class RouterMetrics:
         self.workers = self._gauge(
             "workers", "Workers, by what they are to this router: prefill, decode, excluded", "use"
         )
+        self.kv_canaries = self._gauge(
+            "kv_canaries",
+            "Workers, by whether KV crosses between them and those of the other role",
+            "standing",
+        )
         self.ttft = self._histogram(
             "ttft_seconds", "From a request's arrival to its first token", SECONDS
         )
@@ -74,6 +81,12 @@ class RouterMetrics:
         self.workers.labels("decode").set(sum(w.can_decode for w in workers))
         self.workers.labels("excluded").set(num_members - len(workers))
         return generate_latest(self.registry)
+
+    def canaries(self, standings: Iterable[tuple[Standing, str]]) -> None:
+        """What is known of the workers' transfers now."""
+        found = Counts(standing for standing, _ in standings)
+        for standing in Standing:
+            self.kv_canaries.labels(standing.value).set(found[standing])
 
     def answered(self, protocol: str, *, status: int, reason: str) -> None:
         """A request has its answer; `reason` is "ok" or a Reason."""

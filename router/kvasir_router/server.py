@@ -14,6 +14,7 @@ from aiohttp import web
 from kvasir_router.app import Probes, Readiness, make_app
 from kvasir_router.intake import Intake, TextModel
 from kvasir_router.leaving import Leaving
+from kvasir_router.membership.canary import CanaryRun
 from kvasir_router.membership.fleet import Fleet
 from kvasir_router.metrics import RouterMetrics
 from kvasir_router.openai.handlers import OpenAiApi
@@ -50,7 +51,8 @@ class RouterServer:
         )
         self.metrics = RouterMetrics()
         self.leaving = Leaving()
-        self.readiness = Readiness(self.fleet, self.leaving)
+        self.canaries = CanaryRun(self.fleet)
+        self.readiness = Readiness(self.fleet, self.leaving, self.canaries)
         tenants = Tenants.load(settings.api_key_file)
         self._client = WorkerClient(
             connections_max=2 * settings.requests_in_flight_max,
@@ -70,6 +72,7 @@ class RouterServer:
             intake=self._intake,
             dispatcher=self.dispatcher,
             fleet=self.fleet,
+            canaries=self.canaries,
             tenants=tenants,
             metrics=self.metrics,
         )
@@ -92,6 +95,7 @@ class RouterServer:
         """
         self._tasks = [
             asyncio.create_task(self.fleet.run(), name="fleet"),
+            asyncio.create_task(self.canaries.run(), name="canaries"),
             asyncio.create_task(self.peers.run(), name="peers"),
             asyncio.create_task(self.dispatcher.moves.run(), name="moves"),
             asyncio.create_task(self._keep_health(), name="health"),

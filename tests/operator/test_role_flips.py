@@ -127,9 +127,15 @@ def test_lent_workers_are_shown() -> None:
 
 
 def make_member(
-    name: str, *, reachable: bool = True, healthy: bool = True, in_flight: int = 0
+    name: str,
+    *,
+    reachable: bool = True,
+    healthy: bool = True,
+    in_flight: int = 0,
+    **canary: Any,
 ) -> inference_pb2.FleetMember:
     return inference_pb2.FleetMember(
+        **canary,
         description=worker_pb2.WorkerDescription(
             address=common_pb2.PeerAddress(name=name),
             role=common_pb2.ROLE_DECODE,
@@ -155,6 +161,46 @@ def test_a_worker_is_routable_if_every_router_says_so() -> None:
     assert "KV transfers fail" in known["c"].problem
     gone = inference_pb2.FleetView(members=[make_member("a", reachable=False)])
     assert merge([gone])["a"].problem == "no router reaches it"
+
+
+def test_a_worker_is_ready_when_a_canary_has_crossed() -> None:
+    crossed, pending, failed = (
+        inference_pb2.CANARY_STATE_CROSSED,
+        inference_pb2.CANARY_STATE_PENDING,
+        inference_pb2.CANARY_STATE_FAILED,
+    )
+    one = inference_pb2.FleetView(
+        members=[
+            make_member("a", canary=crossed),
+            make_member("b", canary=pending, canary_error="no KV block has crossed yet"),
+            make_member("c", canary=crossed),
+        ]
+    )
+    two = inference_pb2.FleetView(
+        members=[
+            make_member("a", canary=crossed),
+            make_member("b", canary=crossed),
+            make_member("c", canary=failed, canary_error="no canary from p: unreachable"),
+        ]
+    )
+    known = merge([one, two])
+    assert (known["a"].problem, known["a"].transfer_failure) == ("", "")
+    assert (known["b"].problem, known["b"].transfer_failure) == ("no KV block has crossed yet", "")
+    assert known["c"].problem == known["c"].transfer_failure
+    assert known["c"].problem == "KV transfers fail: no canary from p: unreachable"
+
+
+def test_a_pool_whose_canaries_do_not_cross_says_so() -> None:
+    why = "KV transfers fail: no canary from p: unreachable"
+    broken = WorkerFacts("decode", 0, 0, why, why)
+    status = settled_pool({"w-0": facts(), "w-1": broken}, minReplicas=2)
+    available, degraded = condition_of(status, "Available"), condition_of(status, "Degraded")
+    assert (available["status"], available["reason"]) == ("False", "TransferFailed")
+    assert (degraded["status"], degraded["reason"]) == ("True", "TransferFailed")
+    assert degraded["message"] == f"w-1: {why}"
+    assert condition_of(settled_pool({"w-0": facts(), "w-1": facts()}), "Degraded")["status"] == (
+        "False"
+    )
 
 
 class FakeRouter(inference_pb2_grpc.InferenceServicer):

@@ -56,6 +56,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     draining: bool = False
     transfer_healthy: bool = True
     blocks_unannounced: bool = False
+    crossed: bool = False
+    canaries: dict[str, str] | None = None  # error by lender; None: of a release without canaries
+    checked: list[tuple[str, ...]] = field(default_factory=list)
     requests: list[worker_pb2.GenerateRequest] = field(default_factory=list)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     resume: asyncio.Event = field(default_factory=asyncio.Event)
@@ -106,6 +109,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             draining=self.draining,
             kv_transfer_healthy=self.transfer_healthy,
             blocks_unannounced=self.blocks_unannounced,
+            kv_crossed=self.crossed,
             kv_transfer_error="" if self.transfer_healthy else "canary failed",
             load=worker_pb2.WorkerLoad(**load),
         )
@@ -137,6 +141,21 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 yield event
         finally:
             self.watchers.remove(queue)
+
+    async def CheckTransfer(self, request, context):
+        """Canaries cross from all but those that `canaries` names."""
+        if self.canaries is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no canaries here")
+        check, found = worker_pb2.TransferCheck, []
+        self.checked.append(tuple(peer.name for peer in request.peers))
+        for peer in request.peers:
+            error = self.canaries.get(peer.name, "")
+            found.append(check(outcome=check.OUTCOME_FAILED, error=error))
+            if not error:
+                found[-1] = check(outcome=check.OUTCOME_CROSSED)
+                self.crossed = True
+                break
+        return worker_pb2.CheckTransferResponse(checks=found)
 
     async def HandBack(self, request, context):
         """Requests that wait before their first token end as busy."""

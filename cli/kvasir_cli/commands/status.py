@@ -92,9 +92,24 @@ def _print_table(fleet: FleetState | None, view: inference_pb2.FleetView, nodes:
         table.add_row(*_kv_node_cells(node), *_process(_by_address(parts, node.address)))
     Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL).print(table)
     for member in view.members:
-        for problem in (member.problem, member.description.kv_transfer_error):
+        for problem in _problems(member):
             if problem:
                 click.echo(f"{member.description.address.name}: {problem}")
+
+
+def _problems(member: inference_pb2.FleetMember) -> list[str]:
+    known = (member.problem, member.description.kv_transfer_error, member.canary_error)
+    return list(dict.fromkeys(problem for problem in known if problem))
+
+
+def _kv_cell(member: inference_pb2.FleetMember) -> str:
+    """Whether KV crosses: what the worker says of itself, and what the canaries found."""
+    failed = member.canary == inference_pb2.CANARY_STATE_FAILED
+    if failed or not member.description.kv_transfer_healthy:
+        return f"[{BAD}]failing[/]"
+    if member.canary == inference_pb2.CANARY_STATE_PENDING:
+        return "[yellow]unproven[/]"
+    return f"[{GOOD}]ok[/]"
 
 
 def _worker_cells(member: inference_pb2.FleetMember) -> list[str]:
@@ -110,7 +125,7 @@ def _worker_cells(member: inference_pb2.FleetMember) -> list[str]:
         return [*cells, *[""] * 5]
     return [
         *cells,
-        f"[{GOOD}]ok[/]" if worker.kv_transfer_healthy else f"[{BAD}]failing[/]",
+        _kv_cell(member),
         str(load.num_running),
         str(load.num_waiting),
         f"{load.blocks_total - load.blocks_free}/{load.blocks_total}",

@@ -16,6 +16,7 @@ from kvasir_proto.errors import KvasirError
 from kvasir_proto.v1 import common_pb2
 
 from kvasir_engine.core.types import EngineRequest, Sampling
+from kvasir_engine.worker.crossing import reserved_block
 from kvasir_engine.worker.host import Host, Serving
 from kvasir_engine.worker.transfer import Pulled
 
@@ -96,15 +97,7 @@ async def _pull(
     serving: Serving, source: common_pb2.PeerAddress, name: bytes
 ) -> tuple[Pulled, bytes]:
     """Pulls one block into one that is reserved for it; the result, and what is in it then."""
-    target = EngineRequest(
-        request_id=f"canary-{secrets.token_hex(8)}",
-        prompt=(0,),
-        sampling=Sampling(max_tokens=1),
-        tenant_salt=_SALT,
-    )
-    reservation = await serving.engine.reserve(target)
-    try:
-        block = reservation.blocks[0]
+    async with reserved_block(serving) as block:
         pull = serving.puller.named(
             source, names=[name], blocks=[block], timeout_ms=PULL_TIMEOUT_MS
         )
@@ -113,5 +106,3 @@ async def _pull(
         finally:
             await pull.stop()
         return pulled, serving.pool.data[block].tobytes()
-    finally:
-        await serving.engine.release(target.request_id)

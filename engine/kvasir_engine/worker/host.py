@@ -154,6 +154,7 @@ class Host:
             kv_transfer_error=self.health.error,
             version=_VERSION,
             blocks_unannounced=not self.settings.block_events,
+            kv_crossed=self.health.has_crossed,
         )
         if self.serving is not None:
             _add_model(description, self.serving)
@@ -173,6 +174,7 @@ class Host:
             blocks_free=load.blocks_free if load else 0,
             ready=not self.problems(),
             kv_transfer_healthy=self.health.healthy,
+            kv_crossed=self.health.has_crossed,
         )
 
 

@@ -24,6 +24,7 @@ from kvasir_proto.v1 import worker_pb2, worker_pb2_grpc
 
 from kvasir_engine.worker import canary, loading
 from kvasir_engine.worker.compute import Compute
+from kvasir_engine.worker.crossing import Crossing
 from kvasir_engine.worker.drain import Drain
 from kvasir_engine.worker.generate import Generator
 from kvasir_engine.worker.handoff import Handoff
@@ -90,6 +91,7 @@ class Parts:
         self.generator = Generator(self.host, compute, Handoff(self.host), self.offers)
         self.prefiller = Prefiller(self.host, compute, self.offers)
         self.drain = Drain(self.host, self.offers)
+        self.crossing = Crossing(self.host)
         self.grpc_health = health.aio.HealthServicer()
         self.tasks: set[asyncio.Task[None]] = set()
         self.loaded: asyncio.Task[None]
@@ -153,7 +155,7 @@ async def _start_grpc(parts: Parts, stack: AsyncExitStack) -> None:
     server = grpc.aio.server(
         options=_GRPC_OPTIONS, maximum_concurrent_rpcs=host.settings.max_requests + CONTROL_RPCS_MAX
     )
-    service = WorkerService(host, parts.generator, parts.prefiller, parts.drain)
+    service = WorkerService(host, parts.generator, parts.prefiller, parts.drain, parts.crossing)
     worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(parts.grpc_health, server)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -24,6 +24,7 @@ class Gauges:
     blocks_free: int = 0
     ready: bool = False
     kv_transfer_healthy: bool = True
+    kv_crossed: bool = False
 
 
 _GAUGE_TEXT = {
@@ -35,6 +36,7 @@ _GAUGE_TEXT = {
     "blocks_free": "KV blocks free or evictable",
     "ready": "1: the worker can serve",
     "kv_transfer_healthy": "1: KV hand-offs work",
+    "kv_crossed": "1: in this life KV has been pulled from a peer, or by one",
 }
 
 
@@ -74,7 +76,9 @@ class WorkerMetrics:
         )
         self.output_tokens = self._counter("output_tokens", "Tokens generated")
         self.kv_bytes = self._counter(
-            "kv_bytes", "KV bytes received over the data plane, by use: handoff or fetch", "use"
+            "kv_bytes",
+            "KV bytes received over the data plane, by use: handoff, fetch, canary",
+            "use",
         )
         self.transfers = self._counter(
             "kv_transfers", "KV transfers ended, by use and error (ok: none)", "use", "error"

@@ -84,6 +84,8 @@ class Prefiller:
                     # 4. Held, until the decode worker has it or its time is over.
                     scope.outcome = await self._hold(message.session_id, scope)
             finally:
+                if self._host.served().pool.session_pulled(message.session_id):
+                    self._host.health.has_crossed = True
                 await engine.finish_handoff(request.request_id)
         await self._offers.add(message.token_ids, tenant_salt=message.tenant_salt)
 

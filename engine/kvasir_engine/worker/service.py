@@ -13,6 +13,7 @@ from kvasir_proto import rpc_errors
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import worker_pb2, worker_pb2_grpc
 
+from kvasir_engine.worker.crossing import CHECK_PEERS_MAX, Crossing
 from kvasir_engine.worker.drain import Drain
 from kvasir_engine.worker.generate import Delta, Generator
 from kvasir_engine.worker.host import PROTO_ROLE, Host
@@ -29,9 +30,15 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     """kvasir.v1.Worker."""
 
     def __init__(
-        self, host: Host, generator: Generator, prefiller: Prefiller, drain: Drain
+        self,
+        host: Host,
+        generator: Generator,
+        prefiller: Prefiller,
+        drain: Drain,
+        crossing: Crossing,
     ) -> None:
         self._host = host
+        self._crossing = crossing
         self._generator = generator
         self._prefiller = prefiller
         self._drain = drain
@@ -78,6 +85,26 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 raise KvasirError(Reason.INVALID_REQUEST, message, param="request_ids")
         num_handed_back = self._host.admission.hand_back(request.request_ids)
         return worker_pb2.HandBackResponse(num_handed_back=num_handed_back)
+
+    async def LendCanary(  # type: ignore[override]
+        self, request: worker_pb2.LendCanaryRequest, context: Context
+    ) -> None:
+        """A block that can be pulled under this session; ends when it was."""
+        lending = self._crossing.lend(request.session_id)
+        async with _statuses(context), aclosing(lending) as updates:
+            async for update in updates:
+                await context.write(update)
+
+    async def CheckTransfer(
+        self, request: worker_pb2.CheckTransferRequest, context: Context
+    ) -> worker_pb2.CheckTransferResponse:
+        """Whether KV of one of these peers arrives here."""
+        async with _statuses(context):
+            if not 0 < len(request.peers) <= CHECK_PEERS_MAX:
+                message = f"peers must hold 1 to {CHECK_PEERS_MAX}"
+                raise KvasirError(Reason.INVALID_REQUEST, message, param="peers")
+            checks = await self._crossing.check(request.peers)
+        return worker_pb2.CheckTransferResponse(checks=checks)
 
     async def HasBlocks(
         self, request: worker_pb2.HasBlocksRequest, context: Context

@@ -118,6 +118,8 @@ class TransferHealth:
         self.failures_max = failures_max
         self.num_consecutive = 0
         self.error = ""
+        self.has_crossed = False
+        """In this life KV has been pulled from a peer, or by one."""
 
     @property
     def healthy(self) -> bool:
@@ -129,6 +131,11 @@ class TransferHealth:
         self.num_consecutive = 0
         self.error = ""
 
+    def crossed(self) -> None:
+        """KV of a peer arrived."""
+        self.succeeded()
+        self.has_crossed = True
+
     def failed(self, error: str) -> None:
         """A transfer did not work."""
         self.num_consecutive += 1
@@ -138,6 +145,13 @@ class TransferHealth:
         """The data plane is known not to work: no need to wait for more failures."""
         self.num_consecutive = max(self.num_consecutive, self.failures_max)
         self.error = error
+
+    def not_crossed(self, error: str) -> None:
+        """No canary came from any peer: believed at once unless KV has crossed before."""
+        if self.has_crossed:
+            self.failed(error)
+        else:
+            self.broke(error)
 
     def on_probation(self) -> None:
         """Nothing is known any more: try transfers again, and believe the next failure at once."""

@@ -147,7 +147,7 @@ class Puller:
         self._metrics.kv_bytes.labels("handoff").inc(pulled.bytes_moved)
         self._metrics.transfers.labels("handoff", pulled.error or "ok").inc()
         if not pulled.error:
-            self._health.succeeded()
+            self._health.crossed()
             self.failed_peer = None
         if pulled.error in _NOT_OF_THE_PATH:
             return

@@ -40,6 +40,7 @@ class Reason(enum.StrEnum):
     ROLLING_OUT = "RollingOut"
     STARTING = "Starting"
     NOT_ROUTABLE = "NotRoutable"  # pods are ready, but routers do not send them requests yet
+    TRANSFER_FAILED = "TransferFailed"  # KV does not cross between workers of the two roles
     DRAINING = "Draining"
     NOT_DRAINING = "NotDraining"
     SEVERAL_OWNERS = "SeveralOwners"

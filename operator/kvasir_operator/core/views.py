@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from kvasir_operator.core.conditions import Problem
+from kvasir_operator.core.conditions import Problem, Reason
 from kvasir_operator.core.manifests import DRAIN_ANNOTATION, REVISION_LABEL, Manifest
 from kvasir_operator.core.problems import pod_problem
 
@@ -39,7 +39,8 @@ class WorkerFacts:
     role: str
     num_requests: int
     num_blocks_held: int
-    problem: str  # why it gets no requests; empty: it is routable
+    problem: str  # why it is not ready for requests; empty: it is
+    transfer_failure: str = ""  # why KV does not cross between it and others
 
 
 UNKNOWN_TO_ROUTERS = WorkerFacts("", 0, 0, "no router has seen it yet")
@@ -100,7 +101,7 @@ def pod_views(pods: Iterable[Manifest], warnings: Mapping[str, str]) -> tuple[Po
 def worker_views(
     pods: Iterable[Manifest], warnings: Mapping[str, str], facts: Mapping[str, WorkerFacts] | None
 ) -> tuple[PodView, ...]:
-    """Workers as views: ready means that the routers send them requests, if a router tells."""
+    """Workers as views; if a router tells, ready means: it sends requests, and KV crosses."""
     views = [view for view in pod_views(pods, warnings) if view.revision]
     if facts is None:
         return tuple(views)
@@ -108,8 +109,12 @@ def worker_views(
 
 
 def _with_facts(view: PodView, facts: WorkerFacts) -> PodView:
+    problem = view.problem
+    if problem is None and facts.transfer_failure:
+        problem = Problem(Reason.TRANSFER_FAILED, f"{view.name}: {facts.transfer_failure}")
     return replace(
         view,
+        problem=problem,
         is_ready=view.is_ready and not facts.problem,
         num_requests=facts.num_requests,
         num_blocks_held=facts.num_blocks_held,

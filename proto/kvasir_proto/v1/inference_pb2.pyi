@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from kvasir_proto.v1 import common_pb2 as _common_pb2
 from kvasir_proto.v1 import worker_pb2 as _worker_pb2
 import builtins as _builtins
@@ -19,6 +20,32 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _CanaryState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CanaryStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CanaryState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CANARY_STATE_UNSPECIFIED: _CanaryState.ValueType  # 0
+    CANARY_STATE_NOT_NEEDED: _CanaryState.ValueType  # 1
+    """it serves both roles, or nobody serves the other one"""
+    CANARY_STATE_PENDING: _CanaryState.ValueType  # 2
+    """nothing has crossed yet"""
+    CANARY_STATE_CROSSED: _CanaryState.ValueType  # 3
+    CANARY_STATE_FAILED: _CanaryState.ValueType  # 4
+
+class CanaryState(_CanaryState, metaclass=_CanaryStateEnumTypeWrapper):
+    """Whether KV is known to cross between a worker and those of the other role."""
+
+CANARY_STATE_UNSPECIFIED: CanaryState.ValueType  # 0
+CANARY_STATE_NOT_NEEDED: CanaryState.ValueType  # 1
+"""it serves both roles, or nobody serves the other one"""
+CANARY_STATE_PENDING: CanaryState.ValueType  # 2
+"""nothing has crossed yet"""
+CANARY_STATE_CROSSED: CanaryState.ValueType  # 3
+CANARY_STATE_FAILED: CanaryState.ValueType  # 4
+Global___CanaryState: _TypeAlias = CanaryState  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
@@ -251,6 +278,8 @@ class FleetMember(_message.Message):
     PROBLEM_FIELD_NUMBER: _builtins.int
     TTFT_FACTOR_FIELD_NUMBER: _builtins.int
     TTFT_ERROR_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
+    CANARY_ERROR_FIELD_NUMBER: _builtins.int
     reachable: _builtins.bool
     blocks_known: _builtins.int
     requests_in_flight: _builtins.int
@@ -260,6 +289,9 @@ class FleetMember(_message.Message):
     """what experience multiplies estimates of its TTFT with"""
     ttft_error: _builtins.float
     """typical size of ln(actual / predicted TTFT) of late"""
+    canary: Global___CanaryState.ValueType
+    canary_error: _builtins.str
+    """why no canary crosses"""
     @_builtins.property
     def description(self) -> _worker_pb2.WorkerDescription: ...
     def __init__(
@@ -272,10 +304,12 @@ class FleetMember(_message.Message):
         problem: _builtins.str = ...,
         ttft_factor: _builtins.float = ...,
         ttft_error: _builtins.float = ...,
+        canary: Global___CanaryState.ValueType = ...,
+        canary_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_known", b"blocks_known", "description", b"description", "problem", b"problem", "reachable", b"reachable", "requests_in_flight", b"requests_in_flight", "ttft_error", b"ttft_error", "ttft_factor", b"ttft_factor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_known", b"blocks_known", "canary", b"canary", "canary_error", b"canary_error", "description", b"description", "problem", b"problem", "reachable", b"reachable", "requests_in_flight", b"requests_in_flight", "ttft_error", b"ttft_error", "ttft_factor", b"ttft_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -82,6 +82,7 @@ class WorkerDescription(_message.Message):
     NUM_THREADS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     BLOCKS_UNANNOUNCED_FIELD_NUMBER: _builtins.int
+    KV_CROSSED_FIELD_NUMBER: _builtins.int
     role: _common_pb2.Role.ValueType
     model: _builtins.str
     """the name that clients use"""
@@ -98,6 +99,8 @@ class WorkerDescription(_message.Message):
     version: _builtins.str
     blocks_unannounced: _builtins.bool
     """true: it sends no block events; routers go by what they sent it"""
+    kv_crossed: _builtins.bool
+    """in this life it has pulled KV from a peer, or a peer from it"""
     @_builtins.property
     def address(self) -> _common_pb2.PeerAddress: ...
     @_builtins.property
@@ -121,10 +124,11 @@ class WorkerDescription(_message.Message):
         num_threads: _builtins.int = ...,
         version: _builtins.str = ...,
         blocks_unannounced: _builtins.bool = ...,
+        kv_crossed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "layout", b"layout", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_unannounced", b"blocks_unannounced", "context_length", b"context_length", "draining", b"draining", "fingerprint", b"fingerprint", "isa", b"isa", "kv_transfer_error", b"kv_transfer_error", "kv_transfer_healthy", b"kv_transfer_healthy", "layout", b"layout", "load", b"load", "model", b"model", "num_threads", b"num_threads", "role", b"role", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_unannounced", b"blocks_unannounced", "context_length", b"context_length", "draining", b"draining", "fingerprint", b"fingerprint", "isa", b"isa", "kv_crossed", b"kv_crossed", "kv_transfer_error", b"kv_transfer_error", "kv_transfer_healthy", b"kv_transfer_healthy", "layout", b"layout", "load", b"load", "model", b"model", "num_threads", b"num_threads", "role", b"role", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -520,6 +524,133 @@ class HandBackResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HandBackResponse: _TypeAlias = HandBackResponse  # noqa: Y015
+
+@_typing.final
+class LendCanaryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LendCanaryRequest: _TypeAlias = LendCanaryRequest  # noqa: Y015
+
+@_typing.final
+class LendCanaryUpdate(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATTERN_FIELD_NUMBER: _builtins.int
+    pattern: _builtins.bytes
+    """random bytes: the block repeats them"""
+    def __init__(
+        self,
+        *,
+        pattern: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pattern", b"pattern"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LendCanaryUpdate: _TypeAlias = LendCanaryUpdate  # noqa: Y015
+
+@_typing.final
+class CheckTransferRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.PeerAddress]: ...
+    def __init__(
+        self,
+        *,
+        peers: _abc.Iterable[_common_pb2.PeerAddress] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers", b"peers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckTransferRequest: _TypeAlias = CheckTransferRequest  # noqa: Y015
+
+@_typing.final
+class CheckTransferResponse(_message.Message):
+    """What came of the peers that were tried, in the order of the request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferCheck]: ...
+    def __init__(
+        self,
+        *,
+        checks: _abc.Iterable[Global___TransferCheck] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checks", b"checks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckTransferResponse: _TypeAlias = CheckTransferResponse  # noqa: Y015
+
+@_typing.final
+class TransferCheck(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Outcome:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[TransferCheck._Outcome.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        OUTCOME_UNSPECIFIED: TransferCheck._Outcome.ValueType  # 0
+        OUTCOME_CROSSED: TransferCheck._Outcome.ValueType  # 1
+        OUTCOME_FAILED: TransferCheck._Outcome.ValueType  # 2
+        OUTCOME_BUSY: TransferCheck._Outcome.ValueType  # 3
+        """nothing was learned: the peer has no memory now, or is going away"""
+        OUTCOME_UNSUPPORTED: TransferCheck._Outcome.ValueType  # 4
+        """the peer's release knows no canaries"""
+
+    class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper): ...
+    OUTCOME_UNSPECIFIED: TransferCheck.Outcome.ValueType  # 0
+    OUTCOME_CROSSED: TransferCheck.Outcome.ValueType  # 1
+    OUTCOME_FAILED: TransferCheck.Outcome.ValueType  # 2
+    OUTCOME_BUSY: TransferCheck.Outcome.ValueType  # 3
+    """nothing was learned: the peer has no memory now, or is going away"""
+    OUTCOME_UNSUPPORTED: TransferCheck.Outcome.ValueType  # 4
+    """the peer's release knows no canaries"""
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    outcome: Global___TransferCheck.Outcome.ValueType
+    error: _builtins.str
+    """empty: it crossed"""
+    def __init__(
+        self,
+        *,
+        outcome: Global___TransferCheck.Outcome.ValueType = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferCheck: _TypeAlias = TransferCheck  # noqa: Y015
 
 @_typing.final
 class HasBlocksRequest(_message.Message):

@@ -54,6 +54,16 @@ class WorkerStub:
                 request_serializer=kvasir__proto_dot_v1_dot_worker__pb2.HandBackRequest.SerializeToString,
                 response_deserializer=kvasir__proto_dot_v1_dot_worker__pb2.HandBackResponse.FromString,
                 _registered_method=True)
+        self.LendCanary = channel.unary_stream(
+                '/kvasir.v1.Worker/LendCanary',
+                request_serializer=kvasir__proto_dot_v1_dot_worker__pb2.LendCanaryRequest.SerializeToString,
+                response_deserializer=kvasir__proto_dot_v1_dot_worker__pb2.LendCanaryUpdate.FromString,
+                _registered_method=True)
+        self.CheckTransfer = channel.unary_unary(
+                '/kvasir.v1.Worker/CheckTransfer',
+                request_serializer=kvasir__proto_dot_v1_dot_worker__pb2.CheckTransferRequest.SerializeToString,
+                response_deserializer=kvasir__proto_dot_v1_dot_worker__pb2.CheckTransferResponse.FromString,
+                _registered_method=True)
         self.HasBlocks = channel.unary_unary(
                 '/kvasir.v1.Worker/HasBlocks',
                 request_serializer=kvasir__proto_dot_v1_dot_worker__pb2.HasBlocksRequest.SerializeToString,
@@ -110,6 +120,22 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LendCanary(self, request, context):
+        """Lends a block with a random pattern, a canary, under a session of the data plane: one update when it
+        can be pulled, and the end when it was pulled, or given up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckTransfer(self, request, context):
+        """Pulls a canary from these peers, one after the other until one arrives, as a hand-off's KV is
+        pulled. What fails counts against this worker's transfers only if none arrives.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def HasBlocks(self, request, context):
         """Which of these blocks this worker holds whole.
         """
@@ -159,6 +185,16 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.HandBack,
                     request_deserializer=kvasir__proto_dot_v1_dot_worker__pb2.HandBackRequest.FromString,
                     response_serializer=kvasir__proto_dot_v1_dot_worker__pb2.HandBackResponse.SerializeToString,
+            ),
+            'LendCanary': grpc.unary_stream_rpc_method_handler(
+                    servicer.LendCanary,
+                    request_deserializer=kvasir__proto_dot_v1_dot_worker__pb2.LendCanaryRequest.FromString,
+                    response_serializer=kvasir__proto_dot_v1_dot_worker__pb2.LendCanaryUpdate.SerializeToString,
+            ),
+            'CheckTransfer': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckTransfer,
+                    request_deserializer=kvasir__proto_dot_v1_dot_worker__pb2.CheckTransferRequest.FromString,
+                    response_serializer=kvasir__proto_dot_v1_dot_worker__pb2.CheckTransferResponse.SerializeToString,
             ),
             'HasBlocks': grpc.unary_unary_rpc_method_handler(
                     servicer.HasBlocks,
@@ -289,6 +325,60 @@ class Worker:
             '/kvasir.v1.Worker/HandBack',
             kvasir__proto_dot_v1_dot_worker__pb2.HandBackRequest.SerializeToString,
             kvasir__proto_dot_v1_dot_worker__pb2.HandBackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LendCanary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvasir.v1.Worker/LendCanary',
+            kvasir__proto_dot_v1_dot_worker__pb2.LendCanaryRequest.SerializeToString,
+            kvasir__proto_dot_v1_dot_worker__pb2.LendCanaryUpdate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckTransfer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvasir.v1.Worker/CheckTransfer',
+            kvasir__proto_dot_v1_dot_worker__pb2.CheckTransferRequest.SerializeToString,
+            kvasir__proto_dot_v1_dot_worker__pb2.CheckTransferResponse.FromString,
             options,
             channel_credentials,
             insecure,

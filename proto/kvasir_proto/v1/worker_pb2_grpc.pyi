@@ -44,6 +44,14 @@ class WorkerStub:
     """
     HandBack: _grpc.UnaryUnaryMultiCallable[_worker_pb2.HandBackRequest, _worker_pb2.HandBackResponse]
     """Hands these requests back (reason `busy`) if they still wait for their turn; the others go on."""
+    LendCanary: _grpc.UnaryStreamMultiCallable[_worker_pb2.LendCanaryRequest, _worker_pb2.LendCanaryUpdate]
+    """Lends a block with a random pattern, a canary, under a session of the data plane: one update when it
+    can be pulled, and the end when it was pulled, or given up.
+    """
+    CheckTransfer: _grpc.UnaryUnaryMultiCallable[_worker_pb2.CheckTransferRequest, _worker_pb2.CheckTransferResponse]
+    """Pulls a canary from these peers, one after the other until one arrives, as a hand-off's KV is
+    pulled. What fails counts against this worker's transfers only if none arrives.
+    """
     HasBlocks: _grpc.UnaryUnaryMultiCallable[_worker_pb2.HasBlocksRequest, _worker_pb2.HasBlocksResponse]
     """Which of these blocks this worker holds whole."""
     WatchEvents: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchEventsRequest, _worker_pb2.WorkerEvent]
@@ -68,6 +76,14 @@ class WorkerAsyncStub(WorkerStub):
     """
     HandBack: _aio.UnaryUnaryMultiCallable[_worker_pb2.HandBackRequest, _worker_pb2.HandBackResponse]  # type: ignore[assignment]
     """Hands these requests back (reason `busy`) if they still wait for their turn; the others go on."""
+    LendCanary: _aio.UnaryStreamMultiCallable[_worker_pb2.LendCanaryRequest, _worker_pb2.LendCanaryUpdate]  # type: ignore[assignment]
+    """Lends a block with a random pattern, a canary, under a session of the data plane: one update when it
+    can be pulled, and the end when it was pulled, or given up.
+    """
+    CheckTransfer: _aio.UnaryUnaryMultiCallable[_worker_pb2.CheckTransferRequest, _worker_pb2.CheckTransferResponse]  # type: ignore[assignment]
+    """Pulls a canary from these peers, one after the other until one arrives, as a hand-off's KV is
+    pulled. What fails counts against this worker's transfers only if none arrives.
+    """
     HasBlocks: _aio.UnaryUnaryMultiCallable[_worker_pb2.HasBlocksRequest, _worker_pb2.HasBlocksResponse]  # type: ignore[assignment]
     """Which of these blocks this worker holds whole."""
     WatchEvents: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchEventsRequest, _worker_pb2.WorkerEvent]  # type: ignore[assignment]
@@ -113,6 +129,26 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.HandBackResponse, _abc.Awaitable[_worker_pb2.HandBackResponse]]:
         """Hands these requests back (reason `busy`) if they still wait for their turn; the others go on."""
+
+    @_abc_1.abstractmethod
+    def LendCanary(
+        self,
+        request: _worker_pb2.LendCanaryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.LendCanaryUpdate], _abc.AsyncIterator[_worker_pb2.LendCanaryUpdate]]:
+        """Lends a block with a random pattern, a canary, under a session of the data plane: one update when it
+        can be pulled, and the end when it was pulled, or given up.
+        """
+
+    @_abc_1.abstractmethod
+    def CheckTransfer(
+        self,
+        request: _worker_pb2.CheckTransferRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.CheckTransferResponse, _abc.Awaitable[_worker_pb2.CheckTransferResponse]]:
+        """Pulls a canary from these peers, one after the other until one arrives, as a hand-off's KV is
+        pulled. What fails counts against this worker's transfers only if none arrives.
+        """
 
     @_abc_1.abstractmethod
     def HasBlocks(

@@ -173,6 +173,11 @@ class Fleet:
         member = self._by_name.get(worker)
         return await member.hand_back(request_ids, timeout_s=timeout_s) if member else 0
 
+    def member(self, worker: str) -> Member | None:
+        """The member of this name, if it may be given requests."""
+        self.view()
+        return None if self._problems.get(worker, "unknown") else self._by_name.get(worker)
+
     def routed(self, request: Request, worker: str) -> None:
         """A prompt goes to a worker: its blocks will be there, if it does not say so itself."""
         member = self._by_name.get(worker)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import grpc.aio
-from kvasir_proto.v1 import worker_pb2, worker_pb2_grpc
+from kvasir_proto.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from kvasir_router.membership.stream import LOAD_INTERVAL_MS, Followed
 
@@ -46,6 +46,19 @@ class Member(Followed[worker_pb2.WorkerEvent]):
             return 0
         request = worker_pb2.HandBackRequest(request_ids=request_ids)
         return (await self._stub.HandBack(request, timeout=timeout_s)).num_handed_back
+
+    async def check_transfer(
+        self, peers: Sequence[common_pb2.PeerAddress], *, timeout_s: float
+    ) -> Sequence[worker_pb2.TransferCheck]:
+        """Asks the worker to pull a canary from one of these peers; what came of those tried.
+
+        Raises:
+            AioRpcError: it cannot be asked now.
+        """
+        if self._stub is None:
+            return ()
+        request = worker_pb2.CheckTransferRequest(peers=peers)
+        return (await self._stub.CheckTransfer(request, timeout=timeout_s)).checks
 
     def _watch(
         self, channel: grpc.aio.Channel

@@ -12,9 +12,12 @@ from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.rpc_errors import abort
 from kvasir_proto.v1 import inference_pb2
 
+from kvasir_router.core.canary import Standing
 from kvasir_router.core.choose import Rejected, Route, pick
 from kvasir_router.intake import Caller, Intake
+from kvasir_router.membership.canary import STATES, CanaryRun
 from kvasir_router.membership.fleet import Fleet, now_ms
+from kvasir_router.membership.member import Member
 from kvasir_router.metrics import RouterMetrics
 from kvasir_router.rpc.intake import call_of
 from kvasir_router.tenants import Tenants
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
+NO_CANARY = (Standing.NOT_NEEDED, "")
 
 
 class RpcSink:
@@ -58,11 +62,12 @@ class InferenceService:
         intake: Intake,
         dispatcher: Dispatcher,
         fleet: Fleet,
+        canaries: CanaryRun,
         tenants: Tenants,
         metrics: RouterMetrics,
     ) -> None:
         self._intake, self._dispatcher, self._fleet = intake, dispatcher, fleet
-        self._tenants, self._metrics = tenants, metrics
+        self._canaries, self._tenants, self._metrics = canaries, tenants, metrics
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What to add to a server. Responses of Generate are bytes already: no serialiser."""
@@ -119,21 +124,29 @@ class InferenceService:
         self, request: inference_pb2.FleetRequest, context: Context
     ) -> inference_pb2.FleetView:
         """Every member, those that get no requests too."""
-        view = self._fleet.view()
+        standings = self._canaries.standings()
         return inference_pb2.FleetView(
             members=[
-                inference_pb2.FleetMember(
-                    description=member.description,
-                    reachable=member.reachable,
-                    blocks_known=view.prefix.num_blocks.get(member.name, 0),
-                    requests_in_flight=view.ledger.in_flight(member.name),
-                    problem=problem,
-                    ttft_factor=view.calibration.factor(member.name),
-                    ttft_error=view.calibration.error(member.name),
-                )
+                self._member(member, problem, *standings.get(member.name, NO_CANARY))
                 for member, problem in self._fleet.members()
             ],
-            ring_version=view.rings.version,
+            ring_version=self._fleet.view().rings.version,
+        )
+
+    def _member(
+        self, member: Member, problem: str, standing: Standing, canary_error: str
+    ) -> inference_pb2.FleetMember:
+        view = self._fleet.view()
+        return inference_pb2.FleetMember(
+            description=member.description,
+            reachable=member.reachable,
+            blocks_known=view.prefix.num_blocks.get(member.name, 0),
+            requests_in_flight=view.ledger.in_flight(member.name),
+            problem=problem,
+            ttft_factor=view.calibration.factor(member.name),
+            ttft_error=view.calibration.error(member.name),
+            canary=STATES[standing],
+            canary_error=canary_error,
         )
 
     async def telemetry(
