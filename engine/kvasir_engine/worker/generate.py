@@ -1,19 +1,24 @@
 """One request for tokens, from message to outputs: the same for HTTP and gRPC.
 
-Decides who prefills (a peer, or this worker), turns token events into text and ends the request at
-a stop string. Invariant: an `opened` request holds nothing once it is closed, however it ends.
+    Generator          events to text, text to outputs, up to a stop string
+      EngineGenerator  events of the bundled engine: who prefills, a peer or this worker
+      VllmGenerator    events of vLLM (remote.py)
+
+Invariant: an `opened` request holds nothing once it is closed, however it ends.
 """
 
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
 from kvasir_engine.core.types import EngineRequest, FinishReason, TokenEvent
-from kvasir_engine.text import OutputText, TextChunk
+from kvasir_engine.text import OutputText, TextChunk, Tokenizer
 from kvasir_engine.worker import requests
 from kvasir_engine.worker.compute import Compute
 from kvasir_engine.worker.handoff import Handoff
@@ -61,12 +66,12 @@ class Done:
 class Output:
     """One request's text, as far as it goes; without a tokenizer there are tokens only."""
 
-    def __init__(self, message: worker_pb2.GenerateRequest, serving: Serving) -> None:
+    def __init__(self, message: worker_pb2.GenerateRequest, tokenizer: Tokenizer | None) -> None:
         self._text: OutputText | None = None
         self.finish: FinishReason | None = None
-        if serving.tokenizer is not None:
+        if tokenizer is not None:
             self._text = OutputText(
-                serving.tokenizer,
+                tokenizer,
                 stop=message.sampling.stop,
                 resume_tokens=message.resume_token_ids,
                 resume_text_chars=message.resume_text_chars,
@@ -89,15 +94,45 @@ class Output:
         return Delta(chunk.text, chunk.token_ids, self._text.num_chars)
 
 
-class Generator:
+class Text(Protocol):
+    """What turns a request's tokens into text, and bounds it."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None: token ids alone are served."""
+
+    @property
+    def limits(self) -> requests.Limits:
+        """What the model can take."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end an output."""
+
+
+class Generator(ABC):
     """Serves requests for tokens."""
 
-    def __init__(self, host: Host, compute: Compute, handoff: Handoff, offers: Offers) -> None:
+    def __init__(self, host: Host) -> None:
         self._host = host
-        self._compute = compute
-        self._handoff = handoff
-        self._offers = offers
-        self._count = itertools.count(1)
+
+    @abstractmethod
+    def _served(self) -> Text:
+        """The model, for a request that was admitted."""
+
+    @abstractmethod
+    def _events(
+        self, message: worker_pb2.GenerateRequest, scope: Scope, trace: Trace
+    ) -> AsyncGenerator[TokenEvent, None]:
+        """The request's tokens.
+
+        Raises:
+            KvasirError: it is refused or fails.
+        """
+
+    @abstractmethod
+    async def _ended(self, message: worker_pb2.GenerateRequest, produced: Sequence[int]) -> None:
+        """All tokens are out, and the engine has let go."""
 
     @asynccontextmanager
     async def opened(
@@ -111,29 +146,28 @@ class Generator:
         async with self._host.in_flight.scope(
             Work.GENERATE, request_id=message.request_id, timeout_ms=message.timeout_ms
         ) as scope:
-            serving = self._host.served()
-            requests.check_generate(message, serving.limits)
-            async with aclosing(self._outputs(message, serving, scope)) as outputs:
+            text = self._served()
+            requests.check_generate(message, text.limits)
+            async with aclosing(self._outputs(message, text, scope)) as outputs:
                 yield outputs
 
     async def _outputs(
-        self, message: worker_pb2.GenerateRequest, serving: Serving, scope: Scope
+        self, message: worker_pb2.GenerateRequest, text: Text, scope: Scope
     ) -> AsyncGenerator[Delta | Done, None]:
         trace = Trace(
             prompt_tokens=len(message.token_ids),
             decode_worker=self._host.settings.name,
             num_resumed=len(message.resume_token_ids),
         )
-        output = Output(message, serving)
+        output = Output(message, text.tokenizer)
         produced = list(message.resume_token_ids)
         # 1. Resumed tokens may already be all there is.
-        finish = output.finish or _finish_of_resumed(message, serving)
+        finish = output.finish or _finish_of_resumed(message, text.eos_token_ids)
         if finish is not None:
             yield output.feed(TokenEvent((), finish))
         else:
             # 2. Tokens, until the engine or a stop string ends them.
-            request = self._engine_request(message, scope)
-            async with aclosing(self._events(message, request, scope, trace)) as events:
+            async with aclosing(self._events(message, scope, trace)) as events:
                 async for event in events:
                     delta = output.feed(event)
                     produced += delta.token_ids
@@ -142,25 +176,39 @@ class Generator:
                     if output.finish is not None:
                         break
             finish = output.finish
-            # 3. The engine has let go; what is worth keeping goes to the KV tier.
-            await self._offers.add([*message.token_ids, *produced], tenant_salt=message.tenant_salt)
+            # 3. What is worth keeping goes to the KV tier.
+            await self._ended(message, produced)
         assert finish is not None, "the engine ends every stream with a reason or an error"
         reason = _PROTO_FINISH[finish]
         scope.outcome = FINISH_NAMES[reason]
         trace.observe(self._host.metrics)
         yield Done(reason, trace.usage(), trace.stats())
 
+
+class EngineGenerator(Generator):
+    """Tokens of the bundled engine."""
+
+    def __init__(self, host: Host, compute: Compute, handoff: Handoff, offers: Offers) -> None:
+        super().__init__(host)
+        self._compute = compute
+        self._handoff = handoff
+        self._offers = offers
+        self._count = itertools.count(1)
+
+    def _served(self) -> Serving:
+        return self._host.served()
+
+    async def _ended(self, message: worker_pb2.GenerateRequest, produced: Sequence[int]) -> None:
+        await self._offers.add([*message.token_ids, *produced], tenant_salt=message.tenant_salt)
+
     def _is_prefilled_elsewhere(self, message: worker_pb2.GenerateRequest) -> bool:
         own_uid = self._host.address.uid
         return message.HasField("prefill_peer") and message.prefill_peer.uid != own_uid
 
     def _events(
-        self,
-        message: worker_pb2.GenerateRequest,
-        request: EngineRequest,
-        scope: Scope,
-        trace: Trace,
+        self, message: worker_pb2.GenerateRequest, scope: Scope, trace: Trace
     ) -> AsyncGenerator[TokenEvent, None]:
+        request = self._engine_request(message, scope)
         if self._is_prefilled_elsewhere(message):
             return self._handoff.events(message, request, scope=scope, trace=trace)
         trace.prefill_worker = self._host.settings.name
@@ -190,9 +238,9 @@ class Generator:
 
 
 def _finish_of_resumed(
-    message: worker_pb2.GenerateRequest, serving: Serving
+    message: worker_pb2.GenerateRequest, eos_token_ids: frozenset[int]
 ) -> FinishReason | None:
     resumed = message.resume_token_ids
-    if resumed and resumed[-1] in stop_token_ids(message.sampling, serving.eos_token_ids):
+    if resumed and resumed[-1] in stop_token_ids(message.sampling, eos_token_ids):
         return FinishReason.STOP
     return FinishReason.LENGTH if len(resumed) >= message.sampling.max_tokens else None

@@ -13,6 +13,7 @@ from kvasir_kvstore._native import BlockPool, BlockServer
 from kvasir_kvstore.client import KvTier
 from kvasir_kvstore.core import block
 from kvasir_kvstore.events import EventHub
+from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
 from kvasir_engine.core.types import EngineLoad
@@ -61,6 +62,15 @@ class Serving:
         return block.chain(block.root(self.fingerprint, tenant_salt), token_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What is known of an engine in another process (remote.py)."""
+
+    fingerprint: bytes
+    context_length: int
+    load: EngineLoad
+
+
 class Host:
     """One worker process."""
 
@@ -92,6 +102,7 @@ class Host:
         self.fetch_rates = FetchRates()
         self.peers = Peers(close_grace_s=settings.request_timeout_ms / 1000)
         self.serving: Serving | None = None
+        self.outside: Outside | None = None
 
     def served(self) -> Serving:
         """The loaded model, for a request that `WorkerState` has admitted."""
@@ -114,7 +125,13 @@ class Host:
         return found
 
     def set_role(self, role: Role) -> None:
-        """Serves another role from now on; running requests and the cache stay."""
+        """Serves another role from now on; running requests and the cache stay.
+
+        Raises:
+            KvasirError: UNSUPPORTED: vLLM hands no KV off.
+        """
+        if self.settings.vllm_url and role is not Role.BOTH:
+            raise KvasirError(Reason.UNSUPPORTED, "a worker with vLLM has role both", param="role")
         if role is not self.state.role:
             log.info("role changes from %s to %s", self.state.role, role)
             self.state.role = role
@@ -127,7 +144,7 @@ class Host:
     def load(self) -> EngineLoad | None:
         """The engine's load and what waits in front of it; None before it runs."""
         if self.serving is None:
-            return None
+            return self.outside.load if self.outside else None
         load = self.engine_load()
         return replace(
             load,
@@ -156,6 +173,12 @@ class Host:
             blocks_unannounced=not self.settings.block_events,
             kv_crossed=self.health.has_crossed,
         )
+        if self.outside is not None:
+            description.fingerprint = self.outside.fingerprint
+            description.context_length = self.outside.context_length
+            description.isa = "vllm"
+            description.blocks_unannounced = True
+            _add_load(description, self.outside.load)
         if self.serving is not None:
             _add_model(description, self.serving)
             _add_load(description, self.load())

@@ -22,11 +22,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from kvasir_proto.v1 import worker_pb2, worker_pb2_grpc
 
-from kvasir_engine.worker import canary, loading
+from kvasir_engine.worker import canary, loading, remote
 from kvasir_engine.worker.compute import Compute
 from kvasir_engine.worker.crossing import Crossing
 from kvasir_engine.worker.drain import Drain
-from kvasir_engine.worker.generate import Generator
+from kvasir_engine.worker.generate import EngineGenerator, Generator
 from kvasir_engine.worker.handoff import Handoff
 from kvasir_engine.worker.host import Host
 from kvasir_engine.worker.http import HttpApi
@@ -88,7 +88,10 @@ class Parts:
         self.host = Host(settings, uid=uid, epoch=time.time_ns() // 1_000_000)
         compute = Compute(self.host)
         self.offers = Offers(self.host)
-        self.generator = Generator(self.host, compute, Handoff(self.host), self.offers)
+        self.vllm = remote.VllmGenerator(self.host) if settings.vllm_url else None
+        self.generator: Generator = self.vllm or EngineGenerator(
+            self.host, compute, Handoff(self.host), self.offers
+        )
         self.prefiller = Prefiller(self.host, compute, self.offers)
         self.drain = Drain(self.host, self.offers)
         self.crossing = Crossing(self.host)
@@ -172,6 +175,10 @@ async def _start_grpc(parts: Parts, stack: AsyncExitStack) -> None:
 async def _load(parts: Parts, stack: AsyncExitStack) -> None:
     """Loads the model, starts what needs it, and opens the worker for requests."""
     host = parts.host
+    if parts.vllm is not None:
+        await stack.enter_async_context(remote.connected(host, parts.vllm))
+        parts.keep(remote.watch(host, parts.vllm), name="vLLM checks")
+        return
     # 1. Model, KV memory, engine, data plane.
     serving = await stack.enter_async_context(loading.serving(host))
     host.serving = serving

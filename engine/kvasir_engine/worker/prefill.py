@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 
+from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import worker_pb2
 
 from kvasir_engine.core.types import EngineRequest
@@ -55,6 +56,8 @@ class Prefiller:
         async with self._host.in_flight.scope(
             Work.PREFILL, request_id=message.request_id, timeout_ms=message.timeout_ms
         ) as scope:
+            if self._host.settings.vllm_url:
+                raise KvasirError(Reason.UNSUPPORTED, "vLLM hands no KV off")
             requests.check_prefill(message, self._host.served().limits)
             async with aclosing(self._updates(message, start, scope)) as updates:
                 yield updates

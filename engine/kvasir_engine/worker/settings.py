@@ -1,10 +1,10 @@
 """Settings of one worker process: what it serves, where it listens and what bounds it."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from kvasir_kvstore.peers import PeerSettings, parse_spec
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 
 class WorkerSettings(PeerSettings):
@@ -16,6 +16,8 @@ class WorkerSettings(PeerSettings):
     """The name that clients use."""
     role: Literal["prefill", "decode", "both"] = "both"
     """What it serves: prompts for decode workers, whole requests, or both."""
+    vllm_url: str | None = None
+    """vLLM's OpenAI server computes, not the engine of this process: http://127.0.0.1:8000."""
 
     kv_cache_mb: int = Field(default=1024, ge=1)
     """Memory for KV blocks."""
@@ -61,6 +63,21 @@ class WorkerSettings(PeerSettings):
     """Tells routers which blocks it holds; without, they go by what they sent it."""
     watch_queue_max: int = Field(default=1024, ge=1)
     """Events waiting for one watcher; it must reconnect if it falls further behind."""
+
+    @field_validator("vllm_url")
+    @classmethod
+    def _check_vllm_url(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError(f"{value!r} is not a URL (http://HOST:PORT)")
+        return value
+
+    @model_validator(mode="after")
+    def _check_vllm(self) -> Self:
+        if self.vllm_url is not None and (self.role != "both" or self.kv_nodes):
+            raise ValueError(
+                "vllm_url needs role both and no kv_nodes: vLLM keeps its KV to itself"
+            )
+        return self
 
     @field_validator("kv_nodes")
     @classmethod
