@@ -1,4 +1,4 @@
-"""The Kubernetes API as the operator uses it: get, list, server-side apply, status, delete.
+"""The Kubernetes API as the operator uses it: get, list, watch, server-side apply, status, delete.
 
 A thin asynchronous client over aiohttp: no discovery, no generated models, one connection pool.
 Credentials come from kopf's readers of service accounts and kubeconfigs; they are read again when
@@ -8,8 +8,10 @@ the server answers 401 and every CREDENTIALS_TTL_S, because service account toke
 import asyncio
 import json
 import math
+import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import aiohttp
@@ -17,16 +19,22 @@ import kopf
 
 from kvasir_operator import metrics
 from kvasir_operator.api import GROUP, KINDS, VERSION
-from kvasir_operator.core.manifests import FIELD_MANAGER, Manifest, Ref, ref_of
+from kvasir_operator.core.manifests import FIELD_MANAGER, Manifest, Ref, ref_of, selector_text
 from kvasir_operator.errors import ClusterError
+from kvasir_operator.watch import Event
 
 Manifests = list[Manifest]
+Labels = Mapping[str, str]
+NO_LABELS: Labels = MappingProxyType({})
 CREDENTIALS_TTL_S = 300.0
 LIST_PAGE_MAX = 500
+WATCH_S = 300  # a watch ends after this to twice this time, and is made again
+WATCH_SILENCE_MAX_S = 100.0  # bookmarks come every minute: a longer silence is a dead connection
+WATCH_EVENT_BYTES_MAX = 16 << 20
 JSON = "application/json"
+HEADERS = {"Accept": JSON, "Accept-Encoding": "identity"}  # packing costs more than it saves
 APPLY_PATCH = "application/apply-patch+yaml"  # JSON is YAML
 MERGE_PATCH = "application/merge-patch+json"
-METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 
 class Cluster(Protocol):
@@ -36,26 +44,35 @@ class Cluster(Protocol):
         """The object, or None if there is none."""
         ...
 
-    async def list(
-        self, kind: str, namespace: str, *, labels: str = "", fields: str = ""
-    ) -> Manifests:
-        """The objects of a namespace that match both selectors."""
+    async def fetch(self, ref: Ref) -> Manifest | None:
+        """The object as the API server has it now, also if it is not ours."""
+        ...
+
+    async def warning(self, uid: str, namespace: str) -> str:
+        """What the latest warning event about an object says; empty: there is none."""
+        ...
+
+    async def list(self, kind: str, namespace: str, *, labels: Labels = NO_LABELS) -> Manifests:
+        """The objects of a namespace with these labels."""
         ...
 
     async def apply(self, manifest: Manifest) -> Manifest:
         """Apply by server-side apply; the object as it is afterwards."""
         ...
 
-    async def apply_status(self, ref: Ref, status: Manifest) -> None:
-        """Apply the status subresource of a custom resource."""
+    async def apply_status(self, ref: Ref, status: Manifest) -> Manifest:
+        """Apply the status subresource of a custom resource; the resource afterwards."""
         ...
 
-    async def annotate(self, ref: Ref, uid: str, annotations: Mapping[str, str]) -> None:
-        """Set annotations of exactly the object with this UID."""
+    async def annotate(self, ref: Ref, uid: str, annotations: Mapping[str, str]) -> Manifest:
+        """Set annotations of exactly the object with this UID; the object afterwards."""
         ...
 
-    async def delete(self, ref: Ref, *, uid: str = "") -> None:
-        """Delete the object (if it is the one with this UID); no error if it is gone."""
+    async def delete(self, ref: Ref, *, uid: str = "") -> Manifest | None:
+        """Delete the object (if it is the one with this UID); None: it was gone already.
+
+        What is left of it bears a deletionTimestamp; any other answer means that it is gone.
+        """
         ...
 
     async def create_event(self, namespace: str, event: Manifest) -> None:
@@ -93,7 +110,6 @@ class _Request(NamedTuple):
     params: Mapping[str, str] = {}
     body: Any = None
     content_type: str = JSON
-    accept: str = JSON
 
     @property
     def is_fenced(self) -> bool:
@@ -117,6 +133,7 @@ class KubeCluster:
         self._timeout_s = timeout_s
         self._write_left_s = write_left_s
         self._session: aiohttp.ClientSession | None = None
+        self._info: kopf.ConnectionInfo | None = None
         self._server = ""
         self._login_at_s = 0.0
         self._login_lock = asyncio.Lock()
@@ -138,45 +155,68 @@ class KubeCluster:
                 return None
             raise
 
-    async def list(
+    async def pages(
         self, kind: str, namespace: str, *, labels: str = "", fields: str = ""
-    ) -> Manifests:
-        """See Cluster. Follows pages of LIST_PAGE_MAX objects."""
-        return await self._list(kind, namespace, {"labelSelector": labels, "fieldSelector": fields})
-
-    async def list_metadata(self, kind: str, namespace: str) -> Manifests:
-        """The objects of a namespace ("": of all) with their metadata alone."""
-        return await self._list(kind, namespace, {}, accept=METADATA_LIST)
-
-    async def _list(
-        self, kind: str, namespace: str, query: Mapping[str, str], *, accept: str = JSON
-    ) -> Manifests:
-        items: Manifests = []
-        token = ""
+    ) -> AsyncIterator[tuple[Manifests, int]]:
+        """See watch.Source: pages of LIST_PAGE_MAX objects."""
+        query = {"labelSelector": labels, "fieldSelector": fields, "limit": str(LIST_PAGE_MAX)}
         while True:
-            params = {"limit": str(LIST_PAGE_MAX), **query, "continue": token}
-            page = await self._call(
-                _Request(
-                    "list",
-                    kind,
-                    "GET",
-                    _path(kind, namespace),
-                    {key: value for key, value in params.items() if value},
-                    accept=accept,
-                )
-            )
+            params = {key: value for key, value in query.items() if value}
+            page = await self._call(_Request("list", kind, "GET", _path(kind, namespace), params))
             named = {"apiVersion": page.get("apiVersion", ""), "kind": kind}  # items lack both
-            items += [{**item, **named} for item in page["items"] or ()]  # null: none
-            token = page["metadata"].get("continue", "")
-            if not token:
-                return items
+            items = [{**item, **named} for item in page["items"] or ()]  # null: none
+            yield items, int(page["metadata"].get("resourceVersion") or 0)
+            query["continue"] = page["metadata"].get("continue", "")
+            if not query["continue"]:
+                return
+
+    async def list(self, kind: str, namespace: str, *, labels: Labels = NO_LABELS) -> Manifests:
+        """See Cluster."""
+        found: Manifests = []
+        async for page, _ in self.pages(kind, namespace, labels=selector_text(dict(labels))):
+            found += page
+        return found
+
+    async def watch(
+        self, kind: str, namespace: str, *, labels: str, fields: str, version: int
+    ) -> AsyncIterator[Event]:
+        """See watch.Source."""
+        query = {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": str(version),
+            "timeoutSeconds": str(random.randint(WATCH_S, 2 * WATCH_S)),
+            "labelSelector": labels,
+            "fieldSelector": fields,
+        }
+        session = await self._logged_in()
+        status = 0
+        try:
+            async with session.get(
+                self._server + _path(kind, namespace),
+                params={key: value for key, value in query.items() if value},
+                timeout=aiohttp.ClientTimeout(
+                    sock_connect=self._timeout_s, sock_read=WATCH_SILENCE_MAX_S
+                ),
+            ) as response:
+                status = response.status
+                if status != 200:
+                    _read_answer(status, await response.text())
+                async for line in _lines(response.content):
+                    yield _read_event(line)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ClusterError(0, type(error).__name__, str(error)) from error
+        finally:
+            metrics.API_REQUESTS.labels("watch", kind, str(status)).inc()
+            if status == 401:
+                self._login_at_s = 0.0
 
     async def apply(self, manifest: Manifest) -> Manifest:
         """See Cluster."""
         ref = ref_of(manifest)
         return await self._apply(ref, _path(*ref), manifest)
 
-    async def apply_status(self, ref: Ref, status: Manifest) -> None:
+    async def apply_status(self, ref: Ref, status: Manifest) -> Manifest:
         """See Cluster."""
         body = {
             "apiVersion": f"{GROUP}/{VERSION}",
@@ -184,7 +224,7 @@ class KubeCluster:
             "metadata": {"name": ref.name, "namespace": ref.namespace},
             "status": status,
         }
-        await self._apply(ref, _path(*ref, "status"), body)
+        return await self._apply(ref, _path(*ref, "status"), body)
 
     async def _apply(self, ref: Ref, path: str, body: Manifest) -> Manifest:
         metrics.API_WRITES.labels("apply", ref.kind).inc()
@@ -193,26 +233,27 @@ class KubeCluster:
             _Request("apply", ref.kind, "PATCH", path, params, body, APPLY_PATCH)
         )
 
-    async def annotate(self, ref: Ref, uid: str, annotations: Mapping[str, str]) -> None:
+    async def annotate(self, ref: Ref, uid: str, annotations: Mapping[str, str]) -> Manifest:
         """See Cluster."""
         metrics.API_WRITES.labels("annotate", ref.kind).inc()
         body = {"metadata": {"uid": uid, "annotations": dict(annotations)}}
         params = {"fieldManager": FIELD_MANAGER}
-        await self._call(
+        return await self._call(
             _Request("annotate", ref.kind, "PATCH", _path(*ref), params, body, MERGE_PATCH)
         )
 
-    async def delete(self, ref: Ref, *, uid: str = "") -> None:
+    async def delete(self, ref: Ref, *, uid: str = "") -> Manifest | None:
         """See Cluster."""
         metrics.API_WRITES.labels("delete", ref.kind).inc()
         body: Manifest = {"propagationPolicy": "Background"}
         if uid:
             body["preconditions"] = {"uid": uid}
         try:
-            await self._call(_Request("delete", ref.kind, "DELETE", _path(*ref), body=body))
+            return await self._call(_Request("delete", ref.kind, "DELETE", _path(*ref), body=body))
         except ClusterError as error:
             if error.status not in (404, 409):
                 raise
+            return None
 
     async def put(self, manifest: Manifest) -> Manifest:
         """Create the object, or replace it if it still has the resourceVersion it was read with."""
@@ -253,7 +294,7 @@ class KubeCluster:
 
     async def _send(self, session: aiohttp.ClientSession, request: _Request) -> Manifest:
         data = None if request.body is None else json.dumps(request.body)
-        headers = {"Content-Type": request.content_type, "Accept": request.accept}
+        headers = {"Content-Type": request.content_type}
         limit_s = self._timeout_s
         if request.is_fenced:
             limit_s = min(limit_s, self._write_left_s())
@@ -282,19 +323,26 @@ class KubeCluster:
             now_s = time.monotonic()
             if self._session is None or now_s - self._login_at_s > CREDENTIALS_TTL_S:
                 info = login(settings=kopf.OperatorSettings())
-                await self.close()
-                self._server = info.server.rstrip("/")
                 self._login_at_s = now_s
-                self._session = aiohttp.ClientSession(
-                    connector=aiohttp.TCPConnector(ssl=info.as_ssl_context(), limit=32),
-                    headers=info.as_http_headers(),
-                    trust_env=info.trust_env,
-                )
+                if self._session is None or info != self._info:
+                    await self.close()
+                    self._info = info
+                    self._server = info.server.rstrip("/")
+                    self._session = _session(info)
             return self._session
 
 
-def login(*, settings: kopf.OperatorSettings, **_: Any) -> kopf.ConnectionInfo:
-    """Credentials of the pod's service account, else of KUBECONFIG; also kopf's login handler."""
+def _session(info: kopf.ConnectionInfo) -> aiohttp.ClientSession:
+    """Every watch holds a connection; of calls there are only as many as tasks that make them."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=info.as_ssl_context(), limit=0),
+        headers={**info.as_http_headers(), **HEADERS},
+        trust_env=info.trust_env,
+    )
+
+
+def login(*, settings: kopf.OperatorSettings) -> kopf.ConnectionInfo:
+    """Credentials of the pod's service account, else of KUBECONFIG."""
     found = kopf.login_with_service_account(settings=settings)
     found = found or kopf.login_with_kubeconfig(settings=settings)
     if found is None:
@@ -302,6 +350,27 @@ def login(*, settings: kopf.OperatorSettings, **_: Any) -> kopf.ConnectionInfo:
             0, "NoCredentials", "not in a pod, and neither KUBECONFIG nor ~/.kube/config is there"
         )
     return found
+
+
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    rest = b""
+    async for chunk in content.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+        if len(rest) > WATCH_EVENT_BYTES_MAX:
+            raise ClusterError(0, "TooLarge", f"an event of more than {len(rest)} bytes")
+
+
+def _read_event(line: bytes) -> Event:
+    try:
+        event = json.loads(line)
+    except ValueError as error:
+        raise ClusterError(0, "NotJson", str(error)) from error
+    obj = event["object"]
+    if event["type"] == "ERROR":
+        raise ClusterError(obj.get("code", 0), obj.get("reason", ""), obj.get("message", ""))
+    return Event(event["type"], obj)
 
 
 def _read_answer(status: int, text: str) -> Manifest:

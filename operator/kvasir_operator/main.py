@@ -4,17 +4,15 @@ import asyncio
 import logging
 import math
 import os
+import random
 import signal
 import socket
 import time
 from typing import TYPE_CHECKING
 
-import kopf
-from aiohttp import web
-
 from kvasir_operator import metrics
 from kvasir_operator.api import KINDS
-from kvasir_operator.audit import WATCHED_KINDS, WatchAudit
+from kvasir_operator.cache import WATCH_LAG_MAX_S, CachedCluster
 from kvasir_operator.cluster import KubeCluster
 from kvasir_operator.core.manifests import Ref
 from kvasir_operator.drain import Drainer
@@ -26,7 +24,6 @@ from kvasir_operator.roles import RoleSetter
 from kvasir_operator.routers import Routers
 from kvasir_operator.settings import OperatorSettings
 from kvasir_operator.telemetry import Collector
-from kvasir_operator.watch import make_registry, make_settings
 from kvasir_operator.workqueue import WorkQueue
 
 if TYPE_CHECKING:
@@ -35,11 +32,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CRD_POLL_INTERVAL_S = 1.0
+RESYNC_JITTER = 0.2  # of the interval, so that not all objects come at once
 
 
 def run(settings: OperatorSettings) -> None:
     """Run until SIGTERM or SIGINT."""
-    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # a line per event otherwise
     try:
         asyncio.run(Operator(settings).run())
     except LeaseLostError as error:
@@ -54,26 +51,28 @@ class Operator:
         self._settings = settings
         self._problems: list[str] = ["starting"]
         self._stop = asyncio.Event()
-        self._queue = WorkQueue(on_depth=metrics.QUEUE_DEPTH.set)
+        self._queue = WorkQueue(
+            on_depth=metrics.QUEUE_DEPTH.set, on_wait=metrics.QUEUE_SECONDS.observe
+        )
         self._elector: Elector | None = None
         self._is_leading = False
+        self._is_watching = False
         self._is_lease_lost = False
-        self._cluster = KubeCluster(
-            timeout_s=settings.api_timeout_s, write_left_s=self._write_left_s
+        self._kube = KubeCluster(timeout_s=settings.api_timeout_s, write_left_s=self._write_left_s)
+        self._cluster = CachedCluster(
+            self._kube, namespaces=settings.namespaces, on_news=self._queue.add
         )
         if settings.lease_namespace:
             identity = settings.identity or f"{socket.gethostname()}-{os.getpid()}"
             self._elector = Elector(
-                self._cluster, namespace=settings.lease_namespace, identity=identity
+                self._kube, namespace=settings.lease_namespace, identity=identity
             )
         self._drainer = Drainer(on_progress=self._queue.add)
-        self._audit = WatchAudit()
         self._roles = RoleSetter(on_progress=self._queue.add)
         self._webhook = self._make_webhook()
         self._reconciler = Reconciler(
             self._cluster,
             self._drainer,
-            self._audit,
             self._roles,
             Routers(),
             Collector(),
@@ -92,7 +91,7 @@ class Operator:
         answering = self._answer_webhook()
         try:
             if await self._wait_for_crds() and await self._lead():
-                await self._serve(http)
+                await self._serve()
         finally:
             if answering is not None:
                 answering.cancel()
@@ -100,7 +99,7 @@ class Operator:
             await self._roles.close()
             if self._elector is not None:
                 await self._elector.give_back()
-            await self._cluster.close()
+            await self._kube.close()
             await http.cleanup()
         if self._is_lease_lost:
             raise LeaseLostError("another process may lead by now: this one starts again")
@@ -112,21 +111,23 @@ class Operator:
         from kvasir_operator.webhook import Webhook  # loads cryptography, 10 MB of memory
 
         return Webhook(
-            self._cluster, namespace=settings.lease_namespace, service=settings.webhook_service
+            self._kube, namespace=settings.lease_namespace, service=settings.webhook_service
         )
 
     def _write_left_s(self) -> float:
         return self._elector.left_s() if self._elector is not None else math.inf
 
     def _health(self) -> Health:
-        silent = self._audit.silent()
-        for kind in WATCHED_KINDS:
-            metrics.WATCH_LAG_SECONDS.labels(kind).set(silent.get(kind, 0.0))
-        fatal = [
-            f"the watch of {kind} is silent: it lags {lag_s:.0f} s behind"
-            for kind, lag_s in silent.items()
-        ]
-        return Health(self._problems, fatal, self._is_leading)
+        problems, fatal = list(self._problems), []
+        if self._is_watching:
+            problems += self._cluster.problems()
+            for kind, lag_s in self._cluster.lags_s().items():
+                metrics.WATCH_LAG_SECONDS.labels(kind).set(lag_s)
+                if lag_s > WATCH_LAG_MAX_S:
+                    fatal.append(f"the watch of {kind} is silent for {lag_s:.0f} s")
+            for kind, size in self._cluster.sizes().items():
+                metrics.CACHED_OBJECTS.labels(kind).set(size)
+        return Health(problems, fatal, self._is_leading)
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -134,18 +135,12 @@ class Operator:
             loop.add_signal_handler(signum, self.stop)
 
     async def _wait_for_crds(self) -> bool:
-        """kopf looks at the served resources once, so they must all be there; False: stopped.
-
-        A new CRD is discovered a moment before its objects can be listed.
-        """
+        """Wait until the API server serves all of Kvasir's kinds; False: stopped."""
         wanted = {kind.kind for kind in KINDS}
-        namespace = (*self._settings.namespaces, "default")[0]
         while not self._stop.is_set():
             try:
-                missing = wanted - await self._cluster.served_kinds()
+                missing = wanted - await self._kube.served_kinds()
                 text = f"CRDs are not installed: {', '.join(sorted(missing))}"
-                for kind in wanted - missing:
-                    await self._cluster.list(kind, namespace)
             except ClusterError as error:
                 missing, text = wanted, f"the API server cannot be used: {error}"
             if not missing:
@@ -200,70 +195,31 @@ class Operator:
         except TimeoutError:
             return
 
-    async def _serve(self, http: web.AppRunner) -> None:
-        """Until the stop; then kopf is the last to end, for it waits for tasks that it sees."""
-        ready = asyncio.Event()
-        async with asyncio.TaskGroup() as tasks:
-            watching = tasks.create_task(self._watch(ready), name="watches")
-            reconcilers = [
-                tasks.create_task(self._reconcile_forever(), name=f"reconciler {n}")
-                for n in range(self._settings.num_reconcilers)
+    async def _serve(self) -> None:
+        """Watch and reconcile until the stop."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._cluster.run(), name="watches"),
+                group.create_task(self._keep_lease(), name="lease"),
+                group.create_task(self._keep_certificates(), name="certificates"),
+                group.create_task(self._reconcile_when_synced(), name="reconcilers"),
             ]
-            others = [
-                tasks.create_task(self._announce(ready), name="readiness"),
-                tasks.create_task(self._keep_lease(), name="lease"),
-                tasks.create_task(self._audit_forever(), name="audit"),
-                tasks.create_task(self._keep_certificates(), name="certificates"),
-            ]
+            self._is_watching = True
             await self._stop.wait()
             logger.info("stopping")
             self._problems = ["stopping"]
-            for task in (*reconcilers, *others):
+            for task in tasks:
                 task.cancel()
-            await self._drainer.close()
-            await self._roles.close()
-            await http.cleanup()
-            await watching
 
-    async def _watch(self, ready: asyncio.Event) -> None:
-        """kopf ends when `_stop` is set; if it ends by itself, the process must not stay."""
-        namespaces = self._settings.namespaces
-        await kopf.operator(
-            registry=make_registry(self._queue.add, self._audit),
-            settings=make_settings(),
-            standalone=True,
-            clusterwide=not namespaces,
-            namespaces=namespaces,
-            stop_flag=self._stop,
-            ready_flag=ready,
-        )
-        self._stop.set()
-
-    async def _announce(self, ready: asyncio.Event) -> None:
-        await ready.wait()
-        self._handle_signals()  # kopf has put its own handlers in their place
+    async def _reconcile_when_synced(self) -> None:
+        """What the caches do not show yet must not be taken for gone."""
         self._problems = []
-        logger.info("watching %s", ", ".join(self._settings.namespaces) or "all namespaces")
-
-    async def _audit_forever(self) -> None:
-        """Look for objects that the watches did not bring; they are reconciled all the same."""
-        namespaces = self._settings.namespaces or ("",)
-        while True:
-            await asyncio.sleep(self._settings.resync_interval_s)
-            for kind in KINDS:
-                for namespace in namespaces:
-                    await self._audit_kind(kind.kind, namespace)
-
-    async def _audit_kind(self, kind: str, namespace: str) -> None:
-        try:
-            found = await self._cluster.list_metadata(kind, namespace)
-        except ClusterError as error:
-            logger.info("listing %s: %s", kind, error)
-            return
-        for obj in found:
-            if not self._audit.observed(obj, kind=kind):
-                metadata = obj["metadata"]
-                self._queue.add(Ref(kind, metadata["namespace"], metadata["name"]))
+        await self._cluster.wait_until_synced()
+        namespaces = ", ".join(self._settings.namespaces) or "all namespaces"
+        logger.info("watching %s; %d objects", namespaces, sum(self._cluster.sizes().values()))
+        async with asyncio.TaskGroup() as group:
+            for n in range(self._settings.num_reconcilers):
+                group.create_task(self._reconcile_forever(), name=f"reconciler {n}")
 
     async def _reconcile_forever(self) -> None:
         while True:
@@ -295,5 +251,6 @@ class Operator:
         if outcome.is_gone:
             self._queue.forget(ref)
             return
-        resync_ms = int(self._settings.resync_interval_s * 1000)
+        jitter = random.uniform(1 - RESYNC_JITTER, 1 + RESYNC_JITTER)
+        resync_ms = int(1000 * self._settings.resync_interval_s * jitter)
         self._queue.add_after(ref, outcome.requeue_after_ms or resync_ms)

@@ -28,6 +28,14 @@ RECONCILE_SECONDS = Histogram(
     ["kind"],
     registry=REGISTRY,
 )
+QUEUE_SECONDS = Histogram(
+    "kvasir_operator_queue_seconds",
+    "Time from the news about an object to the start of its reconcile.",
+    registry=REGISTRY,
+)
+CACHED_OBJECTS = Gauge(
+    "kvasir_operator_cached_objects", "Objects in the watch caches.", ["kind"], registry=REGISTRY
+)
 QUEUE_DEPTH = Gauge(
     "kvasir_operator_queue_depth", "Objects that wait for a reconcile.", registry=REGISTRY
 )
@@ -43,7 +51,7 @@ ROLE_FLIPS = Counter(
 LEADING = Gauge("kvasir_operator_leading", "Whether this process leads.", registry=REGISTRY)
 WATCH_LAG_SECONDS = Gauge(
     "kvasir_operator_watch_lag_seconds",
-    "How far a silent watch lags behind what reads show, by kind; 0: none is silent.",
+    "How long the watch of a kind has been silent while others were not.",
     ["kind"],
     registry=REGISTRY,
 )

@@ -4,6 +4,7 @@ Nothing is remembered between two reconciles; a second one without a change in t
 nothing. What the API server refuses becomes a condition, not a loop.
 """
 
+import asyncio
 import logging
 import time
 import uuid
@@ -11,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from kvasir_operator.audit import WATCHED_KINDS, WatchAudit
 from kvasir_operator.cluster import Cluster
 from kvasir_operator.core.conditions import Problem, Reason
 from kvasir_operator.core.drift import contains, is_as_desired
@@ -25,7 +25,6 @@ from kvasir_operator.core.manifests import (
     Ref,
     ref_of,
     role_labels,
-    selector_text,
 )
 from kvasir_operator.core.ownership import AUTOSCALER_KIND
 from kvasir_operator.core.plan import (
@@ -48,8 +47,6 @@ from kvasir_operator.telemetry import Collector
 
 logger = logging.getLogger(__name__)
 
-WARNING_OBJECTS_MAX = 16  # pods and workloads whose events are read in one reconcile
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -67,7 +64,6 @@ class Reconciler:
         self,
         cluster: Cluster,
         drainer: Drainer,
-        audit: WatchAudit,
         roles: RoleSetter,
         routers: Routers,
         collector: Collector,
@@ -79,7 +75,6 @@ class Reconciler:
         self._roles = roles
         self._routers = routers
         self._collector = collector
-        self._audit = audit
         self._default_image = default_image
 
     async def reconcile(self, ref: Ref) -> Outcome:
@@ -90,7 +85,7 @@ class Reconciler:
             return Outcome(is_gone=True)  # the garbage collector removes the children
         world = await self._observe(obj)
         # 2. Plan and apply; the plan after the writes gives the status.
-        plan = make_plan(world)
+        world, plan = await self._with_taken_names(world, make_plan(world))
         world, num_writes = await self._carry_out(world, plan)
         plan = make_plan(world) if num_writes or world.problems else plan
         # 3. One write of the status.
@@ -124,12 +119,11 @@ class Reconciler:
             found = await self._cluster.get(child)
             if found is not None:
                 live[child] = found
-        labels = selector_text(pod_labels(world.owner))
+        labels = pod_labels(world.owner)
         for kind in listed_children(world.owner):
             for found in await self._cluster.list(kind, world.owner.namespace, labels=labels):
                 live[ref_of(found)] = found
         pods = await self._cluster.list("Pod", world.owner.namespace, labels=labels)
-        self._audit_reads(obj, live, pods)
         autoscalers = []
         if is_scalable(world.owner):
             autoscalers = await self._cluster.list(AUTOSCALER_KIND, world.owner.namespace)
@@ -163,32 +157,28 @@ class Reconciler:
         service = service_of(obj)
         if service is None:
             return None
-        labels = selector_text(role_labels(service, "router"))
+        labels = role_labels(service, "router")
         pods = await self._cluster.list("Pod", service.namespace, labels=labels)
         return await self._routers.facts(service.ref, pods)
 
-    def _audit_reads(
-        self, obj: Manifest, live: Mapping[Ref, Manifest], pods: list[Manifest]
-    ) -> None:
-        """Compare what was read with what the watches have brought."""
-        self._audit.observed(obj, kind=obj["kind"])
-        for ref, child in live.items():
-            if ref.kind in WATCHED_KINDS:
-                self._audit.observed(child, kind=ref.kind)
-        for pod in pods:
-            self._audit.observed(pod, kind="Pod")
-
     async def _warnings(self, namespace: str, objects: list[Manifest]) -> Mapping[str, str]:
         """The latest warning event of each object that waits for something."""
-        warnings = {}
-        for obj in [obj for obj in objects if _is_waiting(obj)][:WARNING_OBJECTS_MAX]:
-            uid = obj["metadata"]["uid"]
-            fields = f"involvedObject.uid={uid},type=Warning"
-            events = await self._cluster.list("Event", namespace, fields=fields)
-            if events:
-                latest = max(events, key=_event_time)
-                warnings[uid] = f"{latest.get('reason', '')}: {latest.get('message', '')}"
-        return warnings
+        waiting = [obj["metadata"]["uid"] for obj in objects if _is_waiting(obj)]
+        warnings = {uid: await self._cluster.warning(uid, namespace) for uid in waiting}
+        return {uid: text for uid, text in warnings.items() if text}
+
+    async def _with_taken_names(self, world: World, plan: Plan) -> tuple[World, Plan]:
+        """See also those objects under the names of new children that are not ours.
+
+        The caches hold only our own: what they do not show may yet be there.
+        """
+        absent = [ref for ref in map(ref_of, plan.children) if ref not in world.live]
+        found = await asyncio.gather(*map(self._cluster.fetch, absent))
+        taken = {ref: obj for ref, obj in zip(absent, found, strict=True) if obj is not None}
+        if not taken:
+            return world, plan
+        world = replace(world, live={**world.live, **taken})
+        return world, make_plan(world)
 
     async def _carry_out(self, world: World, plan: Plan) -> tuple[World, int]:
         """Apply what differs; the world as it is afterwards, and the number of writes."""
@@ -258,15 +248,6 @@ def _is_waiting(obj: Manifest) -> bool:
         in ("ContainerCreating", "PodInitializing")
         for container in containers
     )
-
-
-def _event_time(event: Manifest) -> str:
-    time_text: str = (
-        event.get("lastTimestamp")
-        or event.get("eventTime")
-        or event["metadata"].get("creationTimestamp", "")
-    )
-    return time_text
 
 
 def _is_status_current(obj: Manifest, status: Manifest) -> bool:

@@ -5,6 +5,8 @@ Failures back off exponentially per key.
 """
 
 import asyncio
+import random
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -17,9 +19,16 @@ BACKOFF_MS_MAX = 60_000
 class WorkQueue:
     """Keys in order of arrival; `get` waits, `done` must follow each `get`."""
 
-    def __init__(self, *, on_depth: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        *,
+        on_depth: Callable[[int], None] = lambda _: None,
+        on_wait: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        """`on_wait` is told how long each key has waited, in seconds."""
         self._ready: asyncio.Queue[Ref] = asyncio.Queue()  # bounded: holds each key once
-        self._waiting: set[Ref] = set()
+        self._waiting: dict[Ref, float] = {}  # since when
+        self._on_wait = on_wait
         self._running: set[Ref] = set()
         self._timers: dict[Ref, asyncio.TimerHandle] = {}
         self._failures: dict[Ref, int] = {}
@@ -29,7 +38,7 @@ class WorkQueue:
         """Reconcile the object soon."""
         if key in self._waiting:
             return
-        self._waiting.add(key)
+        self._waiting[key] = time.monotonic()
         if key not in self._running:
             self._ready.put_nowait(key)
         self._on_depth(len(self._waiting))
@@ -52,7 +61,7 @@ class WorkQueue:
     async def get(self) -> Ref:
         """The next key; it is not handed out again before `done`."""
         key = await self._ready.get()
-        self._waiting.discard(key)
+        self._on_wait(time.monotonic() - self._waiting.pop(key))
         self._running.add(key)
         self._on_depth(len(self._waiting))
         return key
@@ -68,10 +77,11 @@ class WorkQueue:
         self._failures.pop(key, None)
 
     def failed(self, key: Ref) -> int:
-        """Try again later; the delay in milliseconds."""
+        """Try again later; the delay in milliseconds, up to a quarter more by chance."""
         count = self._failures.get(key, 0)
         self._failures[key] = count + 1
-        delay_ms = min(BACKOFF_MS_MIN << min(count, 16), BACKOFF_MS_MAX)
+        limit_ms = min(BACKOFF_MS_MIN << min(count, 16), BACKOFF_MS_MAX)
+        delay_ms = limit_ms + random.randrange(limit_ms // 4)
         self.add_after(key, delay_ms)
         return delay_ms
 

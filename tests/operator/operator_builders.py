@@ -2,9 +2,11 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from kvasir_operator.api import API_VERSION, KINDS
+from kvasir_operator.cluster import NO_LABELS
 from kvasir_operator.core.manifests import (
     DRAIN_ANNOTATION,
     FIELD_MANAGER,
@@ -12,7 +14,6 @@ from kvasir_operator.core.manifests import (
     Manifest,
     Ref,
     ref_of,
-    selector_text,
 )
 from kvasir_operator.core.plan import make_plan
 from kvasir_operator.core.views import PodView
@@ -186,7 +187,7 @@ class FakeCluster:
     def __init__(self) -> None:
         self.objects: dict[Ref, Manifest] = {}
         self.pods: list[Manifest] = []
-        self.events: list[Manifest] = []
+        self.warnings: dict[str, str] = {}  # by UID
         self.told: list[Manifest] = []
         self.writes: list[tuple[str, Ref]] = []
         self.refused: dict[Ref, ClusterError] = {}
@@ -202,19 +203,27 @@ class FakeCluster:
         """See Cluster."""
         return copy.deepcopy(self.objects.get(ref))
 
+    async def fetch(self, ref: Ref) -> Manifest | None:
+        """See Cluster."""
+        return await self.get(ref)
+
     async def list(
-        self, kind: str, namespace: str, *, labels: str = "", fields: str = ""
+        self, kind: str, namespace: str, *, labels: Mapping[str, str] = NO_LABELS
     ) -> list[Manifest]:
-        """See Cluster; any pods, events about an object, others by their labels."""
+        """See Cluster; any pods, others by their labels."""
         if kind == "Pod":
             return copy.deepcopy(self.pods)
-        if kind != "Event":
-            return [
-                copy.deepcopy(obj)
-                for ref, obj in self.objects.items()
-                if ref[:2] == (kind, namespace) and _has_labels(obj, labels)
-            ]
-        return [e for e in self.events if f"involvedObject.uid={e['about']}" in fields]
+        return [
+            copy.deepcopy(obj)
+            for ref, obj in self.objects.items()
+            if ref[:2] == (kind, namespace)
+            and labels.items() <= obj["metadata"].get("labels", {}).items()
+        ]
+
+    async def warning(self, uid: str, namespace: str) -> str:
+        """See Cluster."""
+        assert namespace == "default"
+        return self.warnings.get(uid, "")
 
     async def apply(self, manifest: Manifest) -> Manifest:
         """See Cluster: fields that are owned and no longer given are removed."""
@@ -235,32 +244,29 @@ class FakeCluster:
         self.add(merged)
         return copy.deepcopy(merged)
 
-    async def apply_status(self, ref: Ref, status: Manifest) -> None:
+    async def apply_status(self, ref: Ref, status: Manifest) -> Manifest:
         """See Cluster."""
         self.writes.append(("status", ref))
         self.objects[ref]["status"] = _defaulted(json.loads(json.dumps(status)), ref.kind)
+        return copy.deepcopy(self.objects[ref])
 
     async def create_event(self, namespace: str, event: Manifest) -> None:
         """See Cluster."""
         assert namespace == event["metadata"]["namespace"]
         self.told.append(event)
 
-    async def annotate(self, ref: Ref, uid: str, annotations: dict[str, str]) -> None:
+    async def annotate(self, ref: Ref, uid: str, annotations: Mapping[str, str]) -> Manifest:
         """See Cluster; pods only."""
         self.writes.append(("annotate", ref))
         pod = next(pod for pod in self.pods if pod["metadata"]["uid"] == uid)
         pod["metadata"].setdefault("annotations", {}).update(annotations)
+        return copy.deepcopy(pod)
 
-    async def delete(self, ref: Ref, *, uid: str = "") -> None:
+    async def delete(self, ref: Ref, *, uid: str = "") -> Manifest | None:
         """See Cluster."""
         self.writes.append(("delete", ref))
-        self.objects.pop(ref, None)
         self.pods = [pod for pod in self.pods if not uid or pod["metadata"]["uid"] != uid]
-
-
-def _has_labels(obj: Manifest, selector: str) -> bool:
-    own = obj["metadata"].get("labels", {}).items()
-    return set(selector.split(",")) <= {selector_text(dict([pair])) for pair in own}
+        return self.objects.pop(ref, None)
 
 
 def _merge(live: Any, desired: Any) -> Any:

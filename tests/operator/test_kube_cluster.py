@@ -114,7 +114,7 @@ async def test_list_follows_pages(api: FakeApi, cluster: KubeCluster) -> None:
         (200, {"apiVersion": "v1", "items": [{"n": 1}], "metadata": {"continue": "more"}}),
         (200, {"apiVersion": "v1", "items": [{"n": 2}], "metadata": {}}),
     ]
-    found = await cluster.list("Pod", "ns", labels="a=b")
+    found = await cluster.list("Pod", "ns", labels={"a": "b"})
     assert [(pod["n"], pod["kind"], pod["apiVersion"]) for pod in found] == [
         (1, "Pod", "v1"),
         (2, "Pod", "v1"),

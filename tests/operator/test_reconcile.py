@@ -1,6 +1,5 @@
 """Reconciles against a cluster in memory: convergence, no idle writes, refusals, drains."""
 
-from kvasir_operator.audit import WatchAudit
 from kvasir_operator.core.manifests import (
     DELETION_COST_ANNOTATION,
     DRAIN_ANNOTATION,
@@ -55,7 +54,6 @@ def make_reconciler(cluster: FakeCluster, drainer: FakeDrainer | None = None) ->
     return Reconciler(
         cluster,
         drainer or FakeDrainer(),
-        WatchAudit(),
         setter,
         Routers(),
         Collector(),
@@ -181,15 +179,8 @@ async def test_warning_event_of_a_waiting_pod_reaches_the_condition() -> None:
     await make_settled_pool(cluster, replicas=1)
     pool = cluster.objects[DECODE]
     cluster.pods = make_workers(pool, make_pod("chat-decode-0", running=False, ready=False))
-    cluster.events = [
-        {
-            "about": "uid-of-chat-decode-0",
-            "reason": "FailedMount",
-            "message": 'volume "model" : /nope is not a directory',
-            "lastTimestamp": "2025-06-15T00:00:00Z",
-            "metadata": {},
-        }
-    ]
+    text = 'FailedMount: volume "model" : /nope is not a directory'
+    cluster.warnings = {"uid-of-chat-decode-0": text}
     await make_reconciler(cluster).reconcile(DECODE)
     degraded = condition_of(cluster.objects[DECODE]["status"], "Degraded")
     assert degraded["reason"] == "ModelUnavailable"

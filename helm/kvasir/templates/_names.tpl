@@ -55,7 +55,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [""]
   resources: [serviceaccounts]
-  verbs: [get, create, patch, delete]
+  verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [""]
   # patch: the mark that a drain began; delete: a drained worker that is wanted again.
   resources: [pods]
@@ -67,7 +67,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 - apiGroups: [""]
   # Why a pod does not start (a volume that cannot be mounted) is only told in events.
   resources: [events]
-  verbs: [list, create]
+  verbs: [list, watch, create]
 {{- end }}
 
 {{/* A number as Prometheus' clients write the bound of a bucket: 1.0, 2.5. */}}

@@ -1,0 +1,160 @@
+"""The cluster as a reconcile sees it: reads from watch caches, writes to the API server.
+
+What a write returns is put into the cache at once, so a read shows at least what was written. Other
+changes show as soon as the watch brings them; the reconcile is level-triggered, and each piece of
+news puts the custom resources that it concerns into the queue.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from kvasir_operator.cluster import NO_LABELS, KubeCluster, Labels, Manifests
+from kvasir_operator.core.manifests import Manifest, Ref
+from kvasir_operator.core.slim import about, group_of_labels
+from kvasir_operator.core.store import Entry, Key, with_labels
+from kvasir_operator.watch import WATCHED, Reflector, concerned
+
+WATCH_LAG_MAX_S = 240.0  # bookmarks come every minute
+
+
+class CachedCluster:
+    """See cluster.Cluster. Kinds that are not in WATCHED are read from the API server.
+
+    `namespaces` are those that are watched (none: all); `on_news` is told which custom resources
+    to look at.
+    """
+
+    def __init__(
+        self, kube: KubeCluster, *, namespaces: Sequence[str], on_news: Callable[[Ref], None]
+    ) -> None:
+        self._kube = kube
+        self._on_news = on_news
+        self._reflectors = {
+            (kind, namespace): Reflector(kube, kind, namespace, on_news=self._tell, watched=watched)
+            for kind, watched in WATCHED.items()
+            for namespace in namespaces or ("",)
+        }
+
+    async def run(self) -> None:
+        """Keep the caches up to date."""
+        async with asyncio.TaskGroup() as tasks:
+            for (kind, namespace), reflector in self._reflectors.items():
+                tasks.create_task(reflector.run(), name=f"watch of {kind} {namespace}")
+
+    async def wait_until_synced(self) -> None:
+        """Wait until every kind has been listed."""
+        for reflector in self._reflectors.values():
+            await reflector.is_synced.wait()
+
+    def problems(self) -> list[str]:
+        """Why the caches are not complete yet."""
+        waiting = (r for r in self._reflectors.values() if not r.is_synced.is_set())
+        return [f"{r.kind}: {r.problem}" for r in waiting]
+
+    def lags_s(self) -> dict[str, float]:
+        """How long each kind has been silent while others were not, in seconds."""
+        newest_s = max(r.alive_s for r in self._reflectors.values())
+        lags: dict[str, float] = {}
+        for reflector in self._reflectors.values():
+            lag_s = newest_s - reflector.alive_s
+            lags[reflector.kind] = max(lag_s, lags.get(reflector.kind, 0.0))
+        return lags
+
+    def sizes(self) -> Mapping[str, int]:
+        """How many objects of each kind are kept."""
+        sizes: dict[str, int] = {}
+        for reflector in self._reflectors.values():
+            sizes[reflector.kind] = sizes.get(reflector.kind, 0) + len(reflector.store)
+        return sizes
+
+    async def get(self, ref: Ref) -> Manifest | None:
+        """See Cluster."""
+        if ref.kind not in WATCHED:
+            return await self.fetch(ref)
+        entry = self._entry(ref)
+        return None if entry is None else entry.decode()
+
+    async def fetch(self, ref: Ref) -> Manifest | None:
+        """See Cluster."""
+        return await self._kube.get(ref)
+
+    async def list(self, kind: str, namespace: str, *, labels: Labels = NO_LABELS) -> Manifests:
+        """See Cluster."""
+        if kind not in WATCHED:
+            return await self._kube.list(kind, namespace, labels=labels)
+        reflector = self._reflector(kind, namespace)
+        if reflector is None:
+            return []
+        group = group_of_labels(dict(labels))
+        store = reflector.store
+        found: Iterable[Entry] = (
+            store.in_group(namespace, group) if group else store.in_namespace(namespace)
+        )
+        return with_labels(found, labels)
+
+    async def warning(self, uid: str, namespace: str) -> str:
+        """See Cluster."""
+        reflector = self._reflector("Event", namespace)
+        events = [] if reflector is None else reflector.store.in_group(namespace, uid)
+        if not events:
+            return ""
+        latest = max((event.decode() for event in events), key=_time)
+        return f"{latest.get('reason', '')}: {latest.get('message', '')}"
+
+    async def apply(self, manifest: Manifest) -> Manifest:
+        """See Cluster."""
+        return self._written(await self._kube.apply(manifest))
+
+    async def apply_status(self, ref: Ref, status: Manifest) -> Manifest:
+        """See Cluster."""
+        return self._written(await self._kube.apply_status(ref, status))
+
+    async def annotate(self, ref: Ref, uid: str, annotations: Mapping[str, str]) -> Manifest:
+        """See Cluster."""
+        return self._written(await self._kube.annotate(ref, uid, annotations))
+
+    async def delete(self, ref: Ref, *, uid: str = "") -> Manifest | None:
+        """See Cluster."""
+        entry = self._entry(ref)
+        answer = await self._kube.delete(ref, uid=uid)
+        if answer is None:
+            return None
+        if "deletionTimestamp" in answer.get("metadata", {}):
+            return self._written(answer)
+        reflector = self._reflector(ref.kind, ref.namespace)
+        if reflector is not None and entry is not None:
+            reflector.store.deleted(entry.key, entry.uid)
+            self._tell(entry)
+        return answer
+
+    async def create_event(self, namespace: str, event: Manifest) -> None:
+        """See Cluster."""
+        await self._kube.create_event(namespace, event)
+
+    def _written(self, obj: Manifest) -> Manifest:
+        reflector = self._reflector(obj["kind"], obj["metadata"].get("namespace", ""))
+        entry = None if reflector is None else reflector.entry_of(obj)
+        if reflector is not None and entry is not None and reflector.store.written(entry):
+            self._tell(entry)
+        return obj
+
+    def _tell(self, entry: Entry) -> None:
+        obj = entry.decode()
+        if "involvedObject" in obj:
+            subject = self._entry(about(obj))
+            if subject is None:
+                return
+            obj = subject.decode()
+        for ref in concerned(obj):
+            self._on_news(ref)
+
+    def _reflector(self, kind: str, namespace: str) -> Reflector | None:
+        return self._reflectors.get((kind, namespace)) or self._reflectors.get((kind, ""))
+
+    def _entry(self, ref: Ref) -> Entry | None:
+        reflector = self._reflector(ref.kind, ref.namespace)
+        return None if reflector is None else reflector.store.get(Key(ref.namespace, ref.name))
+
+
+def _time(event: Manifest) -> str:
+    return str(event.get("lastTimestamp") or event.get("eventTime") or "")
