@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from kvasir_kvstore.core.block import BLOCK_TOKENS
 from kvasir_proto.errors import KvasirError, Reason
+from kvasir_proto.links import Links
 from kvasir_proto.v1 import common_pb2, worker_pb2
 from kvasir_router.core.choose import Route
 from kvasir_router.core.keys import KeyLimits
@@ -167,8 +168,8 @@ async def _routers(
                 local_prefill_tokens_max=0,
                 silence_timeout_ms=20_000,
             )
-            fleet = Fleet(router, replica=bytes([index]) * 16, key_limits=KEY_LIMITS)
-            client = WorkerClient(connections_max=8_192, connect_timeout_ms=20_000)
+            fleet = Fleet(router, Links(), replica=bytes([index]) * 16, key_limits=KEY_LIMITS)
+            client = WorkerClient(Links(), connections_max=8_192, connect_timeout_ms=20_000)
             stack.push_async_callback(client.close)
             choose = POLICIES[policy]()
             routers.append(Dispatcher(router, fleet, client, RouterMetrics(), choose=choose))

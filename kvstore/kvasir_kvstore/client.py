@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvasir_proto.errors import KvasirError
+from kvasir_proto.links import Links
 from kvasir_proto.v1 import common_pb2
 from prometheus_client import CollectorRegistry
 
@@ -64,11 +65,12 @@ class KvTier:
         *,
         nodes: Sequence[str],
         redis_url: str | None = None,
+        links: Links | None = None,
         registry: CollectorRegistry | None = None,
         offer_names_waiting_max: int = OFFER_NAMES_WAITING_MAX,
     ) -> None:
         """`nodes`: HOST:PORT or dns:HOST:PORT. Raises ValueError for a malformed spec or URL."""
-        self._nodes = NodeSet(nodes)
+        self._nodes = NodeSet(nodes, links=links)
         self._index = RedisIndex(redis_url) if redis_url else None
         self._puller = NamedPuller(pool, pulls_max=FETCHES_MAX)
         self._metrics = TierMetrics(registry or CollectorRegistry())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 from kvasir_proto.errors import KvasirError, Reason
+from kvasir_proto.links import Links
 from kvasir_proto.rpc_errors import error_from_rpc
 from kvasir_proto.v1 import common_pb2, kvnode_pb2, kvnode_pb2_grpc
 
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 NODES_MAX = 256
 PROBE_TIMEOUT_MS = 1000
+CLOSE_GRACE_S = 1.0
 _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # peers are near, whatever the environment says
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -38,14 +40,18 @@ _NODE_IS_AWAY = frozenset({Reason.NO_WORKER, Reason.TIMEOUT, Reason.CANCELLED, R
 class _Node:
     channel: grpc.aio.Channel
     stub: "kvnode_pb2_grpc.KvNodeAsyncStub"
+    links_version: int
     problem: str = "not asked yet"
 
 
 class NodeSet:
     """The nodes behind the specs; the event loop owns it."""
 
-    def __init__(self, specs: Sequence[str], *, interval_ms: int = 1000) -> None:
+    def __init__(
+        self, specs: Sequence[str], *, links: Links | None = None, interval_ms: int = 1000
+    ) -> None:
         self._specs = [parse_spec(spec) for spec in specs]
+        self._links = links or Links()
         self._interval_s = interval_ms / 1000
         self._nodes: dict[str, _Node] = {}
         self._resolve_problem = ""
@@ -141,12 +147,27 @@ class NodeSet:
         targets = await self._resolve()
         for target in set(self._nodes) - targets:
             log.info("KV node %s is gone", target)
-            await self._nodes.pop(target).channel.close(grace=1)
+            await self._nodes.pop(target).channel.close(CLOSE_GRACE_S)
         for target in sorted(targets - set(self._nodes))[: NODES_MAX - len(self._nodes)]:
-            channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
-            self._nodes[target] = _Node(channel, kvnode_pb2_grpc.KvNodeStub(channel))
+            self._nodes[target] = self._dial(target)
+        await self._renew_channels()
         probes = [self._probe(t, node) for t, node in self._nodes.items() if node.problem]
         await asyncio.gather(*probes)
+
+    def _dial(self, target: str) -> _Node:
+        version = self._links.version
+        channel = self._links.channel(target, _CHANNEL_OPTIONS)
+        return _Node(channel, kvnode_pb2_grpc.KvNodeStub(channel), version)
+
+    async def _renew_channels(self) -> None:
+        """Leaves channels that would show an earlier certificate when they connect again."""
+        version = self._links.version
+        for target, node in self._nodes.items():
+            if node.links_version != version:
+                fresh = self._dial(target)
+                before, node.channel, node.stub = node.channel, fresh.channel, fresh.stub
+                node.links_version = fresh.links_version
+                await before.close(CLOSE_GRACE_S)
 
     async def _resolve(self) -> set[str]:
         """Targets behind the specs; those of a name that does not resolve now stay as they are."""

@@ -4,6 +4,7 @@ Workers, KV nodes and routers share these: one syntax of addresses, one check of
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -62,6 +63,9 @@ class PeerSettings(BaseModel):
     """/metrics, /healthz, /readyz; a worker's token streams."""
     data_port: int = Field(default=0, ge=0, le=65535)
     """KV blocks for peers."""
+    tls_dir: Path | None = None
+    """Folder with tls.crt, tls.key and ca.crt: peers must show a certificate, and so does this
+    process; none: links are plain. Health and metrics stay plain."""
 
     @field_validator("uid")
     @classmethod

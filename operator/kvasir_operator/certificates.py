@@ -10,11 +10,12 @@ from datetime import UTC, datetime, timedelta
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 LIFETIME = timedelta(days=90)
 ROTATE_BEFORE = timedelta(days=30)
 CLOCK_SKEW = timedelta(minutes=5)
+EITHER_END = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +32,20 @@ def make_bundle(dns_name: str, *, now: datetime) -> Bundle:
     ca_key, leaf_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     names = [x509.DNSName(name) for name in (dns_name, "localhost")]  # the latter: port-forward
     ca_name = _name(f"{dns_name} CA")
+    authority_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
     authority = (
         _builder(ca_name, ca_name, ca_key.public_key(), now)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(is_authority=True), critical=True)
         .sign(ca_key, hashes.SHA256())
     )
     leaf = (
         _builder(_name(dns_name), ca_name, leaf_key.public_key(), now)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(is_authority=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(EITHER_END), critical=False)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(authority_id, critical=False)  # which of two CAs of the same name
         .sign(ca_key, hashes.SHA256())
     )
     return Bundle(
@@ -84,4 +90,19 @@ def _builder(
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - CLOCK_SKEW)
         .not_valid_after(now + LIFETIME)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _usage(*, is_authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not is_authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=is_authority,
+        crl_sign=False,
+        encipher_only=False,
+        decipher_only=False,
     )

@@ -10,6 +10,7 @@ import logging
 import secrets
 
 from aiohttp import web
+from kvasir_proto.links import Links
 
 from kvasir_router.app import Probes, Readiness, make_app
 from kvasir_router.intake import Intake, TextModel
@@ -44,10 +45,11 @@ class RouterServer:
     def __init__(self, settings: RouterSettings, text: TextModel) -> None:
         self._settings = settings
         replica = secrets.token_bytes(REPLICA_BYTES)
-        self.fleet = Fleet(settings, replica=replica)
+        links = Links(settings.tls_dir)
+        self.fleet = Fleet(settings, links, replica=replica)
         keys = self.fleet.view().keys
         self.peers = Peers(
-            settings.peers, keys, replica=replica, interval_ms=settings.resolve_interval_ms
+            settings.peers, keys, links, replica=replica, interval_ms=settings.resolve_interval_ms
         )
         self.metrics = RouterMetrics()
         self.leaving = Leaving()
@@ -55,6 +57,7 @@ class RouterServer:
         self.readiness = Readiness(self.fleet, self.leaving, self.canaries)
         tenants = Tenants.load(settings.api_key_file)
         self._client = WorkerClient(
+            links,
             connections_max=2 * settings.requests_in_flight_max,
             connect_timeout_ms=settings.connect_timeout_ms,
         )
@@ -76,7 +79,8 @@ class RouterServer:
             tenants=tenants,
             metrics=self.metrics,
         )
-        self._rpc = RpcServer(settings, service, RouterPeerService(keys, replica=replica))
+        peering = RouterPeerService(keys, replica=replica)
+        self._rpc = RpcServer(settings, service, peering, links)
         self._runner = web.AppRunner(
             self._app,
             access_log=None,
@@ -85,7 +89,7 @@ class RouterServer:
         )
         self._site: web.TCPSite | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self.http_port = self.grpc_port = 0
+        self.http_port = self.grpc_port = self.peer_port = 0
 
     async def start(self) -> None:
         """Listens on both ports and follows the fleet.
@@ -106,8 +110,13 @@ class RouterServer:
         )
         await self._site.start()
         self.http_port = self._runner.addresses[0][1]
-        self.grpc_port = await self._rpc.start()
-        log.info("listening: HTTP %d, gRPC %d", self.http_port, self.grpc_port)
+        self.grpc_port, self.peer_port = await self._rpc.start()
+        log.info(
+            "listening: HTTP %d, gRPC %d, for peers %d",
+            self.http_port,
+            self.grpc_port,
+            self.peer_port,
+        )
 
     async def serve(self, stopped: asyncio.Event) -> None:
         """Returns once `stopped` is set; what the router cannot live without fails it."""

@@ -24,6 +24,14 @@ class RouterSettings(BaseModel):
     grpc_port: int = Field(default=8001, ge=0, le=65535)
     """kvasir.v1.Inference, health, reflection. 0: any free port."""
 
+    tls_dir: Path | None = None
+    """Folder with tls.crt, tls.key and ca.crt: workers, KV nodes and other replicas must show a
+    certificate, and so does this router. Without it links are plain. Clients are not concerned."""
+
+    peer_port: int = Field(default=0, ge=0, le=65535)
+    """With a tls_dir: what is for other replicas and the operator, over TLS. 0: any free port.
+    Without one it is on grpc_port."""
+
     workers: tuple[str, ...] = ()
     """gRPC addresses: HOST:PORT, or dns:HOST:PORT for every address behind a name."""
 

@@ -57,6 +57,9 @@ PORT = click.IntRange(min=1, max=65535)
     show_default=True,
     help="Time to first token to aim at; a request that cannot meet it is refused with 429.",
 )
+@click.option(
+    "--tls", is_flag=True, help="The parts talk over TLS and show one another certificates."
+)
 @click.option("--detach", is_flag=True, help="Return when the fleet serves; it runs on.")
 def up(*, detach: bool, **values: Any) -> None:
     """Start a fleet: one router, prefill and decode workers, KV nodes.
@@ -96,6 +99,7 @@ def run_fleet(options: FleetOptions) -> None:
     from kvasir_cli.fleet.report import make_report
     from kvasir_cli.fleet.state import held_run_folder
     from kvasir_cli.fleet.supervisor import Supervisor
+    from kvasir_cli.fleet.tls import make_tls_dir
 
     with held_run_folder(options.port) as folder:
         check_fleet(options)
@@ -103,12 +107,15 @@ def run_fleet(options: FleetOptions) -> None:
         ports = free_ports(LOOPBACK, options.num_ports, avoid=taken, source=random.Random())
         if options.grpc_port:
             ports[0] = options.grpc_port
-        plan = plan_fleet(options, ports)
+        tls_dir = make_tls_dir(folder) if options.tls else None
+        plan = plan_fleet(options, ports, tls_dir=tls_dir)
         click.echo(
             f"{options.model_name}: {options.num_prefill} prefill, {options.num_decode} decode, "
             f"{options.num_kv_nodes} KV nodes, 1 router"
         )
-        supervisor = Supervisor(options, plan, run_folder=folder, report=make_report())
+        supervisor = Supervisor(
+            options, plan, run_folder=folder, report=make_report(), tls_dir=tls_dir
+        )
         asyncio.run(supervisor.run())
 
 

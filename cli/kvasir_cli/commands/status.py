@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,14 +29,26 @@ WIDTH_WITHOUT_TERMINAL = 160
 @click.option(
     "--kv-node", "kv_nodes", metavar="HOST:PORT", multiple=True, help="gRPC of a KV node elsewhere."
 )
+@click.option(
+    "--tls-dir",
+    type=click.Path(path_type=Path),
+    help="Certificate to show to KV nodes elsewhere.  [default: none, links are plain]",
+)
 @click.option("--json", "as_json", is_flag=True, help="All that is known, as JSON.")
 def status(
-    port: int | None, router: str | None, kv_nodes: tuple[str, ...], *, as_json: bool
+    port: int | None,
+    router: str | None,
+    kv_nodes: tuple[str, ...],
+    tls_dir: Path | None,
+    *,
+    as_json: bool,
 ) -> None:
     """Show the parts of a running fleet: role, readiness, load, cache.
 
     Finds a fleet that kvasir up started here; --router asks any other.
     """
+    from kvasir_proto.links import Links
+
     from kvasir_cli.fleet.launch import find_fleet
     from kvasir_cli.fleet.view import KvNodeView, ask_kv_nodes, ask_router
 
@@ -43,10 +56,11 @@ def status(
     if fleet is not None:
         part = fleet.part("router")[0]
         router = f"{part.host}:{part.grpc_port}"
+        tls_dir = Path(fleet.tls_dir) if fleet.tls_dir else None
         kv_nodes = tuple(f"{kv.host}:{kv.grpc_port}" for kv in fleet.part("kvnode"))
 
     async def ask() -> tuple[inference_pb2.FleetView, list[KvNodeView]]:
-        return await ask_router(router or ""), await ask_kv_nodes(kv_nodes)
+        return await ask_router(router or ""), await ask_kv_nodes(kv_nodes, Links(tls_dir))
 
     view, nodes = asyncio.run(ask())
     if as_json:

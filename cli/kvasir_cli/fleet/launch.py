@@ -48,7 +48,8 @@ def up_arguments(options: FleetOptions) -> list[str]:
         ("--ttft-slo-ms", options.ttft_slo_ms),
     ):
         arguments += [flag, str(value)]
-    return arguments + (["--redis", options.redis] if options.redis else [])
+    arguments += ["--redis", options.redis] if options.redis else []
+    return arguments + (["--tls"] if options.tls else [])
 
 
 def start_detached(

@@ -5,7 +5,7 @@ and running it the supervisor's.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
@@ -33,6 +33,7 @@ class FleetOptions:
     kv_cache_mb: int  # of each worker
     kv_node_mb: int  # of each KV node
     ttft_slo_ms: int = TTFT_SLO_MS
+    tls: bool = False  # links between the parts
 
     @property
     def num_workers(self) -> int:
@@ -75,11 +76,14 @@ class PartPlan:
         return f"{self.host}:{self.grpc_port}"
 
 
-def plan_fleet(options: FleetOptions, ports: Sequence[int]) -> list[PartPlan]:
+def plan_fleet(
+    options: FleetOptions, ports: Sequence[int], *, tls_dir: Path | None = None
+) -> list[PartPlan]:
     """The parts in the order in which they start: KV nodes, workers, router.
 
     Args:
         ports: `options.num_ports` free ports; the router's gRPC port takes the first.
+        tls_dir: the certificate of every part, where links are secure.
     """
     assert len(ports) == options.num_ports, (len(ports), options.num_ports)
     router_grpc_port, *rest = ports
@@ -91,7 +95,11 @@ def plan_fleet(options: FleetOptions, ports: Sequence[int]) -> list[PartPlan]:
         for role, count in (("prefill", options.num_prefill), ("decode", options.num_decode))
         for i in range(count)
     ]
-    return [*kv_nodes, *workers, _router(options, router_grpc_port, workers, peers)]
+    parts = [*kv_nodes, *workers, _router(options, router_grpc_port, workers, peers)]
+    if tls_dir is None:
+        return parts
+    secure = ("--tls-dir", str(tls_dir))
+    return [replace(part, arguments=(*part.arguments, *secure)) for part in parts]
 
 
 def _listen(host: str, grpc_port: int, http_port: int) -> list[str]:

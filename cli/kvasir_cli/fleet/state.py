@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kvasir_cli.errors import RefusedError
 
-STATE, LOCK, LOGS = "state.json", "lock", "logs"
+STATE, LOCK, LOGS, TLS = "state.json", "lock", "logs", "tls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class FleetState:
     run_folder: str
     problem: str
     parts: tuple[PartState, ...]
+    tls_dir: str | None = None  # the certificate of its parts, where links are secure
 
     def part(self, role: str) -> list[PartState]:
         """The parts of one role."""

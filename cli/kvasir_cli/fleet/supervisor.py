@@ -29,10 +29,17 @@ class Supervisor:
     """One fleet, from its start to its end."""
 
     def __init__(
-        self, options: FleetOptions, plan: Sequence[PartPlan], *, run_folder: Path, report: Report
+        self,
+        options: FleetOptions,
+        plan: Sequence[PartPlan],
+        *,
+        run_folder: Path,
+        report: Report,
+        tls_dir: Path | None = None,
     ) -> None:
         self._options = options
         self._run_folder = run_folder
+        self._tls_dir = tls_dir
         self._report = report
         self._parts = [Part(part, run_folder) for part in plan]
         self._stop = asyncio.Event()
@@ -149,5 +156,6 @@ class Supervisor:
                 run_folder=str(self._run_folder),
                 problem=self._problem,
                 parts=tuple(part.state() for part in self._parts),
+                tls_dir=str(self._tls_dir) if self._tls_dir else None,
             )
         )

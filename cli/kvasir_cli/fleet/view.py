@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
+from kvasir_proto.links import Links
 from kvasir_proto.v1 import inference_pb2, inference_pb2_grpc, kvnode_pb2, kvnode_pb2_grpc
 
 from kvasir_cli.errors import CommandError
@@ -37,13 +38,13 @@ async def ask_router(address: str) -> inference_pb2.FleetView:
             ) from error
 
 
-async def ask_kv_nodes(addresses: Sequence[str]) -> list[KvNodeView]:
+async def ask_kv_nodes(addresses: Sequence[str], links: Links) -> list[KvNodeView]:
     """All KV nodes' descriptions, in order."""
-    return list(await asyncio.gather(*(_ask_kv_node(address) for address in addresses)))
+    return list(await asyncio.gather(*(_ask_kv_node(address, links) for address in addresses)))
 
 
-async def _ask_kv_node(address: str) -> KvNodeView:
-    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+async def _ask_kv_node(address: str, links: Links) -> KvNodeView:
+    async with links.channel(address, CHANNEL_OPTIONS) as channel:
         stub = kvnode_pb2_grpc.KvNodeStub(channel)
         request = kvnode_pb2.DescribeKvNodeRequest()
         try:

@@ -14,6 +14,7 @@ from kvasir_kvstore.client import KvTier
 from kvasir_kvstore.core import block
 from kvasir_kvstore.events import EventHub
 from kvasir_proto.errors import KvasirError, Reason
+from kvasir_proto.links import Links
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
 from kvasir_engine.core.types import EngineLoad
@@ -100,7 +101,8 @@ class Host:
             on_given_up=lambda why: self.metrics.given_up.labels(why).inc(),
         )
         self.fetch_rates = FetchRates()
-        self.peers = Peers(close_grace_s=settings.request_timeout_ms / 1000)
+        self.links = Links(settings.tls_dir)
+        self.peers = Peers(self.links, close_grace_s=settings.request_timeout_ms / 1000)
         self.serving: Serving | None = None
         self.outside: Outside | None = None
 

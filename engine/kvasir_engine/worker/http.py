@@ -6,6 +6,7 @@ kvasir.v1.Error as body; once tokens flow, an error is a frame. A client that go
 """
 
 import logging
+from collections.abc import Sequence
 
 from aiohttp import web
 from google.protobuf.message import DecodeError
@@ -90,6 +91,13 @@ class _FrameStream:
         await self._response.write(data)
 
 
+def make_app(routes: Sequence[web.RouteDef]) -> web.Application:
+    """An application; run it with `handler_cancellation=True`."""
+    app = web.Application(client_max_size=BODY_BYTES_MAX)
+    app.add_routes(routes)
+    return app
+
+
 class HttpApi:
     """The handlers."""
 
@@ -97,18 +105,17 @@ class HttpApi:
         self._host = host
         self._generator = generator
 
-    def app(self) -> web.Application:
-        """An application; run it with `handler_cancellation=True`."""
-        app = web.Application(client_max_size=BODY_BYTES_MAX)
-        app.add_routes(
-            [
-                web.post("/internal/generate", self.generate),
-                web.get("/metrics", self.metrics),
-                web.get("/healthz", self.healthz),
-                web.get("/readyz", self.readyz),
-            ]
-        )
-        return app
+    def streams(self) -> list[web.RouteDef]:
+        """What routers ask."""
+        return [web.post("/internal/generate", self.generate)]
+
+    def probes(self) -> list[web.RouteDef]:
+        """What Kubernetes and Prometheus ask."""
+        return [
+            web.get("/metrics", self.metrics),
+            web.get("/healthz", self.healthz),
+            web.get("/readyz", self.readyz),
+        ]
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """POST /internal/generate."""

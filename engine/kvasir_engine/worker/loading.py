@@ -228,6 +228,7 @@ async def _start_tier(host: Host, pool: BlockPool, stack: AsyncExitStack) -> KvT
         pool,
         nodes=settings.kv_nodes,
         redis_url=settings.redis,
+        links=host.links,
         registry=host.metrics.registry,
         offer_names_waiting_max=settings.offer_blocks_max,
     )

@@ -5,13 +5,13 @@ process with an error; SIGTERM and SIGINT drain it and end it with status 0.
 """
 
 import asyncio
-import errno
 import logging
 import os
 import secrets
 import signal
+import ssl
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ import uvloop
 from aiohttp import web
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from kvasir_kvstore.peers import join_target
 from kvasir_proto.v1 import worker_pb2, worker_pb2_grpc
 
 from kvasir_engine.worker import canary, loading, remote
@@ -29,9 +30,9 @@ from kvasir_engine.worker.drain import Drain
 from kvasir_engine.worker.generate import EngineGenerator, Generator
 from kvasir_engine.worker.handoff import Handoff
 from kvasir_engine.worker.host import Host
-from kvasir_engine.worker.http import HttpApi
+from kvasir_engine.worker.http import HttpApi, make_app
 from kvasir_engine.worker.offers import Offers
-from kvasir_engine.worker.peers import MESSAGE_BYTES_MAX, grpc_target
+from kvasir_engine.worker.peers import MESSAGE_BYTES_MAX
 from kvasir_engine.worker.prefill import Prefiller
 from kvasir_engine.worker.service import WorkerService
 from kvasir_engine.worker.settings import WorkerSettings
@@ -139,18 +140,37 @@ async def worker(settings: WorkerSettings) -> AsyncIterator[Parts]:
 
 
 async def _start_http(parts: Parts, stack: AsyncExitStack) -> None:
-    host = parts.host
+    """One port for all, or two: what has no certificate may see health and metrics only."""
+    host, api = parts.host, HttpApi(parts.host, parts.generator)
+    port, tls = host.settings.http_port, host.links.server_context()
+    if tls is None:
+        host.address.http_port = await _listen(host, [*api.probes(), *api.streams()], port, stack)
+        host.address.stream_port = host.address.http_port
+        return
+    host.address.http_port = await _listen(host, api.probes(), port, stack)
+    port = host.settings.stream_port
+    host.address.stream_port = await _listen(host, api.streams(), port, stack, tls=tls)
+
+
+async def _listen(
+    host: Host,
+    routes: Sequence[web.RouteDef],
+    port: int,
+    stack: AsyncExitStack,
+    *,
+    tls: ssl.SSLContext | None = None,
+) -> int:
     runner = web.AppRunner(
-        HttpApi(host, parts.generator).app(),
+        make_app(routes),
         handler_cancellation=True,
         access_log=None,
         shutdown_timeout=STOP_GRACE_S,
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, host.settings.host, host.settings.http_port)
-    await site.start()
-    host.address.http_port = runner.addresses[0][1]
+    await web.TCPSite(runner, host.settings.host, port, ssl_context=tls).start()
+    bound: int = runner.addresses[0][1]
+    return bound
 
 
 async def _start_grpc(parts: Parts, stack: AsyncExitStack) -> None:
@@ -163,11 +183,8 @@ async def _start_grpc(parts: Parts, stack: AsyncExitStack) -> None:
     health_pb2_grpc.add_HealthServicer_to_server(parts.grpc_health, server)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    target = grpc_target(host.settings.host, host.settings.grpc_port)
-    try:
-        host.address.grpc_port = server.add_insecure_port(target)
-    except RuntimeError as error:
-        raise OSError(errno.EADDRINUSE, f"cannot listen on {target} for gRPC") from error
+    target = join_target(host.settings.host, host.settings.grpc_port)
+    host.address.grpc_port = host.links.listen(server, target)
     await server.start()
     stack.push_async_callback(server.stop, STOP_GRACE_S)
 

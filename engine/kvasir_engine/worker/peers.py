@@ -4,6 +4,8 @@ import asyncio
 from collections import OrderedDict
 
 import grpc.aio
+from kvasir_kvstore.peers import join_target
+from kvasir_proto.links import Links
 from kvasir_proto.v1 import common_pb2, worker_pb2_grpc
 
 CHANNELS_MAX = 256
@@ -19,26 +21,23 @@ CHANNEL_OPTIONS = (
 )
 
 
-def grpc_target(host: str, port: int) -> str:
-    """What gRPC connects to or listens at; IPv6 addresses need brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 class Peers:
     """Stubs of other workers, by address. `close_grace_s`: the longest call."""
 
-    def __init__(self, *, close_grace_s: float) -> None:
+    def __init__(self, links: Links, *, close_grace_s: float) -> None:
+        self._links = links
         self._close_grace_s = close_grace_s
-        self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
+        self._channels: OrderedDict[tuple[str, int], grpc.aio.Channel] = OrderedDict()
         self._closing: set[asyncio.Task[None]] = set()
 
     def worker(self, address: common_pb2.PeerAddress) -> "worker_pb2_grpc.WorkerAsyncStub":
         """The stub of a worker; calls fail fast if nobody listens there."""
-        target = grpc_target(address.host, address.grpc_port)
-        channel = self._channels.pop(target, None)
+        target = join_target(address.host, address.grpc_port)
+        key = (target, self._links.version)  # those of earlier certificates fall into disuse
+        channel = self._channels.pop(key, None)
         if channel is None:
-            channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._channels[target] = channel
+            channel = self._links.channel(target, CHANNEL_OPTIONS)
+        self._channels[key] = channel
         if len(self._channels) > CHANNELS_MAX:
             _, oldest = self._channels.popitem(last=False)
             closing = asyncio.create_task(oldest.close(self._close_grace_s))

@@ -19,6 +19,8 @@ class WorkerSettings(PeerSettings):
     vllm_url: str | None = None
     """vLLM's OpenAI server computes, not the engine of this process: http://127.0.0.1:8000."""
 
+    stream_port: int = Field(default=0, ge=0, le=65535)
+    """Token streams for routers, where there is a tls_dir; without one they are on http_port."""
     kv_cache_mb: int = Field(default=1024, ge=1)
     """Memory for KV blocks."""
     threads: int = Field(default=0, ge=0)

@@ -11,6 +11,7 @@ import grpc.aio
 from aiohttp import web
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from kvasir_proto.links import Links
 from kvasir_proto.v1 import kvnode_pb2, kvnode_pb2_grpc
 
 from kvasir_kvstore.index import make_index
@@ -18,6 +19,7 @@ from kvasir_kvstore.node.http import make_app
 from kvasir_kvstore.node.service import KvNodeService
 from kvasir_kvstore.node.settings import KvNodeSettings
 from kvasir_kvstore.node.store import NodeStore
+from kvasir_kvstore.peers import join_target
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ async def _run(settings: KvNodeSettings) -> None:
         # 2. What serves it.
         health_servicer = health.aio.HealthServicer()
         server = _make_server(store, health_servicer)
-        store.address.grpc_port = _bind(server, settings)
+        target = join_target(settings.host, settings.grpc_port)
+        store.address.grpc_port = Links(settings.tls_dir).listen(server, target)
         await server.start()
         stack.push_async_callback(server.stop, settings.stop_timeout_ms / 1000)
         store.address.http_port = await _start_http(store, settings, stack)
@@ -89,15 +92,6 @@ def _make_server(store: NodeStore, health_servicer: health.aio.HealthServicer) -
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     return server
-
-
-def _bind(server: grpc.aio.Server, settings: KvNodeSettings) -> int:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"{host}:{settings.grpc_port}"
-    try:
-        return server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise OSError(f"gRPC port {address} is taken or cannot be bound") from error
 
 
 async def _start_http(

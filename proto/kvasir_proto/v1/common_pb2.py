@@ -24,29 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvasir_proto/v1/common.proto\x12\tkvasir.v1\"~\n\x0bPeerAddress\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x11\n\tgrpc_port\x18\x05 \x01(\r\x12\x11\n\thttp_port\x18\x06 \x01(\r\x12\x11\n\tdata_port\x18\x07 \x01(\r\"Y\n\x08KvLayout\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\"\x9f\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\"]\n\nQueueTerms\x12\x14\n\x0cttft_left_ms\x18\x01 \x01(\r\x12\x10\n\x08priority\x18\x02 \x01(\x11\x12\x15\n\rtenant_weight\x18\x03 \x01(\x02\x12\x10\n\x08may_move\x18\x04 \x01(\x08\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xa5\x02\n\x0cRequestStats\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x1b\n\x13tokens_cached_local\x18\x03 \x01(\r\x12\x1d\n\x15tokens_cached_fetched\x18\x04 \x01(\r\x12\x17\n\x0ftokens_computed\x18\x05 \x01(\r\x12\x16\n\x0ekv_bytes_moved\x18\x06 \x01(\x04\x12\x10\n\x08queue_ms\x18\x07 \x01(\x01\x12\x12\n\nprefill_ms\x18\x08 \x01(\x01\x12\x13\n\x0btransfer_ms\x18\t \x01(\x01\x12\x0f\n\x07ttft_ms\x18\n \x01(\x01\x12\x0f\n\x07tpot_ms\x18\x0b \x01(\x01\x12\x1c\n\x14tokens_cached_decode\x18\x0c \x01(\r\"O\n\x05\x45rror\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r*N\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\r\n\tROLE_BOTH\x10\x03*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvasir_proto/v1/common.proto\x12\tkvasir.v1\"\x93\x01\n\x0bPeerAddress\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x11\n\tgrpc_port\x18\x05 \x01(\r\x12\x11\n\thttp_port\x18\x06 \x01(\r\x12\x11\n\tdata_port\x18\x07 \x01(\r\x12\x13\n\x0bstream_port\x18\x08 \x01(\r\"Y\n\x08KvLayout\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\"\x9f\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\"]\n\nQueueTerms\x12\x14\n\x0cttft_left_ms\x18\x01 \x01(\r\x12\x10\n\x08priority\x18\x02 \x01(\x11\x12\x15\n\rtenant_weight\x18\x03 \x01(\x02\x12\x10\n\x08may_move\x18\x04 \x01(\x08\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xa5\x02\n\x0cRequestStats\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x1b\n\x13tokens_cached_local\x18\x03 \x01(\r\x12\x1d\n\x15tokens_cached_fetched\x18\x04 \x01(\r\x12\x17\n\x0ftokens_computed\x18\x05 \x01(\r\x12\x16\n\x0ekv_bytes_moved\x18\x06 \x01(\x04\x12\x10\n\x08queue_ms\x18\x07 \x01(\x01\x12\x12\n\nprefill_ms\x18\x08 \x01(\x01\x12\x13\n\x0btransfer_ms\x18\t \x01(\x01\x12\x0f\n\x07ttft_ms\x18\n \x01(\x01\x12\x0f\n\x07tpot_ms\x18\x0b \x01(\x01\x12\x1c\n\x14tokens_cached_decode\x18\x0c \x01(\r\"O\n\x05\x45rror\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r*N\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\r\n\tROLE_BOTH\x10\x03*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvasir_proto.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=978
-  _globals['_ROLE']._serialized_end=1056
-  _globals['_FINISHREASON']._serialized_start=1059
-  _globals['_FINISHREASON']._serialized_end=1208
-  _globals['_PEERADDRESS']._serialized_start=43
-  _globals['_PEERADDRESS']._serialized_end=169
-  _globals['_KVLAYOUT']._serialized_start=171
-  _globals['_KVLAYOUT']._serialized_end=260
-  _globals['_SAMPLINGPARAMS']._serialized_start=263
-  _globals['_SAMPLINGPARAMS']._serialized_end=422
-  _globals['_QUEUETERMS']._serialized_start=424
-  _globals['_QUEUETERMS']._serialized_end=517
-  _globals['_USAGE']._serialized_start=519
-  _globals['_USAGE']._serialized_end=599
-  _globals['_REQUESTSTATS']._serialized_start=602
-  _globals['_REQUESTSTATS']._serialized_end=895
-  _globals['_ERROR']._serialized_start=897
-  _globals['_ERROR']._serialized_end=976
+  _globals['_ROLE']._serialized_start=1000
+  _globals['_ROLE']._serialized_end=1078
+  _globals['_FINISHREASON']._serialized_start=1081
+  _globals['_FINISHREASON']._serialized_end=1230
+  _globals['_PEERADDRESS']._serialized_start=44
+  _globals['_PEERADDRESS']._serialized_end=191
+  _globals['_KVLAYOUT']._serialized_start=193
+  _globals['_KVLAYOUT']._serialized_end=282
+  _globals['_SAMPLINGPARAMS']._serialized_start=285
+  _globals['_SAMPLINGPARAMS']._serialized_end=444
+  _globals['_QUEUETERMS']._serialized_start=446
+  _globals['_QUEUETERMS']._serialized_end=539
+  _globals['_USAGE']._serialized_start=541
+  _globals['_USAGE']._serialized_end=621
+  _globals['_REQUESTSTATS']._serialized_start=624
+  _globals['_REQUESTSTATS']._serialized_end=917
+  _globals['_ERROR']._serialized_start=919
+  _globals['_ERROR']._serialized_end=998
 # @@protoc_insertion_point(module_scope)

@@ -80,6 +80,7 @@ class PeerAddress(_message.Message):
     GRPC_PORT_FIELD_NUMBER: _builtins.int
     HTTP_PORT_FIELD_NUMBER: _builtins.int
     DATA_PORT_FIELD_NUMBER: _builtins.int
+    STREAM_PORT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """stable across restarts: the pod's name, or the part's name locally"""
     uid: _builtins.bytes
@@ -89,9 +90,11 @@ class PeerAddress(_message.Message):
     host: _builtins.str
     grpc_port: _builtins.int
     http_port: _builtins.int
-    """token streams, /metrics, /healthz, /readyz"""
+    """/metrics, /healthz, /readyz"""
     data_port: _builtins.int
     """KV data plane"""
+    stream_port: _builtins.int
+    """token streams; 0: http_port"""
     def __init__(
         self,
         *,
@@ -102,10 +105,11 @@ class PeerAddress(_message.Message):
         grpc_port: _builtins.int = ...,
         http_port: _builtins.int = ...,
         data_port: _builtins.int = ...,
+        stream_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_port", b"data_port", "epoch", b"epoch", "grpc_port", b"grpc_port", "host", b"host", "http_port", b"http_port", "name", b"name", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_port", b"data_port", "epoch", b"epoch", "grpc_port", b"grpc_port", "host", b"host", "http_port", b"http_port", "name", b"name", "stream_port", b"stream_port", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+from kvasir_proto.links import Links
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
 from kvasir_router.core.fleet import FleetView, Policy, Request
@@ -31,10 +32,15 @@ class Fleet:
     """Members by target, and what was learned from them."""
 
     def __init__(
-        self, settings: RouterSettings, *, replica: bytes, key_limits: KeyLimits | None = None
+        self,
+        settings: RouterSettings,
+        links: Links,
+        *,
+        replica: bytes,
+        key_limits: KeyLimits | None = None,
     ) -> None:
         """`replica`: names this life of this router to the others."""
-        self._settings = settings
+        self._settings, self._links = settings, links
         self._members: dict[str, Member] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup
@@ -50,6 +56,7 @@ class Fleet:
         self.stores = Stores(
             settings.kv_nodes,
             self._view,
+            links=links,
             interval_ms=settings.resolve_interval_ms,
             silence_timeout_ms=settings.silence_timeout_ms,
         )
@@ -78,7 +85,7 @@ class Fleet:
             self._forget(self._members.pop(target))
         for target in sorted(wanted - self._members.keys()):
             silence_ms = self._settings.silence_timeout_ms
-            member = Member(target, self, silence_timeout_ms=silence_ms)
+            member = Member(target, self, links=self._links, silence_timeout_ms=silence_ms)
             self._members[target] = member
             self._tasks[target] = self._group.create_task(member.run(), name=f"watch {target}")
         self._touch()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import grpc.aio
+from kvasir_proto.links import Links
 from kvasir_proto.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from kvasir_router.membership.stream import LOAD_INTERVAL_MS, Followed
@@ -25,8 +26,10 @@ class Member(Followed[worker_pb2.WorkerEvent]):
     kind = "worker"
     event_type = worker_pb2.WorkerEvent
 
-    def __init__(self, target: str, listener: Listener, *, silence_timeout_ms: int) -> None:
-        super().__init__(target, silence_timeout_ms=silence_timeout_ms)
+    def __init__(
+        self, target: str, listener: Listener, *, links: Links, silence_timeout_ms: int
+    ) -> None:
+        super().__init__(target, links=links, silence_timeout_ms=silence_timeout_ms)
         self.description: worker_pb2.WorkerDescription | None = None
         self._listener = listener
         self._stub: worker_pb2_grpc.WorkerAsyncStub | None = None

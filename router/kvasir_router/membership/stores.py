@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc.aio
+from kvasir_proto.links import Links
 from kvasir_proto.v1 import kvnode_pb2, kvnode_pb2_grpc
 
 from kvasir_router.core.fleet import FleetView
@@ -20,9 +21,15 @@ class Stores:
     """KV nodes by target."""
 
     def __init__(
-        self, specs: Sequence[str], view: FleetView, *, interval_ms: int, silence_timeout_ms: int
+        self,
+        specs: Sequence[str],
+        view: FleetView,
+        *,
+        links: Links,
+        interval_ms: int,
+        silence_timeout_ms: int,
     ) -> None:
-        self._specs, self._view = specs, view
+        self._specs, self._view, self._links = specs, view, links
         self._interval_ms, self._silence_ms = interval_ms, silence_timeout_ms
         self._nodes: dict[str, Store] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -45,7 +52,7 @@ class Stores:
             self._tasks.pop(target).cancel()
             self.forget(self._nodes.pop(target))
         for target in sorted(wanted - self._nodes.keys()):
-            node = Store(target, self, silence_timeout_ms=self._silence_ms)
+            node = Store(target, self, links=self._links, silence_timeout_ms=self._silence_ms)
             self._nodes[target] = node
             self._tasks[target] = self._group.create_task(node.run(), name=f"KV node {target}")
 
@@ -72,8 +79,10 @@ class Store(Followed[kvnode_pb2.KvNodeEvent]):
     kind = "KV node"
     event_type = kvnode_pb2.KvNodeEvent
 
-    def __init__(self, target: str, stores: Stores, *, silence_timeout_ms: int) -> None:
-        super().__init__(target, silence_timeout_ms=silence_timeout_ms)
+    def __init__(
+        self, target: str, stores: Stores, *, links: Links, silence_timeout_ms: int
+    ) -> None:
+        super().__init__(target, links=links, silence_timeout_ms=silence_timeout_ms)
         self._stores = stores
 
     @property

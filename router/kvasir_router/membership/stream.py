@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 import grpc.aio
+from kvasir_proto.links import Links
 from kvasir_proto.v1 import kvnode_pb2, worker_pb2
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,9 @@ class Followed(ABC, Generic[E]):
     kind: str
     event_type: type[E]
 
-    def __init__(self, target: str, *, silence_timeout_ms: int) -> None:
+    def __init__(self, target: str, *, links: Links, silence_timeout_ms: int) -> None:
         self.target = target
+        self._links = links
         self.reachable = False
         self.error = "not yet connected"
         self._silence_s = silence_timeout_ms / 1_000
@@ -96,7 +98,7 @@ class Followed(ABC, Generic[E]):
 
     async def _follow(self) -> None:
         """One stream, to its end. Its deadline is per event: silence ends it."""
-        async with grpc.aio.insecure_channel(self.target, options=_channel_options()) as channel:
+        async with self._links.channel(self.target, _channel_options()) as channel:
             call = self._watch(channel)
             first = True
             while True:

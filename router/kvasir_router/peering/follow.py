@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import grpc
 import grpc.aio
+from kvasir_proto.links import Links
 from kvasir_proto.v1 import peering_pb2, peering_pb2_grpc
 
 from kvasir_router.core.keys import KeyTree
@@ -32,9 +33,10 @@ class Peers:
     """The other replicas."""
 
     def __init__(
-        self, specs: Sequence[str], keys: KeyTree, *, replica: bytes, interval_ms: int
+        self, specs: Sequence[str], keys: KeyTree, links: Links, *, replica: bytes, interval_ms: int
     ) -> None:
         self._specs, self._keys, self._replica = specs, keys, replica
+        self._links = links
         self._interval_ms = interval_ms
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._connected: set[str] = set()
@@ -85,7 +87,7 @@ class Peers:
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_http_proxy", 0),
         )
-        async with grpc.aio.insecure_channel(target, options=options) as channel:
+        async with self._links.channel(target, options) as channel:
             call = peering_pb2_grpc.RouterPeerStub(channel).WatchKeys(
                 peering_pb2.WatchKeysRequest()
             )

@@ -8,11 +8,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 from google.protobuf.message import DecodeError
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.frames import Frame, FrameDecoder, FrameError, FrameKind
+from kvasir_proto.links import Links
 from kvasir_proto.rpc_errors import error_from_message
 from kvasir_proto.v1 import common_pb2
 
@@ -22,6 +24,7 @@ KEEPALIVE_S = 30.0
 """Shorter than the workers' own, so that no request meets a connection that is being closed."""
 
 END_OF_BODY_S = 1.0
+PATH = "/internal/generate"
 
 
 class WorkerLostError(KvasirError):
@@ -44,7 +47,8 @@ class Patience:
 class WorkerClient:
     """Pooled keep-alive connections to all workers."""
 
-    def __init__(self, *, connections_max: int, connect_timeout_ms: int) -> None:
+    def __init__(self, links: Links, *, connections_max: int, connect_timeout_ms: int) -> None:
+        self._links = links
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=connections_max, keepalive_timeout=KEEPALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None, connect=connect_timeout_ms / 1_000),
@@ -75,12 +79,12 @@ class WorkerClient:
             KvasirError: the worker refused the request or failed it, or `lost` is why it is silent.
             WorkerLostError: it is unreachable, silent, or its stream was cut off.
         """
-        url = f"http://{_netloc(address)}/internal/generate"
+        url, tls = self._reached_at(address)
         try:
             async with (
                 asyncio.timeout(patience.first_frame_ms / 1_000) as limit,
                 _hastened(limit, lost, patience),
-                self._session.post(url, data=body) as response,
+                self._session.post(url, data=body, **tls) as response,
             ):
                 if response.status != 200:
                     raise await _refusal(response)
@@ -92,6 +96,14 @@ class WorkerClient:
             raise WorkerLostError("silent for too long") from None
         except (aiohttp.ClientError, OSError, FrameError) as error:
             raise WorkerLostError(f"{type(error).__name__}: {error}") from error
+
+    def _reached_at(self, address: common_pb2.PeerAddress) -> tuple[str, dict[str, Any]]:
+        """URL of a worker's token streams, and how it is to be trusted."""
+        secure = self._links.client_context()
+        if secure is None:
+            return f"http://{_netloc(address)}{PATH}", {}
+        context, name = secure
+        return f"https://{_netloc(address)}{PATH}", {"ssl": context, "server_hostname": name}
 
     async def _read(
         self,
@@ -146,7 +158,7 @@ async def _read_to_end(response: aiohttp.ClientResponse) -> None:
 
 def _netloc(address: common_pb2.PeerAddress) -> str:
     host = f"[{address.host}]" if ":" in address.host else address.host
-    return f"{host}:{address.http_port}"
+    return f"{host}:{address.stream_port or address.http_port}"
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> KvasirError | WorkerLostError:
