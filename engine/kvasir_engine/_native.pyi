@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 def cpu_paths() -> list[str]: ...
-def kv_element_bytes(isa: str) -> int: ...
+def kv_element_bytes(isa: str, kv: str = "bf16") -> int: ...
 def sample(
     *,
     logits: NDArray[np.float32],
@@ -26,6 +26,7 @@ class Model:
         weights: dict[str, NDArray[np.uint16]],
         *,
         isa: str,
+        kv: str = "bf16",
         num_threads: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> None: ...

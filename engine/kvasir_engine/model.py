@@ -9,6 +9,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from kvasir_kvstore.core.block import KvLayout, fingerprint
@@ -32,7 +33,9 @@ from kvasir_engine.weights import (
 log = logging.getLogger(__name__)
 
 ISA_VARIABLE = "KVASIR_ISA"
-KV_DTYPES = {2: "bfloat16", 4: "float32"}
+KV_DTYPES = {1: "int8", 2: "bfloat16", 4: "float32"}
+KvFormat = Literal["bf16", "int8"]
+"""How KV is kept: bf16 (float32 on the scalar path), or int8 with a scale per token and head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ def load_model(
     *,
     num_threads: int,
     isa: str | None = None,
+    kv: KvFormat = "bf16",
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load the folder at `path`. Raises KvasirError that says what is wrong with it.
@@ -100,8 +104,8 @@ def load_model(
     ).digest()
     # 3. Its weights, packed for the path.
     tensors = native_tensors(config, all_tensors(files))
-    native = _pack(config, tensors, isa=name, num_threads=num_threads, progress=progress)
-    layout = config.layout(KV_DTYPES[_native.kv_element_bytes(name)])
+    native = _pack(config, tensors, isa=name, kv=kv, num_threads=num_threads, progress=progress)
+    layout = config.layout(KV_DTYPES[_native.kv_element_bytes(name, kv)])
     assert native.layer_bytes == layout.layer_bytes, "native and Python disagree on the KV layout"
     log.info("loaded %s (%s, %d bytes of weights)", path, name, native.weight_bytes)
     return LoadedModel(native, config, layout, fingerprint(digest, layout), native.weight_bytes)
@@ -123,6 +127,7 @@ def _pack(
     tensors: dict[str, np.ndarray],
     *,
     isa: str,
+    kv: KvFormat,
     num_threads: int,
     progress: Progress | None,
 ) -> _native.Model:
@@ -132,7 +137,7 @@ def _pack(
 
     try:
         return _native.Model(
-            config.native_shape(), tensors, isa=isa, num_threads=num_threads, progress=report
+            config.native_shape(), tensors, isa=isa, kv=kv, num_threads=num_threads, progress=report
         )
     except ValueError as error:
         raise malformed(str(error)) from error

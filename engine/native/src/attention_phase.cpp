@@ -8,6 +8,7 @@ namespace kvasir {
 namespace {
 
 constexpr int kTokenGrain = 4;
+constexpr int kItemsPerThread = 4;  // enough that threads finish together
 
 }  // namespace
 
@@ -37,38 +38,84 @@ void Model::finish_kv(const Step& step, int index, int token) {
   const size_t head_bytes = half / shape_.num_kv_heads;
   uint8_t* keys = kv_.data + table[position / kBlockTokens] * kv_.block_bytes + index * 2 * half;
   for (int head = 0; head < shape_.num_kv_heads; ++head) {
-    kernels_.store_kv(k + head * head_width, v + head * head_width, head_width,
-                      position % kBlockTokens, keys + head * head_bytes,
-                      keys + half + head * head_bytes);
+    kv_kernels().store(k + head * head_width, v + head * head_width, head_width,
+                       position % kBlockTokens, keys + head * head_bytes,
+                       keys + half + head * head_bytes);
   }
 }
 
-void Model::attend(const Step& step, int index) {
+AttentionArgs Model::attention_args(const Step& step, int index, AttentionItem item) const {
+  const AttentionSpan& span = spans_[item.span];
   const size_t half = layer_bytes() / 2;
   const size_t head_bytes = half / shape_.num_kv_heads;
   const uint8_t* layer_data = kv_.data + index * 2 * half;
+  const size_t column = static_cast<size_t>(item.head) * shape_.group() * shape_.head_width();
+  AttentionArgs args{};
+  args.q = act_.qkv[span.first_token] + column;
+  args.q_stride = act_.qkv.stride;
+  args.out = act_.attended[span.first_token] + column;
+  args.out_stride = act_.attended.stride;
+  args.num_tokens = span.num_tokens;
+  args.group = shape_.group();
+  args.head_dim = shape_.head_width();
+  args.first_position = step.positions[span.first_token];
+  args.window = shape_.layers[index].window;
+  args.score_cap = shape_.score_cap;
+  args.keys = layer_data + item.head * head_bytes;
+  args.values = layer_data + half + item.head * head_bytes;
+  args.block_bytes = kv_.block_bytes;
+  args.block_table = step.block_tables + static_cast<size_t>(span.seq) * step.table_width;
+  return args;
+}
+
+// A few tokens decoded with few KV heads leave threads idle unless the context is cut as well. The
+// cut does not show in the result: segments are summed apart and joined in order everywhere.
+bool Model::splits_context(const Step& step) const {
+  const int num_items = static_cast<int>(spans_.size()) * shape_.num_kv_heads;
+  return kv_kernels().attend_segment != nullptr && pool_.num_threads() > 1 &&
+         num_items < kItemsPerThread * pool_.num_threads() &&
+         step.num_tokens == static_cast<int>(spans_.size());  // one token each
+}
+
+void Model::attend(const Step& step, int index) {
+  if (splits_context(step)) return attend_split(step, index);
   const int num_items = static_cast<int>(spans_.size()) * shape_.num_kv_heads;
   pool_.run(num_items, [&](int item, int thread) {
-    const AttentionSpan& span = spans_[item / shape_.num_kv_heads];
-    const int head = item % shape_.num_kv_heads;
-    const size_t column = static_cast<size_t>(head) * shape_.group() * shape_.head_width();
-    AttentionArgs args{};
-    args.q = act_.qkv[span.first_token] + column;
-    args.q_stride = act_.qkv.stride;
-    args.out = act_.attended[span.first_token] + column;
-    args.out_stride = act_.attended.stride;
-    args.num_tokens = span.num_tokens;
-    args.group = shape_.group();
-    args.head_dim = shape_.head_width();
-    args.first_position = step.positions[span.first_token];
-    args.window = shape_.layers[index].window;
-    args.score_cap = shape_.score_cap;
-    args.keys = layer_data + head * head_bytes;
-    args.values = layer_data + half + head * head_bytes;
-    args.block_bytes = kv_.block_bytes;
-    args.block_table = step.block_tables + static_cast<size_t>(span.seq) * step.table_width;
+    // Later spans of a prompt see more of it: they go first.
+    const int left = num_items - 1 - item;
+    AttentionArgs args =
+        attention_args(step, index, {left / shape_.num_kv_heads, left % shape_.num_kv_heads});
     args.scratch = compute_.scratch_of(thread);
-    kernels_.attend(args);
+    kv_kernels().attend(args);
+  });
+}
+
+void Model::attend_split(const Step& step, int index) {
+  struct Piece {
+    AttentionItem item;
+    int segment;
+  };
+  std::vector<Piece> pieces;
+  std::vector<int> starts;  // of each item's pieces, and the end
+  for (int span = 0; span < static_cast<int>(spans_.size()); ++span) {
+    for (int head = 0; head < shape_.num_kv_heads; ++head) {
+      const Range segments = segments_of(attention_args(step, index, {span, head}));
+      starts.push_back(static_cast<int>(pieces.size()));
+      for (int i = segments.from; i < segments.to; ++i) pieces.push_back({{span, head}, i});
+    }
+  }
+  starts.push_back(static_cast<int>(pieces.size()));
+  const size_t part = part_floats(shape_.group(), shape_.head_width());
+  if (parts_.size() < pieces.size() * part) parts_.resize(pieces.size() * part);
+  pool_.run(static_cast<int>(pieces.size()), [&](int i, int thread) {
+    AttentionArgs args = attention_args(step, index, pieces[i].item);
+    args.scratch = compute_.scratch_of(thread);
+    kv_kernels().attend_segment(args, pieces[i].segment, parts_.data() + i * part);
+  });
+  pool_.run(static_cast<int>(starts.size()) - 1, [&](int i, int thread) {
+    AttentionArgs args = attention_args(step, index, pieces[starts[i]].item);
+    args.scratch = compute_.scratch_of(thread);
+    kv_kernels().join_segments(args, parts_.data() + starts[i] * part, starts[i + 1] - starts[i]);
   });
 }
 

@@ -17,6 +17,9 @@ inline constexpr int kBlockTokens = 32;   // tokens of a KV block
 inline constexpr int kGemmRowsMax = 192;  // rows of one gemm call
 inline constexpr int kGemmDepth = 512;    // most rows of a panel expanded to float32 at once
 inline constexpr int kRowAlign = 16;      // floats of the widest vector; a head fills whole ones
+// Attention over the context is summed within segments of so many absolute positions, and the
+// segments are joined in order: they may be computed apart.
+inline constexpr int kSegmentTokens = 256;
 
 // Floats of scratch that one gemm call needs: a tile of sums and an expanded piece of a panel.
 inline constexpr size_t kGemmScratch =
@@ -51,8 +54,8 @@ struct AttentionArgs {
   int first_position;          // of token 0; token t sees positions up to first_position + t
   int window;                  // ... and no more than this many of them; 0: all
   float score_cap;             // scores become cap * tanh(score / cap); 0: they stay
-  const uint8_t* keys;         // this layer's and head's K in block 0 of the pool: [head_dim][32]
-  const uint8_t* values;       // the same of V: [32][head_dim]
+  const uint8_t* keys;         // this layer's and head's K in block 0 of the pool, see KvKernels
+  const uint8_t* values;       // the same of V
   size_t block_bytes;          // from one block of the pool to the next
   const int32_t* block_table;  // pool block of each 32 positions
   float* scratch;              // attention_scratch() floats
@@ -63,17 +66,65 @@ inline int first_seen(const AttentionArgs& a, int position) {
   return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
 }
 
-inline size_t attention_scratch(int rows, int head_dim) {
-  const size_t per_row = 2 * static_cast<size_t>(head_dim) + kBlockTokens + 2;
-  return static_cast<size_t>(rows) * per_row + 2 * static_cast<size_t>(kBlockTokens) * head_dim;
+struct Range {
+  int from;
+  int to;
+  int count() const { return to - from; }
+};
+
+// Segments of the context that any token of the call sees.
+inline Range segments_of(const AttentionArgs& a) {
+  const int last = a.first_position + a.num_tokens - 1;
+  return {first_seen(a, a.first_position) / kSegmentTokens, last / kSegmentTokens + 1};
 }
+
+// The int8 code of a rounded value; NaN, which no code stands for, shows in the scale.
+inline int8_t code_of(float rounded) {
+  const float low = rounded > -127.0f ? rounded : -127.0f;
+  return static_cast<int8_t>(low < 127.0f ? low : 127.0f);
+}
+
+// What one segment adds to the rows of a call, row = token * group + head: [rows] maxima of the
+// scores, [rows] sums of the weights, [rows][head_dim] weighted sums of V.
+inline size_t part_floats(int rows, int head_dim) {
+  return static_cast<size_t>(rows) * (static_cast<size_t>(head_dim) + 2);
+}
+
+inline constexpr int kAttentionPad = kRowAlign;  // floats that keep rows off one set of the cache
+
+inline size_t attention_scratch(int rows, int head_dim) {
+  const size_t row = size_t{kSegmentTokens} + head_dim + 2 * kAttentionPad;
+  const size_t block = static_cast<size_t>(kBlockTokens) * head_dim;
+  return rows * row + 2 * part_floats(rows, head_dim) + block + 2 * size_t{kSegmentTokens};
+}
+
+enum class KvFormat { kPlain, kInt8 };
+
+// Work on KV of one format. In a block, one head's K is [head_dim][32] elements and its V
+// [32][head_dim]; where elements are codes, each is followed by 32 float32 scales, one per token.
+struct KvKernels {
+  int element_bytes;  // 1: int8 codes, 2: bf16, 4: float32
+  int scale_bytes;    // per token, of K and of V
+
+  void (*attend)(const AttentionArgs& args);
+  // One segment apart from the others; null: this path does not.
+  void (*attend_segment)(const AttentionArgs& args, int segment, float* part);
+  // The parts of consecutive segments, part_floats() each, to what `attend` writes.
+  void (*join_segments)(const AttentionArgs& args, const float* parts, int num_parts);
+  // Writes one head of one token into its block.
+  void (*store)(const float* k, const float* v, int head_dim, int slot, uint8_t* keys,
+                uint8_t* values);
+
+  size_t head_bytes(int head_dim) const {  // of K or V of one head in a block
+    return static_cast<size_t>(kBlockTokens) * (head_dim * element_bytes + scale_bytes);
+  }
+};
 
 struct Kernels {
   const char* name;
-  int kv_element_bytes;  // 2: bf16, 4: float32
+  KvKernels kv[2];  // by KvFormat
 
   void (*gemm)(const GemmArgs& args);
-  void (*attend)(const AttentionArgs& args);
   // out = x / rms(x) * weight, n elements
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
   // rotates one head in place: halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)
@@ -84,9 +135,6 @@ struct Kernels {
   void (*gelu_multiply)(const float* gate, const float* up, int n, float* out);
   // x = cap * tanh(x / cap), in place
   void (*soft_cap)(float* x, float cap, int n);
-  // writes one head of one token into its block: K at [i][slot], V at [slot][i]
-  void (*store_kv)(const float* k, const float* v, int head_dim, int slot, uint8_t* keys,
-                   uint8_t* values);
 };
 
 // Paths compiled in and runnable on this processor, best last.

@@ -55,10 +55,11 @@ void Activations::reserve(const ModelShape& shape, int num_tokens) {
   capacity_ = num_tokens;
 }
 
-Model::Model(ModelShape shape, const TensorMap& tensors, const std::string& path, int num_threads,
-             const Progress& progress)
+Model::Model(ModelShape shape, const TensorMap& tensors, const std::string& path,
+             KvFormat kv_format, int num_threads, const Progress& progress)
     : shape_((shape.check(), std::move(shape))),
       kernels_(kernels_of(path)),
+      kv_format_(kv_format),
       pool_(num_threads),
       weights_(packed_bytes(shape_)) {
   Loader loader(shape_, tensors, &weights_, &pool_, progress);
@@ -72,7 +73,7 @@ Model::Model(ModelShape shape, const TensorMap& tensors, const std::string& path
 }
 
 size_t Model::layer_bytes() const {
-  return size_t{2} * shape_.kv_size() * kBlockTokens * kernels_.kv_element_bytes;
+  return size_t{2} * shape_.num_kv_heads * kv_kernels().head_bytes(shape_.head_width());
 }
 
 void Model::attach_pool(const KvPool& pool) {

@@ -39,7 +39,7 @@ struct Activations {
   Mapping mapping_;
 };
 
-inline constexpr int kAttentionRows = 64;  // query rows per attention item
+inline constexpr int kAttentionRows = 96;  // query rows per attention item
 
 // Query tokens of one sequence that attention treats as one item per KV head.
 struct AttentionSpan {
@@ -48,13 +48,19 @@ struct AttentionSpan {
   int num_tokens;
 };
 
+// Attention of one span under one KV head.
+struct AttentionItem {
+  int span;
+  int head;
+};
+
 // The processor itself.
 class Model final : public Device {
  public:
   // Throws std::invalid_argument for missing tensors and wrong shapes. Untied embeddings stay where
   // they are: their tensor must outlive the model.
-  Model(ModelShape shape, const TensorMap& tensors, const std::string& path, int num_threads,
-        const Progress& progress);
+  Model(ModelShape shape, const TensorMap& tensors, const std::string& path, KvFormat kv_format,
+        int num_threads, const Progress& progress);
 
   void attach_pool(const KvPool& pool) override;
   void forward(const Step& step) override;
@@ -70,7 +76,11 @@ class Model final : public Device {
   void plan_attention(const Step& step);
   void attention(const Step& step, int index);
   void finish_kv(const Step& step, int layer, int token);
+  const KvKernels& kv_kernels() const { return kernels_.kv[static_cast<int>(kv_format_)]; }
+  AttentionArgs attention_args(const Step& step, int layer, AttentionItem item) const;
+  bool splits_context(const Step& step) const;
   void attend(const Step& step, int layer);
+  void attend_split(const Step& step, int layer);
   void normalise(Rows from, const float* weights, int num_tokens, Rows to);
   void project_to_stream(const PackedMatrix& weights, Rows from, const float* post_norm,
                          int num_tokens);
@@ -81,6 +91,7 @@ class Model final : public Device {
 
   ModelShape shape_;
   const Kernels& kernels_;
+  KvFormat kv_format_;
   ThreadPool pool_;
   Arena weights_;
   std::vector<Layer> layers_;
@@ -92,6 +103,7 @@ class Model final : public Device {
   Activations act_;
   std::vector<AttentionSpan> spans_;
   std::vector<int> token_seqs_;
+  std::vector<float> parts_;  // of a context that is split
   KvPool kv_;
   std::mutex in_use_;
 };

@@ -41,6 +41,12 @@ Activation activation_from(const std::string& name) {
   throw std::invalid_argument("model shape: unknown activation '" + name + "'");
 }
 
+KvFormat kv_format_from(const std::string& name) {
+  if (name == "bf16") return KvFormat::kPlain;
+  if (name == "int8") return KvFormat::kInt8;
+  throw std::invalid_argument("unknown KV format '" + name + "'; there are: bf16, int8");
+}
+
 void read_layers(const nb::dict& config, ModelShape* shape) {
   for (const auto& value : field<nb::list>(config, "ropes")) {
     const nb::dict rope = nb::cast<nb::dict>(value);
@@ -88,8 +94,9 @@ using Weight = nb::ndarray<const uint16_t, nb::c_contig, nb::device::cpu>;
 // The model with the Python objects whose memory it reads.
 class PyModel {
  public:
-  PyModel(const nb::dict& config, const nb::dict& weights, const std::string& isa, int num_threads,
-          const nb::object& progress) {
+  PyModel(const nb::dict& config, const nb::dict& weights, const std::string& isa,
+          const std::string& kv, int num_threads, const nb::object& progress) {
+    const KvFormat kv_format = kv_format_from(kv);
     TensorMap tensors;
     for (const auto& [name, value] : weights) {
       const Weight weight = nb::cast<Weight>(value, false);
@@ -106,7 +113,7 @@ class PyModel {
     const ModelShape shape = shape_from(config);
     {
       const nb::gil_scoped_release no_gil;
-      model_ = std::make_unique<Model>(shape, tensors, isa, num_threads,
+      model_ = std::make_unique<Model>(shape, tensors, isa, kv_format, num_threads,
                                        progress.is_none() ? Progress() : report);
     }
     const char* embeddings = "model.embed_tokens.weight";
@@ -210,16 +217,21 @@ NB_MODULE(_native, m) {
   m.doc() = "Forward pass and sampler, native.";
   m.def("cpu_paths", runnable_paths, "Kernel paths that run on this processor, best last.");
   m.def(
-      "kv_element_bytes", [](const std::string& isa) { return kernels_of(isa).kv_element_bytes; },
-      "isa"_a, "Bytes of one KV element on a path; ValueError if the path does not run here.");
+      "kv_element_bytes",
+      [](const std::string& isa, const std::string& kv) {
+        return kernels_of(isa).kv[static_cast<int>(kv_format_from(kv))].element_bytes;
+      },
+      "isa"_a, "kv"_a = "bf16",
+      "Bytes of one KV element on a path; ValueError if the path does not run here.");
   m.def("sample", sample, nb::kw_only(), "logits"_a.noconvert(), "temperature"_a.noconvert(),
         "top_k"_a.noconvert(), "top_p"_a.noconvert(), "seed"_a.noconvert(),
         "position"_a.noconvert());
   m.def("philox_uniform", philox_uniform, "seed"_a, "position"_a);
 
   nb::class_<PyModel>(m, "Model")
-      .def(nb::init<const nb::dict&, const nb::dict&, const std::string&, int, const nb::object&>(),
-           "config"_a, "weights"_a, nb::kw_only(), "isa"_a, "num_threads"_a,
+      .def(nb::init<const nb::dict&, const nb::dict&, const std::string&, const std::string&, int,
+                    const nb::object&>(),
+           "config"_a, "weights"_a, nb::kw_only(), "isa"_a, "kv"_a = "bf16", "num_threads"_a,
            "progress"_a = nb::none())
       .def("attach_pool", &PyModel::attach_pool, "data"_a.noconvert(), "ready"_a.noconvert(),
            "progress"_a.noconvert())

@@ -1,18 +1,10 @@
-// Attention over V (see vector_kernels.h): online softmax over blocks of 32 absolute positions.
+// Attention over V (see vector_kernels.h): for each segment of the context the scores of all its
+// blocks, then their softmax, then the weighted sums of its values; segments join in order.
 #pragma once
 
 #include "vector_kernels.h"
 
 namespace kvasir::vec {
-
-// State of the query rows of one call; row = token * group + head.
-struct Rows {
-  float* q;       // [rows][head_dim]
-  float* sums;    // [rows][head_dim]
-  float* scores;  // [rows][32]
-  float* maxima;  // [rows]
-  float* totals;  // [rows]
-};
 
 template <class V>
 inline float exp_one(float x) {
@@ -21,153 +13,355 @@ inline float exp_one(float x) {
   return lanes[0];
 }
 
-// Slots of a block that a token sees: [from, to).
-struct Visible {
-  int from;
-  int to;
+// K or V of one head in one block. Scales follow codes; bf16 has none.
+template <class E>
+inline const E* elements_of(const AttentionArgs& a, const uint8_t* first_block, int index) {
+  return reinterpret_cast<const E*>(first_block + a.block_table[index] * a.block_bytes);
+}
+
+template <class E>
+inline constexpr bool kHasScales = sizeof(E) == 1;
+
+// What a segment adds, see part_floats().
+struct Part {
+  float* maxima;
+  float* totals;
+  float* sums;  // [rows][head_dim]
+
+  Part(float* data, int rows) : maxima(data), totals(data + rows), sums(data + 2 * rows) {}
 };
 
-// Scores of one row against one block become weights; the row's sums shrink to the new maximum.
-template <class V>
-void soften_row(const Rows& rows, int row, Visible visible, const AttentionArgs& a) {
-  float* scores = rows.scores + static_cast<size_t>(row) * kBlockTokens;
-  const int head_dim = a.head_dim;
-  float max = rows.maxima[row];
-  if (a.score_cap > 0) soft_cap<V>(scores, a.score_cap, kBlockTokens);
-  for (int t = 0; t < visible.from; ++t) scores[t] = -__builtin_inff();
-  for (int t = visible.to; t < kBlockTokens; ++t) scores[t] = -__builtin_inff();
-  float maxima[kRowAlign];
-  for (int t = 0; t < kRowAlign; ++t) {
-    const float low = scores[t], high = scores[t + kRowAlign];
-    maxima[t] = low > high ? low : high;
+// Scratch of one call; row = token * group + head.
+struct Workspace {
+  int q_stride;
+  int score_stride;
+  float* q;       // [rows][q_stride]
+  float* scores;  // [rows][score_stride]
+  float* joined;  // a part
+  float* part;
+  float* expanded;      // one block's K or V as float32
+  float* key_scales;    // [kSegmentTokens]
+  float* value_scales;  // the same
+
+  Workspace(const AttentionArgs& a, int rows) {
+    const size_t count = rows;
+    q_stride = a.head_dim + kAttentionPad;
+    score_stride = kSegmentTokens + kAttentionPad;
+    q = a.scratch;
+    scores = q + count * q_stride;
+    joined = scores + count * score_stride;
+    part = joined + part_floats(rows, a.head_dim);
+    expanded = part + part_floats(rows, a.head_dim);
+    key_scales = expanded + static_cast<size_t>(kBlockTokens) * a.head_dim;
+    value_scales = key_scales + kSegmentTokens;
+    for (int row = 0; row < rows; ++row) {
+      const float* source =
+          a.q + row / a.group * a.q_stride + static_cast<size_t>(row % a.group) * a.head_dim;
+      __builtin_memcpy(q + static_cast<size_t>(row) * q_stride, source, a.head_dim * sizeof(float));
+    }
   }
-  for (int t = 0; t < kRowAlign; ++t) max = maxima[t] > max ? maxima[t] : max;
-  const typename V::F shift = V::broadcast(max);
+};
+
+// Tokens of the call that see any of the positions.
+inline Range tokens_that_see(const AttentionArgs& a, Range positions) {
+  Range tokens = {positions.from - a.first_position, a.num_tokens};
+  if (tokens.from < 0) tokens.from = 0;
+  const int leaving = positions.to + a.window - 1 - a.first_position;
+  if (a.window > 0 && leaving < tokens.to) tokens.to = leaving;
+  return tokens;
+}
+
+// Of `positions`, those that any of the tokens sees: what lies outside may hold anything.
+inline Range seen_by(const AttentionArgs& a, Range tokens, Range positions) {
+  const int first = first_seen(a, a.first_position + tokens.from);
+  const int last = a.first_position + tokens.to;
+  return {first > positions.from ? first : positions.from,
+          last < positions.to ? last : positions.to};
+}
+
+// Scores of one row against positions [from, to) of a segment become weights, zero around them up
+// to whole blocks.
+template <class V, bool kScaled>
+void soften_row(const AttentionArgs& a, const Workspace& work, float* scores, Range seen,
+                float* maximum, float* total) {
+  constexpr int kParts = kRowAlign / V::kWidth;
+  const int first = seen.from / kBlockTokens * kBlockTokens;
+  const int end = (seen.to + kBlockTokens - 1) / kBlockTokens * kBlockTokens;
+  if constexpr (kScaled) {
+    for (int t = first; t < end; t += V::kWidth) {
+      V::store(scores + t, V::multiply(V::load(scores + t), V::load(work.key_scales + t)));
+    }
+  }
+  if (a.score_cap > 0) soft_cap<V>(scores + first, a.score_cap, end - first);
+  for (int t = first; t < seen.from; ++t) scores[t] = -__builtin_inff();
+  for (int t = seen.to; t < end; ++t) scores[t] = -__builtin_inff();
+  typename V::F highest = V::load(scores + first);
+  for (int t = first + V::kWidth; t < end; t += V::kWidth) {
+    highest = V::max(V::load(scores + t), highest);
+  }
   float lanes[kRowAlign];
-  for (int t = 0; t < kRowAlign; t += V::kWidth) {
-    const typename V::F low = exp<V>(V::subtract(V::load(scores + t), shift));
-    const typename V::F high = exp<V>(V::subtract(V::load(scores + t + kRowAlign), shift));
-    V::store(scores + t, low);
-    V::store(scores + t + kRowAlign, high);
-    V::store(lanes + t, V::add(low, high));
+  V::store(lanes, highest);
+  float max = lanes[0];
+  for (int i = 1; i < V::kWidth; ++i) max = lanes[i] > max ? lanes[i] : max;
+  const typename V::F shift = V::broadcast(max);
+  typename V::F totals[kParts];
+  for (int i = 0; i < kParts; ++i) totals[i] = V::zero();
+  for (int t = first; t < end; t += kRowAlign) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kParts; ++i) {
+      float* place = scores + t + i * V::kWidth;
+      typename V::F weight = exp<V>(V::subtract(V::load(place), shift));
+      totals[i] = V::add(totals[i], weight);
+      if constexpr (kScaled) {
+        weight = V::multiply(weight, V::load(work.value_scales + t + i * V::kWidth));
+      }
+      V::store(place, weight);
+    }
   }
-  const float keep = exp_one<V>(rows.maxima[row] - max);
-  rows.totals[row] = rows.totals[row] * keep + sum_lanes(lanes);
-  rows.maxima[row] = max;
-  float* sums = rows.sums + static_cast<size_t>(row) * head_dim;
-  const typename V::F scale = V::broadcast(keep);
-  for (int i = 0; i < head_dim; i += V::kWidth) {
-    V::store(sums + i, V::multiply(V::load(sums + i), scale));
-  }
+  for (int i = 0; i < kParts; ++i) V::store(lanes + i * V::kWidth, totals[i]);
+  *maximum = max;
+  *total = sum_lanes(lanes);
 }
 
-// K and V of one head in one block, and what to fetch while they are worked on.
-template <class B>
-struct Block {
-  const B* keys;
-  const B* values;
-  Ahead during_keys;
-  Ahead during_values;
+// One segment being attended.
+template <class V, class E>
+struct Segment {
+  const AttentionArgs& a;
+  const Workspace& work;
+  Part part;
+  int start;   // its first position
+  Range seen;  // positions that any token sees
+  Range blocks;
+
+  Segment(const AttentionArgs& args, const Workspace& workspace, int index, float* data)
+      : a(args),
+        work(workspace),
+        part(data, args.num_tokens * args.group),
+        start(index * kSegmentTokens) {
+    seen = seen_by(a, {0, a.num_tokens}, {start, start + kSegmentTokens});
+    blocks = {seen.from / kBlockTokens, (seen.to + kBlockTokens - 1) / kBlockTokens};
+  }
+
+  // Few rows convert K and V in registers, each time they use them; many expand them once.
+  bool expands() const { return a.num_tokens * a.group > V::kRows; }
+  Range positions(int block) const { return {block * kBlockTokens, (block + 1) * kBlockTokens}; }
+
+  Ahead fetch(const uint8_t* first_block, int block) const {
+    if (block >= blocks.to) return {};
+    return {elements_of<E>(a, first_block, block), a.head_dim,
+            kBlockTokens * static_cast<int>(sizeof(E))};
+  }
+
+  // Scales of what is seen, zero elsewhere: codes are finite whatever they are, scales need not be.
+  void read_scales() const {
+    const int num_codes = kBlockTokens * a.head_dim;
+    for (int block = blocks.from; block < blocks.to; ++block) {
+      const float* keys =
+          reinterpret_cast<const float*>(elements_of<E>(a, a.keys, block) + num_codes);
+      const float* values =
+          reinterpret_cast<const float*>(elements_of<E>(a, a.values, block) + num_codes);
+      for (int slot = 0; slot < kBlockTokens; ++slot) {
+        const int position = block * kBlockTokens + slot;
+        const bool is_seen = position >= seen.from && position < seen.to;
+        work.key_scales[position - start] = is_seen ? keys[slot] : 0;
+        work.value_scales[position - start] = is_seen ? values[slot] : 0;
+      }
+    }
+  }
+
+  void score() const {
+    for (int block = blocks.from; block < blocks.to; ++block) {
+      const Range tokens = tokens_that_see(a, positions(block));
+      const size_t row = static_cast<size_t>(tokens.from) * a.group;
+      const E* keys = elements_of<E>(a, a.keys, block);
+      Ahead ahead = fetch(a.keys, block + 1);
+      if (block + 1 == blocks.to) ahead = fetch(a.values, blocks.from);
+      const auto multiply = [&](const auto* k) {
+        product<V>(work.q + row * work.q_stride, work.q_stride, tokens.count() * a.group,
+                   a.head_dim, k, kBlockTokens, kBlockTokens,
+                   work.scores + row * work.score_stride + (block * kBlockTokens - start),
+                   work.score_stride, true, ahead);
+      };
+      if (!expands()) {
+        multiply(keys);
+        continue;
+      }
+      expand<V>(keys, static_cast<size_t>(kBlockTokens) * a.head_dim, work.expanded);
+      multiply(static_cast<const float*>(work.expanded));
+    }
+  }
+
+  void soften() const {
+    const Range tokens = tokens_that_see(a, {start, start + kSegmentTokens});
+    for (int row = 0; row < a.num_tokens * a.group; ++row) {
+      const int token = row / a.group;
+      if (token < tokens.from || token >= tokens.to) {
+        part.maxima[row] = -__builtin_inff();
+        part.totals[row] = 0;
+        continue;
+      }
+      const Range mine = seen_by(a, {token, token + 1}, seen);
+      soften_row<V, kHasScales<E>>(
+          a, work, work.scores + static_cast<size_t>(row) * work.score_stride,
+          {mine.from - start, mine.to - start}, &part.maxima[row], &part.totals[row]);
+    }
+  }
+
+  void weigh_values() const {
+    const size_t width = a.head_dim;
+    __builtin_memset(part.sums, 0, a.num_tokens * a.group * width * sizeof(float));
+    for (int block = blocks.from; block < blocks.to; ++block) {
+      const Range tokens = tokens_that_see(a, positions(block));
+      const Range slots = seen_by(a, tokens, positions(block));
+      const size_t row = static_cast<size_t>(tokens.from) * a.group;
+      const E* values = elements_of<E>(a, a.values, block) +
+                        static_cast<size_t>(slots.from % kBlockTokens) * width;
+      const auto multiply = [&](const auto* v) {
+        product<V>(work.scores + row * work.score_stride + (slots.from - start), work.score_stride,
+                   tokens.count() * a.group, slots.count(), v, width, a.head_dim,
+                   part.sums + row * width, width, false, fetch(a.values, block + 1));
+      };
+      if (!expands()) {
+        multiply(values);
+        continue;
+      }
+      expand<V>(values, slots.count() * width, work.expanded);
+      multiply(static_cast<const float*>(work.expanded));
+    }
+  }
+
+  void attend() const {
+    if constexpr (kHasScales<E>) read_scales();
+    score();
+    soften();
+    weigh_values();
+  }
 };
 
-// Rows [first, first + count) against one block, K and V as bf16 or expanded to float32.
-template <class V, class B>
-void attend_block(const AttentionArgs& a, const Rows& rows, int first, int count, Visible visible,
-                  const Block<B>& block) {
-  const int head_dim = a.head_dim;
-  const size_t start = static_cast<size_t>(first);
-  float* scores = rows.scores + start * kBlockTokens;
-  product<V>(rows.q + start * head_dim, head_dim, count, head_dim, block.keys, kBlockTokens,
-             kBlockTokens, scores, kBlockTokens, true, block.during_keys);
-  for (int row = first; row < first + count; ++row) {
-    soften_row<V>(rows, row, visible, a);
-  }
-  product<V>(scores + visible.from, kBlockTokens, count, visible.to - visible.from,
-             block.values + static_cast<size_t>(visible.from) * head_dim, head_dim, head_dim,
-             rows.sums + start * head_dim, head_dim, false, block.during_values);
-}
-
-// All rows that see the block which starts at `start`. Tokens whose own position or whose window's
-// edge lies in the block see a part of it and go one by one; the others see it whole and go
-// together.
-template <class V, class B>
-void attend_rows(const AttentionArgs& a, const Rows& rows, int start, const Block<B>& block) {
-  const int end = start + kBlockTokens;
-  // Tokens before this one see the first slot of the block.
-  const int leaving = a.window == 0 ? a.num_tokens : start + a.window - a.first_position;
-  for (int token = 0; token < a.num_tokens;) {
-    const int position = a.first_position + token;
-    const int seen = first_seen(a, position);
-    if (seen >= end) return;
-    int count = 1;
-    if (position >= end - 1 && seen <= start) {
-      count = (leaving < a.num_tokens ? leaving : a.num_tokens) - token;
-      attend_block<V>(a, rows, token * a.group, count * a.group, {0, kBlockTokens}, block);
-    } else if (position >= start) {
-      const Visible visible = {seen > start ? seen - start : 0,
-                               position < end ? position - start + 1 : kBlockTokens};
-      attend_block<V>(a, rows, token * a.group, a.group, visible, block);
+// Adds the part of the next segment to what the ones before it came to.
+template <class V>
+void join(const AttentionArgs& a, const Part& next, Part* joined) {
+  for (int row = 0; row < a.num_tokens * a.group; ++row) {
+    if (next.totals[row] == 0) continue;  // sees nothing of it
+    const float before = joined->maxima[row];
+    const float max = next.maxima[row] > before ? next.maxima[row] : before;
+    const float keep = exp_one<V>(before - max), add = exp_one<V>(next.maxima[row] - max);
+    joined->maxima[row] = max;
+    joined->totals[row] = joined->totals[row] * keep + next.totals[row] * add;
+    float* sums = joined->sums + static_cast<size_t>(row) * a.head_dim;
+    const float* added = next.sums + static_cast<size_t>(row) * a.head_dim;
+    for (int i = 0; i < a.head_dim; i += V::kWidth) {
+      const typename V::F kept = V::multiply(V::load(sums + i), V::broadcast(keep));
+      V::store(sums + i, V::fma(V::load(added + i), V::broadcast(add), kept));
     }
-    token += count;
   }
 }
 
 template <class V>
-Rows place_rows(const AttentionArgs& a) {
-  const size_t count = static_cast<size_t>(a.num_tokens) * a.group;
-  Rows rows;
-  rows.q = a.scratch;
-  rows.sums = rows.q + count * a.head_dim;
-  rows.scores = rows.sums + count * a.head_dim;
-  rows.maxima = rows.scores + count * kBlockTokens;
-  rows.totals = rows.maxima + count;
-  for (int token = 0; token < a.num_tokens; ++token) {
-    const size_t length = static_cast<size_t>(a.group) * a.head_dim;
-    __builtin_memcpy(rows.q + token * length, a.q + token * a.q_stride, length * sizeof(float));
-  }
-  for (size_t i = 0; i < count * a.head_dim; ++i) rows.sums[i] = 0;
-  for (size_t i = 0; i < count; ++i) rows.maxima[i] = -__builtin_inff();
-  for (size_t i = 0; i < count; ++i) rows.totals[i] = 0;
-  return rows;
-}
-
-template <class V>
-void attend(const AttentionArgs& a) {
-  const int count = a.num_tokens * a.group;
-  const size_t elements = static_cast<size_t>(kBlockTokens) * a.head_dim;
-  const Rows rows = place_rows<V>(a);
-  float* expanded = rows.totals + count;
-  const int last = (a.first_position + a.num_tokens - 1) / kBlockTokens;
-  for (int index = first_seen(a, a.first_position) / kBlockTokens; index <= last; ++index) {
-    const size_t offset = a.block_table[index] * a.block_bytes;
-    const size_t next = a.block_table[index < last ? index + 1 : index] * a.block_bytes;
-    const uint16_t* keys = reinterpret_cast<const uint16_t*>(a.keys + offset);
-    const uint16_t* values = reinterpret_cast<const uint16_t*>(a.values + offset);
-    const Ahead its_values = {values, a.head_dim};
-    const Ahead next_keys = {a.keys + next, index < last ? a.head_dim : 0};
-    if (count <= V::kRows) {
-      attend_rows<V, uint16_t>(a, rows, index * kBlockTokens,
-                               {keys, values, its_values, next_keys});
-    } else {
-      expand<V>(keys, elements, expanded);
-      expand<V>(values, elements, expanded + elements);
-      attend_rows<V, float>(a, rows, index * kBlockTokens,
-                            {expanded, expanded + elements, next_keys, {}});
-    }
-  }
-  for (int row = 0; row < count; ++row) {
+void write_out(const AttentionArgs& a, const Part& joined) {
+  for (int row = 0; row < a.num_tokens * a.group; ++row) {
     const size_t column = static_cast<size_t>(row % a.group) * a.head_dim;
     float* out = a.out + (row / a.group) * a.out_stride + column;
-    const float* sums = rows.sums + static_cast<size_t>(row) * a.head_dim;
-    for (int i = 0; i < a.head_dim; ++i) out[i] = sums[i] / rows.totals[row];
+    const float* sums = joined.sums + static_cast<size_t>(row) * a.head_dim;
+    const typename V::F total = V::broadcast(joined.totals[row]);
+    for (int i = 0; i < a.head_dim; i += V::kWidth) {
+      V::store(out + i, V::divide(V::load(sums + i), total));
+    }
   }
+}
+
+// A part to which nothing has been added.
+inline Part empty_part(const AttentionArgs& a, float* data) {
+  const int rows = a.num_tokens * a.group;
+  Part part(data, rows);
+  for (int row = 0; row < rows; ++row) part.maxima[row] = -__builtin_inff();
+  __builtin_memset(part.totals, 0, rows * sizeof(float));
+  __builtin_memset(part.sums, 0, static_cast<size_t>(rows) * a.head_dim * sizeof(float));
+  return part;
+}
+
+template <class V, class E>
+void attend(const AttentionArgs& a) {
+  const Workspace work(a, a.num_tokens * a.group);
+  Part joined = empty_part(a, work.joined);
+  const Range segments = segments_of(a);
+  for (int index = segments.from; index < segments.to; ++index) {
+    const Segment<V, E> segment(a, work, index, work.part);
+    segment.attend();
+    join<V>(a, segment.part, &joined);
+  }
+  write_out<V>(a, joined);
+}
+
+template <class V, class E>
+void attend_segment(const AttentionArgs& a, int index, float* part) {
+  const Workspace work(a, a.num_tokens * a.group);
+  Segment<V, E>(a, work, index, part).attend();
+}
+
+template <class V>
+void join_segments(const AttentionArgs& a, const float* parts, int num_parts) {
+  const int rows = a.num_tokens * a.group;
+  Part joined = empty_part(a, a.scratch);
+  for (int i = 0; i < num_parts; ++i) {
+    float* data = const_cast<float*>(parts) + i * part_floats(rows, a.head_dim);
+    join<V>(a, Part(data, rows), &joined);
+  }
+  write_out<V>(a, joined);
+}
+
+// ---- writing ------------------------------------------------------------------------------------
+
+inline void store_bf16(const float* k, const float* v, int head_dim, int slot, uint8_t* keys,
+                       uint8_t* values) {
+  uint16_t* key_column = reinterpret_cast<uint16_t*>(keys) + slot;
+  uint16_t* value_row = reinterpret_cast<uint16_t*>(values) + static_cast<size_t>(slot) * head_dim;
+  for (int i = 0; i < head_dim; ++i) key_column[i * kBlockTokens] = bf16_from_float(k[i]);
+  for (int i = 0; i < head_dim; ++i) value_row[i] = bf16_from_float(v[i]);
+}
+
+// One head of one token as codes, `stride` apart, and its scale: the largest is 127.
+template <class V>
+void quantise(const float* x, int head_dim, int8_t* codes, size_t stride, float* scale) {
+  typename V::F highest = V::zero();
+  for (int i = 0; i < head_dim; i += V::kWidth) {
+    const typename V::F value = V::load(x + i);
+    highest = V::max(V::max(value, V::subtract(V::zero(), value)), highest);
+  }
+  float lanes[V::kWidth];
+  V::store(lanes, highest);
+  float most = lanes[0];
+  for (int i = 1; i < V::kWidth; ++i) most = lanes[i] > most ? lanes[i] : most;
+  *scale = most * (1.0f / 127.0f);
+  const typename V::F inverse = V::broadcast(most > 0 ? 127.0f / most : 0);
+  for (int i = 0; i < head_dim; i += V::kWidth) {
+    V::store(lanes, V::round(V::multiply(V::load(x + i), inverse)));
+    for (int j = 0; j < V::kWidth; ++j) codes[(i + j) * stride] = code_of(lanes[j]);
+  }
+}
+
+template <class V>
+void store_int8(const float* k, const float* v, int head_dim, int slot, uint8_t* keys,
+                uint8_t* values) {
+  const size_t num_codes = static_cast<size_t>(kBlockTokens) * head_dim;
+  quantise<V>(k, head_dim, reinterpret_cast<int8_t*>(keys) + slot, kBlockTokens,
+              reinterpret_cast<float*>(keys + num_codes) + slot);
+  quantise<V>(v, head_dim, reinterpret_cast<int8_t*>(values) + slot * head_dim, 1,
+              reinterpret_cast<float*>(values + num_codes) + slot);
 }
 
 template <class V>
 Kernels table_of(const char* name) {
-  return {name,        2,          gemm<V>,          attend<V>,
-          rms_norm<V>, rotate<V>,  silu_multiply<V>, gelu_multiply<V>,
-          soft_cap<V>, store_kv<V>};
+  const KvKernels plain = {
+      2, 0, attend<V, uint16_t>, attend_segment<V, uint16_t>, join_segments<V>, store_bf16};
+  const KvKernels int8 = {1,
+                          sizeof(float),
+                          attend<V, int8_t>,
+                          attend_segment<V, int8_t>,
+                          join_segments<V>,
+                          store_int8<V>};
+  return {name,      {plain, int8},    gemm<V>,          rms_norm<V>,
+          rotate<V>, silu_multiply<V>, gelu_multiply<V>, soft_cap<V>};
 }
 
 }  // namespace kvasir::vec

@@ -23,17 +23,22 @@ template <class V>
 inline typename V::F load_as_float(const uint16_t* p) {
   return V::load_bf16(p);
 }
+template <class V>
+inline typename V::F load_as_float(const int8_t* p) {
+  return V::load_int8(p);
+}
 
-// Memory to fetch while computing: one cache line per step of a product's sum, up to `lines`.
+// Memory to fetch while computing: `bytes` further on with each step of a product's sum.
 struct Ahead {
   const void* data = nullptr;
-  int lines = 0;
+  int steps = 0;
+  int bytes = kCacheLineBytes;
 };
 
 // c[kR][kC * width] = (is_first ? 0 : c) + a[kR][k] * b[k][kC * width], summed in the order of k.
 template <class V, int kR, int kC, bool kFetches, class B>
 void product_tile(const float* a, size_t a_stride, int k, const B* b, size_t b_stride, float* c,
-                  size_t c_stride, bool is_first, const char* ahead) {
+                  size_t c_stride, bool is_first, const char* ahead, int ahead_bytes) {
   typename V::F sums[kR][kC];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
@@ -43,7 +48,7 @@ void product_tile(const float* a, size_t a_stride, int k, const B* b, size_t b_s
     }
   }
   for (int i = 0; i < k; ++i) {
-    if constexpr (kFetches) __builtin_prefetch(ahead + i * kCacheLineBytes);
+    if constexpr (kFetches) __builtin_prefetch(ahead + i * ahead_bytes);
     typename V::F columns[kC];
 #pragma GCC unroll 4
     for (int j = 0; j < kC; ++j) {
@@ -65,12 +70,12 @@ void product_tile(const float* a, size_t a_stride, int k, const B* b, size_t b_s
 
 template <class V, int kC, bool kFetches, class B>
 void product_rows(int rows, const float* a, size_t a_stride, int k, const B* b, size_t b_stride,
-                  float* c, size_t c_stride, bool is_first, const char* ahead) {
+                  float* c, size_t c_stride, bool is_first, const char* ahead, int ahead_bytes) {
 #define KVASIR_ROWS(R)                                                                            \
   case R:                                                                                         \
     if constexpr (R <= V::kRows) {                                                                \
       return product_tile<V, R, kC, kFetches>(a, a_stride, k, b, b_stride, c, c_stride, is_first, \
-                                              ahead);                                             \
+                                              ahead, ahead_bytes);                                \
     }                                                                                             \
     break;
   switch (rows) {
@@ -96,34 +101,36 @@ void product(const float* a, size_t a_stride, int m, int k, const B* b, size_t b
              float* c, size_t c_stride, bool is_first, Ahead ahead) {
   constexpr int kWide = V::kColumns * V::kWidth;
   int num_tiles = (m + V::kRows - 1) / V::kRows;
-  int line = 0;
+  int step = 0;
   for (int row = 0; row < m; --num_tiles) {
     const int rows = (m - row + num_tiles - 1) / num_tiles;
     const float* a_row = a + row * a_stride;
     float* c_row = c + row * c_stride;
     for (int column = 0; column < n;) {
-      const char* next = static_cast<const char*>(ahead.data) + line * kCacheLineBytes;
-      const bool fetches = line < ahead.lines;
+      const char* next = static_cast<const char*>(ahead.data) + step * ahead.bytes;
+      const bool fetches = step < ahead.steps;
       if (column + kWide > n) {
         product_rows<V, 1, false>(rows, a_row, a_stride, k, b + column, b_stride, c_row + column,
-                                  c_stride, is_first, next);
+                                  c_stride, is_first, next, 0);
         column += V::kWidth;
         continue;
       }
       const auto tile =
           fetches ? product_rows<V, V::kColumns, true, B> : product_rows<V, V::kColumns, false, B>;
-      tile(rows, a_row, a_stride, k, b + column, b_stride, c_row + column, c_stride, is_first,
-           next);
-      if (fetches) line += k;
+      tile(rows, a_row, a_stride, k, b + column, b_stride, c_row + column, c_stride, is_first, next,
+           ahead.bytes);
+      if (fetches) step += k;
       column += kWide;
     }
     row += rows;
   }
 }
 
-template <class V>
-void expand(const uint16_t* source, size_t count, float* target) {
-  for (size_t i = 0; i < count; i += V::kWidth) V::store(target + i, V::load_bf16(source + i));
+template <class V, class B>
+void expand(const B* source, size_t count, float* target) {
+  for (size_t i = 0; i < count; i += V::kWidth) {
+    V::store(target + i, load_as_float<V>(source + i));
+  }
 }
 
 // Sums of one panel [m][32] to their place in c.
@@ -282,15 +289,6 @@ void soft_cap(float* x, float cap, int n) {
     const typename V::F grown = logistic_times<V>(V::broadcast(2.0f * cap), s);
     return V::subtract(grown, V::broadcast(cap));
   });
-}
-
-template <class V>
-void store_kv(const float* k, const float* v, int head_dim, int slot, uint8_t* keys,
-              uint8_t* values) {
-  uint16_t* key_column = reinterpret_cast<uint16_t*>(keys) + slot;
-  uint16_t* value_row = reinterpret_cast<uint16_t*>(values) + static_cast<size_t>(slot) * head_dim;
-  for (int i = 0; i < head_dim; ++i) key_column[i * kBlockTokens] = bf16_from_float(k[i]);
-  for (int i = 0; i < head_dim; ++i) value_row[i] = bf16_from_float(v[i]);
 }
 
 }  // namespace kvasir::vec

@@ -18,7 +18,9 @@ from kvasir_kvstore._native import chain_names
 
 BLOCK_TOKENS = 32
 NAME_BYTES = 16
-ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
+ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "int8": 1}
+SCALE_BYTES = {"int8": 4}
+"""Of the scale that K and V of one token and head have where elements are codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,8 @@ class KvLayout:
     """How K and V lie in a block: [layer][K then V][kv_head][...], contiguous.
 
     K of one head is stored transposed, [head_dim][block_tokens], so that scores of one query
-    against a block are vector operations over tokens; V is [block_tokens][head_dim].
+    against a block are vector operations over tokens; V is [block_tokens][head_dim]. Where
+    elements are int8 codes, each head's K and V is followed by the float32 scales of its tokens.
     """
 
     num_layers: int
@@ -40,8 +43,8 @@ class KvLayout:
     @property
     def layer_bytes(self) -> int:
         """Bytes of one layer's slice of a block, K and V."""
-        elements = 2 * self.num_kv_heads * self.head_dim * self.block_tokens
-        return elements * ELEMENT_BYTES[self.dtype]
+        head_bytes = self.head_dim * ELEMENT_BYTES[self.dtype] + SCALE_BYTES.get(self.dtype, 0)
+        return 2 * self.num_kv_heads * self.block_tokens * head_bytes
 
     @property
     def block_bytes(self) -> int:
