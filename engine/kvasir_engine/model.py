@@ -9,7 +9,6 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from kvasir_kvstore.core.block import KvLayout, fingerprint
@@ -19,6 +18,7 @@ from kvasir_engine import _native
 from kvasir_engine.config import read_config
 from kvasir_engine.decoder import ModelConfig
 from kvasir_engine.fields import malformed
+from kvasir_engine.formats import KvFormat
 from kvasir_engine.multimodal import text_tensors
 from kvasir_engine.tensors import check_tensors, native_tensors
 from kvasir_engine.weights import (
@@ -34,8 +34,6 @@ log = logging.getLogger(__name__)
 
 ISA_VARIABLE = "KVASIR_ISA"
 KV_DTYPES = {1: "int8", 2: "bfloat16", 4: "float32"}
-KvFormat = Literal["bf16", "int8"]
-"""How KV is kept: bf16 (float32 on the scalar path), or int8 with a scale per token and head."""
 
 
 @dataclass(frozen=True, slots=True)

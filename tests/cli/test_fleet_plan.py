@@ -59,6 +59,7 @@ def test_router_knows_every_worker_and_workers_know_every_kv_node() -> None:
         assert flag_values(part.arguments, "--redis") == ["redis://r"]
     router = plan[-1]
     assert flag_values(router.arguments, "--ttft-slo-ms") == ["30000"]
+    assert all(flag_values(worker.arguments, "--kv") == ["bf16"] for worker in workers)
     assert router.role == "router"
     assert flag_values(router.arguments, "--kv-node") == kv_addresses
     assert flag_values(router.arguments, "--worker") == [part.grpc_address for part in workers]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from family_models import make_family_model
 from golden_models import PATHS, RUNNABLE
+from kvasir_engine.formats import KvFormat
 from kvasir_engine.logits import sequence_logits
-from kvasir_engine.model import KvFormat, LoadedModel, load_model, new_kv_arrays
+from kvasir_engine.model import LoadedModel, load_model, new_kv_arrays
 from step_builders import Part, make_odd_model, run_step
 
 LENGTH = 600
@@ -93,9 +94,7 @@ def test_vector_paths_agree_bitwise(
     if not {"avx2", "avx512"} <= set(RUNNABLE):
         pytest.skip("NOT BOTH VECTOR PATHS RUN ON THIS PROCESSOR")
     wide, narrow = (
-        sequence_logits(
-            load_model(folders[name], isa=isa, kv=kv, num_threads=2), ids, chunk=LENGTH
-        )
+        sequence_logits(load_model(folders[name], isa=isa, kv=kv, num_threads=2), ids, chunk=LENGTH)
         for isa in ("avx512", "avx2")
     )
     assert np.array_equal(wide, narrow)

@@ -20,9 +20,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_dir(tmp_path_factory.mktemp("models") / "tiny")
 
 
-async def alone(model: Path, requests: list) -> list[list[int]]:
+async def alone(model: Path, requests: list, **changes: object) -> list[list[int]]:
     """Tokens of requests served by one worker with role both, one after another."""
-    async with started(model, "alone") as worker:
+    async with started(model, "alone", **changes) as worker:
         results = [await worker.generate(request) for request in requests]
     for result in results:
         assert result.error is None
@@ -76,6 +76,25 @@ async def test_every_architecture_is_handed_off(tmp_path: Path, golden: str) -> 
         for tokens, p in zip(expected, prompts, strict=True):
             result = await decode.generate(handed_off(make_request(p), prefill))
             assert result.tokens == tokens
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 512])
+async def test_handed_off_int8_kv_gives_the_tokens_of_undisturbed_int8_kv(
+    model: Path, chunk_tokens: int
+) -> None:
+    prompts = [prompt(length, seed=length) for length in LENGTHS]
+    expected = await alone(model, [make_request(p) for p in prompts], kv="int8")
+    async with (
+        started(model, "p", role="prefill", kv="int8", max_batch_tokens=chunk_tokens) as prefill,
+        started(model, "d", role="decode", kv="int8") as decode,
+    ):
+        layout = decode.host.served().layout
+        assert layout.dtype == "int8"
+        for tokens, p in zip(expected, prompts, strict=True):
+            result = await decode.generate(handed_off(make_request(p), prefill))
+            assert result.error is None
+            assert result.tokens == tokens
+            assert result.stats.kv_bytes_moved == -(-len(p) // 32) * layout.block_bytes
 
 
 async def test_first_token_does_not_wait_for_the_kv(

@@ -2,8 +2,10 @@
 
 import os
 from pathlib import Path
+from typing import get_args
 
 import click
+from kvasir_engine.formats import KvFormat
 
 
 @click.group()
@@ -40,8 +42,14 @@ def engine() -> None:
     default=0,
     help="0: one per core.",
 )
+@click.option("--kv", type=click.Choice(get_args(KvFormat)), default="bf16", show_default=True)
 def logits(
-    model: Path, ids_file: Path, out_file: Path, chunk_tokens: int | None, num_threads: int
+    model: Path,
+    ids_file: Path,
+    out_file: Path,
+    chunk_tokens: int | None,
+    num_threads: int,
+    kv: KvFormat,
 ) -> None:
     """Logits of every position of a token sequence.
 
@@ -50,5 +58,5 @@ def logits(
     from kvasir_engine.logits import run_logits
 
     threads = num_threads or len(os.sched_getaffinity(0))
-    run_logits(model, ids_file, out_file, chunk_tokens, num_threads=threads)
+    run_logits(model, ids_file, out_file, chunk_tokens, num_threads=threads, kv=kv)
     click.echo(f"wrote {out_file}")

@@ -4,13 +4,15 @@ import asyncio
 import os
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
+from kvasir_engine.formats import KvFormat
 
 from kvasir_cli.fleet.plan import TTFT_SLO_MS, FleetOptions
 
 COUNT = click.IntRange(min=1)
+KV_FORMAT = click.Choice(get_args(KvFormat))
 PORT = click.IntRange(min=1, max=65535)
 
 
@@ -47,6 +49,7 @@ PORT = click.IntRange(min=1, max=65535)
 @click.option(
     "--kv-cache-mb", type=COUNT, default=512, show_default=True, help="KV memory of each worker."
 )
+@click.option("--kv", type=KV_FORMAT, default="bf16", show_default=True, help="How KV is kept.")
 @click.option(
     "--kv-node-mb", type=COUNT, default=512, show_default=True, help="Memory of each KV node."
 )

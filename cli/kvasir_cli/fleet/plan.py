@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kvasir_engine.formats import KvFormat
+
 LOOPBACK = "127.0.0.1"
 TTFT_SLO_MS = 30_000
 """Above what the router assumes in a cluster: all parts share a few cores, and an answer that comes
@@ -34,6 +36,7 @@ class FleetOptions:
     kv_node_mb: int  # of each KV node
     ttft_slo_ms: int = TTFT_SLO_MS
     tls: bool = False  # links between the parts
+    kv: KvFormat = "bf16"
 
     @property
     def num_workers(self) -> int:
@@ -132,7 +135,7 @@ def _worker(
     arguments = ["worker", "--model", str(options.model), "--model-name", options.model_name]
     arguments += ["--name", name, "--role", role, "--data-port", str(data_port)]
     arguments += _listen(LOOPBACK, grpc_port, http_port)
-    arguments += ["--kv-cache-mb", str(options.kv_cache_mb)]
+    arguments += ["--kv-cache-mb", str(options.kv_cache_mb), "--kv", options.kv]
     arguments += ["--threads", str(options.num_threads), "--drain-timeout-ms", str(DRAIN_MS)]
     for address in kv_nodes:
         arguments += ["--kv-node", address]

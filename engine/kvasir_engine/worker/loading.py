@@ -150,7 +150,13 @@ def _load_model(host: Host, num_threads: int) -> LoadedModel:
             shown[stage] = part
             log.info("loading %s: %s %.0f %%", settings.model, stage, 100 * part)
 
-    return load_model(settings.model, isa=settings.isa, num_threads=num_threads, progress=progress)
+    return load_model(
+        settings.model,
+        isa=settings.isa,
+        kv=settings.kv,
+        num_threads=num_threads,
+        progress=progress,
+    )
 
 
 def _load_tokenizer(settings: WorkerSettings) -> Tokenizer | None:

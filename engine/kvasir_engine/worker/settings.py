@@ -6,6 +6,8 @@ from typing import Literal, Self
 from kvasir_kvstore.peers import PeerSettings, parse_spec
 from pydantic import Field, field_validator, model_validator
 
+from kvasir_engine.formats import KvFormat
+
 
 class WorkerSettings(PeerSettings):
     """One worker."""
@@ -25,6 +27,8 @@ class WorkerSettings(PeerSettings):
     """Memory for KV blocks."""
     threads: int = Field(default=0, ge=0)
     """Of the engine; 0: one per core."""
+    kv: KvFormat = "bf16"
+    """How KV is kept; workers of one fleet must agree, since formats share no block."""
     isa: str | None = None
     """CPU path of the kernels; None: the best that runs here."""
     kv_nodes: tuple[str, ...] = ()

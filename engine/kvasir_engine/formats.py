@@ -1,0 +1,6 @@
+"""How weights and KV are kept in memory: the names of the formats."""
+
+from typing import Literal
+
+KvFormat = Literal["bf16", "int8"]
+"""bf16 (float32 on the scalar path), or int8 with a scale per token and head."""
