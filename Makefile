@@ -58,7 +58,7 @@ bench: build ## engine, KV transfer, serving and routing figures into bench/resu
 e2e: build ## the whole on a real Kubernetes cluster (KUBECONFIG's, else a new kind cluster)
 	$(BIN)/python -m pytest e2e -p no:cacheprovider --timeout 900 -s
 
-e2e-scale: build ## the operator with 1,000 pools and 10,000 pods on a kind cluster, figures into bench/results
+e2e-scale: build ## the operator with 1,000 pools and 10,000 pods on an API server alone (KUBEBUILDER_ASSETS) or on kind
 	$(BIN)/python e2e/scale/scale.py --json bench/results/operator-scale.json
 
 redis:

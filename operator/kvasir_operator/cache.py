@@ -107,7 +107,8 @@ class CachedCluster:
 
     async def apply_status(self, ref: Ref, status: Manifest) -> Manifest:
         """See Cluster."""
-        return self._written(await self._kube.apply_status(ref, status))
+        written = await self._kube.apply_status(ref, status)
+        return self._written(written, by=ref)  # who wrote it knows it, and planned by it
 
     async def annotate(self, ref: Ref, uid: str, annotations: Mapping[str, str]) -> Manifest:
         """See Cluster."""
@@ -131,14 +132,14 @@ class CachedCluster:
         """See Cluster."""
         await self._kube.create_event(namespace, event)
 
-    def _written(self, obj: Manifest) -> Manifest:
+    def _written(self, obj: Manifest, *, by: Ref | None = None) -> Manifest:
         reflector = self._reflector(obj["kind"], obj["metadata"].get("namespace", ""))
         entry = None if reflector is None else reflector.entry_of(obj)
         if reflector is not None and entry is not None and reflector.store.written(entry):
-            self._tell(entry)
+            self._tell(entry, but=by)
         return obj
 
-    def _tell(self, entry: Entry) -> None:
+    def _tell(self, entry: Entry, *, but: Ref | None = None) -> None:
         obj = entry.decode()
         if "involvedObject" in obj:
             subject = self._entry(about(obj))
@@ -146,7 +147,8 @@ class CachedCluster:
                 return
             obj = subject.decode()
         for ref in concerned(obj):
-            self._on_news(ref)
+            if ref != but:
+                self._on_news(ref)
 
     def _reflector(self, kind: str, namespace: str) -> Reflector | None:
         return self._reflectors.get((kind, namespace)) or self._reflectors.get((kind, ""))

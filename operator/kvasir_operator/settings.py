@@ -19,8 +19,8 @@ class OperatorSettings:
     identity: str = ""  # this process in the Lease: the pod's name; empty: host name and a number
     webhook_port: int = 0  # of the validating webhook; 0: none. Needs lease_namespace
     webhook_service: str = "kvasir-operator-webhook"  # its Service, Secret and configuration
-    resync_interval_s: float = 60.0  # repairs drift of children whose changes are not watched
-    num_reconcilers: int = 4  # objects reconciled at the same time
+    resync_interval_s: float = 60.0  # what routers say of workers is looked at this often
+    num_reconcilers: int = 16  # objects reconciled at the same time: most of it is waiting
     api_timeout_s: float = 15.0  # deadline of one call to the Kubernetes API
 
     def __post_init__(self) -> None:

@@ -96,7 +96,7 @@ class KubeApi:
 
 
 @contextmanager
-def kube_api(folder: Path) -> Iterator[KubeApi]:
+def kube_api(folder: Path, *controller_args: str) -> Iterator[KubeApi]:
     """A cluster of etcd, API server and controllers, with Kvasir's CRDs."""
     api_port = free_port()
     server = f"https://127.0.0.1:{api_port}"
@@ -115,7 +115,9 @@ def kube_api(folder: Path) -> Iterator[KubeApi]:
         )
         _wait_until_ready(folder, server)
         controllers = _controller_args(folder, key, kubeconfig)
-        stack.enter_context(program(folder, "kube-controller-manager", *controllers))
+        stack.enter_context(
+            program(folder, "kube-controller-manager", *controllers, *controller_args)
+        )
         api = KubeApi(folder, kubeconfig)
         api("apply", "--server-side", "-f", str(Path(__file__).parents[2] / "crds"))
         api("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
