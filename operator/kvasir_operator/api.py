@@ -15,6 +15,7 @@ from kvasir_operator.api_pods import KeyRef, PodSettings, Resources
 from kvasir_operator.api_types import (
     REPLICAS_MAX,
     Condition,
+    EngineSettings,
     KvNodeSettings,
     Model,
     Slo,
@@ -168,10 +169,21 @@ class IndexSettings(ApiModel):
     )
 
 
-class ModelServiceSpec(ImageSettings):
+class ModelServiceSpec(EngineSettings, ImageSettings):
     """One model, served: a router, prefill and decode workers, and perhaps KV nodes."""
 
-    RULES = (MODEL_RULE,)
+    RULES = (
+        MODEL_RULE,
+        Rule(
+            "self.engine != 'vllm' || !has(self.kvCache)",
+            "kvCache needs engine kvasir, for vLLM keeps its KV to itself: remove kvCache",
+        ),
+        Rule(
+            "self.engine != 'vllm' || !has(self.planner)",
+            "planner needs engine kvasir, for vLLM does not separate prefill and decode: remove "
+            "planner and scale the DecodePool by an autoscaler",
+        ),
+    )
     model: Model = Field(description="The model that is served. It cannot be changed later.")
     slo: Slo = Field(default_factory=Slo, description="What a request may take.")
     network_policy: bool = Field(default=True, description=NETWORK_POLICY_TEXT)
@@ -180,7 +192,8 @@ class ModelServiceSpec(ImageSettings):
     )
     prefill: WorkerPoolTemplate = Field(
         default_factory=WorkerPoolTemplate,
-        description="Workers that compute prompts: PrefillPool NAME-prefill.",
+        description="Workers that compute prompts: PrefillPool NAME-prefill. Not used where "
+        "engine is vllm: the decode workers serve whole requests.",
     )
     decode: WorkerPoolTemplate = Field(
         default_factory=WorkerPoolTemplate,
@@ -201,10 +214,17 @@ class ModelServiceSpec(ImageSettings):
     )
 
 
-class WorkerPoolSpec(WorkerSettings, Replicas, ImageSettings, IndexSettings):
+class WorkerPoolSpec(WorkerSettings, EngineSettings, Replicas, ImageSettings, IndexSettings):
     """Workers of one role for one model."""
 
-    RULES = (MODEL_RULE,)
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        MODEL_RULE,
+        Rule(
+            "self.engine != 'vllm' || (self.kvNodes.size() == 0 && self.lentReplicas == 0)",
+            "kvNodes and lentReplicas need engine kvasir, for vLLM keeps its KV to itself: remove "
+            "them",
+        ),
+    )
     model: Model = Field(description="The model that the workers serve. It cannot be changed.")
     kv_nodes: tuple[str, ...] = Field(
         default=(),
@@ -236,6 +256,13 @@ class WorkerPoolSpec(WorkerSettings, Replicas, ImageSettings, IndexSettings):
 
 class PrefillPoolSpec(WorkerPoolSpec):
     """Workers that compute prompts and hand their KV to decode workers."""
+
+    RULES = (
+        Rule(
+            "self.engine == 'kvasir'",
+            "engine must be kvasir, for vLLM hands no KV off: use a DecodePool",
+        ),
+    )
 
 
 class DecodePoolSpec(WorkerPoolSpec):

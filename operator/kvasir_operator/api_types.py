@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from kvasir_operator.api_base import ApiModel, Rule
-from kvasir_operator.api_pods import PodSettings
+from kvasir_operator.api_pods import PodSettings, Resources
 
 REPLICAS_MAX = 1000
 
@@ -175,6 +175,45 @@ class WorkerSettings(PodSettings):
     rollout: Rollout = Field(
         default_factory=Rollout,
         description="How workers are replaced when the image or another setting of them changes.",
+    )
+
+
+class VllmSettings(ApiModel):
+    """The vLLM server beside each worker."""
+
+    image: str = Field(
+        min_length=1,
+        max_length=512,
+        description="An image with the command `vllm`, 0.10.2 or newer: vllm/vllm-openai:v0.11.0.",
+    )
+    worker_resources: Resources = Field(
+        default_factory=Resources,
+        description="Compute resources of the Kvasir worker beside vLLM; the pool's `resources` "
+        "are vLLM's.",
+    )
+
+
+class EngineSettings(ApiModel):
+    """Which engine computes."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "(self.engine == 'vllm') == has(self.vllm)",
+            "vllm must be set if and only if engine is vllm",
+        ),
+        Rule(
+            "self.engine == oldSelf.engine",
+            "engine cannot be changed: create another ModelService and move clients to it",
+        ),
+    )
+    engine: Literal["kvasir", "vllm"] = Field(
+        default="kvasir",
+        description="kvasir: the bundled engine. vllm: each worker is a pod of `vllm serve` and a "
+        "Kvasir worker that routers talk to; it serves whole requests, `resources`, `env`, `args` "
+        "and `volumeMounts` are vLLM's, and `threads` and `kvCacheMb` are not used.",
+    )
+    vllm: VllmSettings | None = Field(
+        default=None, description="The vLLM server, where engine is vllm."
     )
 
 

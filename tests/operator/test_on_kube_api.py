@@ -1,80 +1,22 @@
 """Operator processes against a real API server: one leads, another takes over."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Iterator
 
 import pytest
 from kube_api import KubeApi, free_port, kube_api, needs_kube_api
+from kube_operator import operator, wait_for
 from operator_builders import make_object
 
 pytestmark = [needs_kube_api, pytest.mark.slow]
 MODEL = {"name": "tiny", "source": {"hostPath": {"path": "/models/tiny"}}}
-T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApi]:
     with kube_api(tmp_path_factory.mktemp("kube")) as found:
         yield found
-
-
-@dataclass
-class OperatorProcess:
-    """One operator of a test."""
-
-    process: subprocess.Popen[bytes]
-    port: int
-    name: str
-    log: Path
-
-    def metric(self, pattern: str) -> float:
-        """The sum of the samples that match."""
-        url = f"http://127.0.0.1:{self.port}/metrics"
-        text = urllib.request.urlopen(url, timeout=5).read().decode()
-        return sum(float(value) for value in re.findall(rf"^{pattern} (.+)$", text, re.MULTILINE))
-
-    def writes(self) -> float:
-        """What it wrote, the lease aside."""
-        every = self.metric("kvasir_operator_api_writes_total{.*}")
-        return every - self.metric('kvasir_operator_api_writes_total{kind="Lease",.*}')
-
-
-@contextmanager
-def operator(api: KubeApi, name: str, *more: str) -> Iterator[OperatorProcess]:
-    port, log = free_port(), api.folder / f"operator-{name}.log"
-    args = ("operator", "--image=kvasir:test", f"--http-port={port}", f"--identity={name}")
-    command = [f"{Path(sys.executable).parent}/kvasir", *args, "--lease-namespace=default", *more]
-    env = {**os.environ, "KUBECONFIG": str(api.kubeconfig), "KVASIR_LOG_FORMAT": "json"}
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, env=env, stdout=file, stderr=file)
-        try:
-            yield OperatorProcess(process, port, name, log)
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def wait_for(what: str, found: Callable[[], T], *, limit_s: float = 30) -> T:
-    """Ask until the answer is true."""
-    deadline_s, problem = time.monotonic() + limit_s, "not so"
-    while time.monotonic() < deadline_s:
-        try:
-            if answer := found():
-                return answer
-        except (OSError, AssertionError) as error:
-            problem = str(error)
-        time.sleep(0.1)
-    raise AssertionError(f"{what}: not within {limit_s} s: {problem}")
 
 
 def holder(api: KubeApi) -> str:
@@ -243,187 +185,6 @@ def test_replicas_of_others_are_left_alone_and_rivals_told_of(api: KubeApi) -> N
         api(*wait)
         assert "SeveralOwners" in api("describe", "dcp", "chat-decode")
         wait_for("the event", lambda: "SeveralOwners" in api("get", "events"))
-
-
-KEY = {"name": "a", "key": "b"}
-DATA = {"volumes": [{"name": "data", "emptyDir": {}}]}
-REFUSED: dict[str, tuple[dict[str, object], str]] = {
-    "requests above limits": (
-        {"resources": {"requests": {"cpu": "2"}, "limits": {"cpu": "1500m"}}},
-        "requests must not be greater than limits",
-    ),
-    "memory limit below the KV memory": (
-        {"kvCacheMb": 2048, "resources": {"limits": {"memory": "2Gi"}}},
-        "the memory limit must be greater than kvCacheMb",
-    ),
-    "toleration of a value by Exists": (
-        {"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]},
-        "value must not be set where operator is Exists",
-    ),
-    "toleration of every key by Equal": (
-        {"tolerations": [{"effect": "NoSchedule"}]},
-        "operator must be Exists where key is absent",
-    ),
-    "seconds of a toleration that is not NoExecute": (
-        {"tolerations": [{"key": "a", "effect": "NoSchedule", "tolerationSeconds": 3}]},
-        "tolerationSeconds needs effect NoExecute",
-    ),
-    "rollout that cannot move": (
-        {"rollout": {"maxSurge": 0, "maxUnavailable": 0}},
-        "maxSurge and maxUnavailable must not both be 0",
-    ),
-    "mount of a volume that is not listed": (
-        {"volumeMounts": [{"name": "data", "mountPath": "/data"}]},
-        "every one of volumeMounts must have the name of one of volumes",
-    ),
-    "volume with two sources": (
-        {"volumes": [{"name": "data", "emptyDir": {}, "secret": {"secretName": "a"}}]},
-        "exactly one of hostPath, persistentVolumeClaim, emptyDir",
-    ),
-    "volume with a name of Kvasir's": (
-        {"volumes": [{"name": "kvasir-tls", "emptyDir": {}}]},
-        "name must not be tmp or model, or begin with kvasir-",
-    ),
-    "mount over the model": (
-        {**DATA, "volumeMounts": [{"name": "data", "mountPath": "/model/lora"}]},
-        "mountPath must be a plain absolute path other than",
-    ),
-    "mount that climbs": (
-        {**DATA, "volumeMounts": [{"name": "data", "mountPath": "/mnt/../model"}]},
-        "mountPath must be a plain absolute path other than",
-    ),
-    "mount of a folder outside of the volume": (
-        {**DATA, "volumeMounts": [{"name": "data", "mountPath": "/a", "subPath": "b/.."}]},
-        "subPath must not have .. in it",
-    ),
-    "variable with two values": (
-        {"env": [{"name": "A", "value": "b", "valueFrom": {"secretKeyRef": KEY}}]},
-        "exactly one of value and valueFrom must be set",
-    ),
-    "variable from two sources": (
-        {"env": [{"name": "A", "valueFrom": {"secretKeyRef": KEY, "configMapKeyRef": KEY}}]},
-        "exactly one of secretKeyRef and configMapKeyRef must be set",
-    ),
-    "replicas below their bound": (
-        {"replicas": 1, "minReplicas": 2},
-        "replicas must not be less than minReplicas",
-    ),
-}
-
-
-@pytest.mark.parametrize(("spec", "message"), REFUSED.values(), ids=REFUSED)
-def test_contradictions_are_refused(api: KubeApi, spec: dict[str, object], message: str) -> None:
-    pool = make_object("DecodePool", "bad", {"model": MODEL, **spec})
-    pool["metadata"] = {"name": "bad", "namespace": "default"}
-    assert message in api.apply(pool, check=False)
-    service = make_object("ModelService", "bad", {"model": MODEL, "decode": spec})
-    service["metadata"] = {"name": "bad", "namespace": "default"}
-    assert message in api.apply(service, check=False)
-
-
-REFUSED_REDIS = {
-    "password in the open": (
-        {"url": "redis://:secret@index:6379/0"},
-        "url must not hold a user or password",
-    ),
-    "two places": (
-        {"url": "redis://index:6379/0", "urlSecretRef": KEY},
-        "only one of url and urlSecretRef may be set",
-    ),
-}
-
-
-@pytest.mark.parametrize(("redis", "message"), REFUSED_REDIS.values(), ids=REFUSED_REDIS)
-def test_contradictions_of_redis_are_refused(
-    api: KubeApi, redis: dict[str, object], message: str
-) -> None:
-    service = make_object("ModelService", "bad", {"model": MODEL, "kvCache": {}, "redis": redis})
-    service["metadata"] = {"name": "bad", "namespace": "default"}
-    assert message in api.apply(service, check=False)
-    pool = {f"redisU{name[1:]}": value for name, value in redis.items()}
-    nodes = make_object("KVCachePool", "bad", pool)
-    nodes["metadata"] = {"name": "bad", "namespace": "default"}
-    assert message.replace("url", "redisUrl") in api.apply(nodes, check=False)
-
-
-def is_quiet(api: KubeApi, process: OperatorProcess) -> bool:
-    """Whether four reconciles of everything write nothing."""
-    reconciles = "kvasir_operator_reconciles_total{.*}"
-    seen, writes = process.metric(reconciles), process.writes()
-    api("annotate", "msvc,dcp,pfp,kvp", "--all", "--overwrite", f"seen={time.time_ns()}")
-    wait_for("four more reconciles", lambda: process.metric(reconciles) >= seen + 4)
-    return process.writes() == writes
-
-
-SAMPLES = sorted((Path(__file__).parents[2] / "docs/samples").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("sample", SAMPLES, ids=[sample.stem for sample in SAMPLES])
-def test_the_samples_are_accepted(api: KubeApi, sample: Path) -> None:
-    assert "created" in api("create", "--dry-run=server", "-f", str(sample))
-
-
-def test_every_setting_is_accepted_and_stays(api: KubeApi) -> None:
-    decode = {
-        "resources": {"limits": {"nvidia.com/gpu": 1, "memory": "3Gi"}},
-        "tolerations": [{"operator": "Exists"}, {"key": "a", "value": "b"}],
-        "topologySpread": [{"topologyKey": "topology.kubernetes.io/zone"}],
-        "nearTopologyKey": "topology.kubernetes.io/zone",
-        "nodeSelector": {"gpu": "yes"},
-        "kvCacheMb": 2048,
-    }
-    image = {"reference": "models:1", "path": "/m", "asVolume": True}
-    model = {"name": "tiny", "source": {"image": image}}
-    service = make_object("ModelService", "full", {"model": model, "decode": decode, "kvCache": {}})
-    service["metadata"] = {"name": "full", "namespace": "default"}
-    with operator(api, "g") as process:
-        api.apply(service)
-        pods = ("pods", "-l", "kvasir.dev/pool=full-decode")
-        [pod] = wait_for("a worker", lambda: api.json(*pods)["items"])
-        assert pod["spec"]["topologySpreadConstraints"]
-        assert pod["spec"]["affinity"]["podAffinity"]
-        assert any("image" in volume for volume in pod["spec"]["volumes"])
-        wait_for("policies", lambda: "full-redis" in api("get", "networkpolicies"))
-        wait_for("reconciles that write nothing", lambda: is_quiet(api, process), limit_s=60)
-
-
-VOLUMES = {
-    "env": [{"name": "TOKEN", "valueFrom": {"secretKeyRef": KEY}}],
-    "volumes": [
-        {"name": "shared", "persistentVolumeClaim": {"claimName": "adapters"}},
-        {"name": "node", "hostPath": {"path": "/dev/shm", "type": "Directory"}},
-        {"name": "scratch", "emptyDir": {"medium": "Memory", "sizeLimit": "64Mi"}},
-        {"name": "settings", "configMap": {"name": "settings"}},
-        {"name": "ca", "secret": {"secretName": "ca", "optional": True}},
-        {"name": "files", "image": {"reference": "files:1"}},
-    ],
-    "volumeMounts": [
-        {"name": "shared", "mountPath": "/adapters", "subPath": "one", "readOnly": True},
-        {"name": "scratch", "mountPath": "/scratch"},
-        {"name": "ca", "mountPath": "/etc/redis"},
-    ],
-}
-
-
-def test_volumes_and_secrets_of_every_part_are_accepted_and_stay(api: KubeApi) -> None:
-    spec: dict[str, object] = dict.fromkeys(("router", "prefill", "decode", "kvCache"), VOLUMES)
-    spec |= {"model": MODEL, "redis": {"urlSecretRef": KEY}}
-    service = make_object("ModelService", "vol", spec)
-    service["metadata"] = {"name": "vol", "namespace": "default"}
-    with operator(api, "v") as process:
-        api.apply(service)
-        for selector in ("pool=vol-decode", "pool=vol-kv", "model-service=vol"):
-            pods = ("pods", "-l", f"kvasir.dev/{selector}")
-            pod = wait_for("a pod", lambda pods=pods: api.json(*pods)["items"])[0]
-            names = {volume["name"] for volume in pod["spec"]["volumes"]}
-            assert {volume["name"] for volume in VOLUMES["volumes"]} < names
-            [container] = pod["spec"]["containers"]
-            mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
-            assert {"/adapters", "/scratch", "/etc/redis", "/tmp"} <= mounts
-            index = {"name": "KVASIR_REDIS", "valueFrom": {"secretKeyRef": KEY}}
-            assert (index in container["env"]) == selector.startswith("pool")
-        assert "vol-redis" not in api("get", "deployments", "-o", "name")
-        wait_for("reconciles that write nothing", lambda: is_quiet(api, process), limit_s=60)
 
 
 def test_webhook_refuses_taken_names_with_certificates_of_the_operator(api: KubeApi) -> None:

@@ -7,9 +7,9 @@ from kvasir_operator.core.planner.memory import MemoryFit
 
 
 def memory_fit(spec: WorkerPoolSpec) -> MemoryFit | None:
-    """The memory of one worker against its limit; None: one of them is not known."""
+    """The memory of one worker against its limit; None: not known, or vLLM's business."""
     limit = quantity(spec.resources.limits.get("memory", ""))
-    if spec.model.memory_mb is None or isinstance(limit, str):
+    if spec.model.memory_mb is None or isinstance(limit, str) or spec.vllm is not None:
         return None
     return MemoryFit(spec.model.memory_mb, spec.kv_cache_mb, limit_bytes=int(limit))
 

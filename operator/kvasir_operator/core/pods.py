@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from kvasir_operator.api import ImageSettings
 from kvasir_operator.api_base import ApiModel
-from kvasir_operator.api_pods import KeyRef, PodSettings
+from kvasir_operator.api_pods import KeyRef, PodSettings, Resources
 from kvasir_operator.api_types import Model, ModelSource
 from kvasir_operator.core.manifests import POOL_LABEL, Manifest, without_empty
 from kvasir_operator.core.problems import MODEL_CONTAINER, MODEL_VOLUME
@@ -25,6 +25,23 @@ COPY_SMALL = (  # the router needs the tokenizer, not the weights
     'cd "$0" && for f in *; do case "$f" in *.safetensors|*.gguf|*.bin|*.pt) ;; '
     '*) cp -R "$f" "$1/" || exit 1 ;; esac; done'
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A server in the same pod that computes for the part: the part's settings are its own.
+
+    It is a sidecar of Kubernetes (1.29 or newer): it starts before the part and, so that the part
+    can drain, ends after it.
+    """
+
+    name: str
+    image: str
+    command: Sequence[str]
+    args: Sequence[str]
+    env: Mapping[str, str]
+    alive: Sequence[str]  # a command that succeeds while it serves
+    part_resources: Resources  # of the part itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +63,7 @@ class Part:
     grace_s: int = 30
     env: Mapping[str, str] = field(default_factory=dict)
     secret_env: Mapping[str, KeyRef] = field(default_factory=dict)  # never in args: ps shows those
+    engine: Engine | None = None
     near: tuple[str, str] | None = None  # a pool to be near to, and the label of the domains
 
 
@@ -79,7 +97,7 @@ def pod_template(part: Part, labels: dict[str, str]) -> Manifest:
                     }
                     for spread in part.settings.topology_spread
                 ],
-                "initContainers": _model_copier(part, source),
+                "initContainers": [*_model_copier(part, source), *_engine(part)],
                 "containers": [_container(part)],
                 "volumes": [
                     {"name": "tmp", "emptyDir": {}},
@@ -101,32 +119,68 @@ def _affinity(part: Part) -> Manifest:
 
 
 def _container(part: Part) -> Manifest:
-    mounts = [{"name": "tmp", "mountPath": "/tmp"}]
-    if part.model is not None:
-        mounts.append(_model_mount(part.model.source))
-    mounts += [_as_written(mount) for mount in part.settings.volume_mounts]
+    """The part's own container; beside an engine, what users set is for the engine."""
+    settings = part.settings
+    if part.engine is not None:
+        settings = PodSettings(resources=part.engine.part_resources)
     return without_empty(
         {
             "name": part.name,
             "image": part.image.image or part.default_image,
             "imagePullPolicy": part.image.image_pull_policy,
             "command": list(part.command),
-            "args": [*part.args, *part.settings.args],
-            "env": _env(part),
+            "args": [*part.args, *settings.args],
+            "env": _env(part, settings),
             "ports": [
                 {"name": name, "containerPort": port, "protocol": "TCP"}
                 for name, port in part.ports.items()
             ],
-            "resources": part.settings.resources.model_dump(exclude_defaults=True),
+            "resources": settings.resources.model_dump(exclude_defaults=True),
             "securityContext": _locked_down(),
             "terminationMessagePolicy": "FallbackToLogsOnError",
-            "volumeMounts": mounts,
+            "volumeMounts": _mounts(part, settings),
             **_probes(part),
         }
     )
 
 
-def _env(part: Part) -> list[Manifest]:
+def _engine(part: Part) -> list[Manifest]:
+    """The sidecar that computes, if there is one."""
+    engine, settings = part.engine, part.settings
+    if engine is None:
+        return []
+    alive = {"exec": {"command": list(engine.alive)}, "timeoutSeconds": 10}
+    start = {"periodSeconds": START_PERIOD_S, "failureThreshold": START_FAILURES_MAX}
+    env = {
+        **{name: {"value": value} for name, value in engine.env.items()},
+        **{v.name: without_empty(_as_written(v)) for v in settings.env},
+    }
+    container = {
+        "name": engine.name,
+        "image": engine.image,
+        "imagePullPolicy": part.image.image_pull_policy,
+        "restartPolicy": "Always",
+        "command": list(engine.command),
+        "args": [*engine.args, *settings.args],
+        "env": [{"name": name, **value} for name, value in env.items()],
+        "resources": settings.resources.model_dump(exclude_defaults=True),
+        "securityContext": _locked_down(),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": _mounts(part, settings),
+        "startupProbe": {**alive, **start},
+        "livenessProbe": {**alive, "periodSeconds": 30, "failureThreshold": 4},
+    }
+    return [without_empty(container)]
+
+
+def _mounts(part: Part, settings: PodSettings) -> list[Manifest]:
+    mounts: list[Manifest] = [{"name": "tmp", "mountPath": "/tmp"}]
+    if part.model is not None:
+        mounts.append(_model_mount(part.model.source))
+    return mounts + [_as_written(mount) for mount in settings.volume_mounts]
+
+
+def _env(part: Part, settings: PodSettings) -> list[Manifest]:
     downward = {
         "KVASIR_POD_NAME": "metadata.name",
         "KVASIR_POD_UID": "metadata.uid",
@@ -142,7 +196,7 @@ def _env(part: Part) -> list[Manifest]:
             for name, ref in part.secret_env.items()
         },
         **{name: without_empty({"value": value}) for name, value in part.env.items()},
-        **{variable.name: without_empty(_as_written(variable)) for variable in part.settings.env},
+        **{variable.name: without_empty(_as_written(variable)) for variable in settings.env},
     }
     return [{"name": name, **value} for name, value in given.items()]
 

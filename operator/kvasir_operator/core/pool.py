@@ -23,10 +23,11 @@ from kvasir_operator.core.manifests import (
     ref_of,
     role_labels,
 )
-from kvasir_operator.core.pods import GRACE_MARGIN_S, MODEL_FOLDER, Part
+from kvasir_operator.core.pods import GRACE_MARGIN_S, MODEL_FOLDER, Engine, Part
 from kvasir_operator.core.pool_status import PoolFacts, pool_status
 from kvasir_operator.core.roles import Flip, Phase, plan_roles
 from kvasir_operator.core.views import PodView, pod_views, worker_views, workload_view
+from kvasir_operator.core.vllm import vllm_engine, vllm_worker_args
 from kvasir_operator.core.workers import Goal, Step, plan_step
 from kvasir_operator.core.world import (
     REQUEUE_DRAINING_MS,
@@ -295,7 +296,8 @@ def _part(world: World, spec: PoolSpec) -> Part:
         args = ["kvnode", *_common_args(), "--memory-mb", str(spec.memory_mb)]
         model, grace_s = None, 30
     else:
-        args = ["worker", *_common_args(), *_worker_args(owner, spec)]
+        own = vllm_worker_args(spec) if spec.vllm else _worker_args(owner, spec)
+        args = ["worker", *_common_args(), *own]
         model, grace_s = spec.model, spec.drain_timeout_seconds + GRACE_MARGIN_S
     if spec.redis_url:
         args += ["--redis", spec.redis_url]
@@ -310,9 +312,16 @@ def _part(world: World, spec: PoolSpec) -> Part:
         secret_env={"KVASIR_REDIS": ref} if (ref := spec.redis_url_secret_ref) else {},
         model=model,
         needs_weights=True,
+        engine=_engine(spec),
         near=_near(spec),
         grace_s=grace_s,
     )
+
+
+def _engine(spec: PoolSpec) -> Engine | None:
+    if isinstance(spec, KVCachePoolSpec) or spec.vllm is None:
+        return None
+    return vllm_engine(spec, spec.vllm)
 
 
 def _near(spec: PoolSpec) -> tuple[str, str] | None:

@@ -45,6 +45,7 @@ from kvasir_operator.core.world import REQUEUE_UNSETTLED_MS, Plan, World, withou
 
 PARTS = {"prefill": "PrefillPool", "decode": "DecodePool", "kv": "KVCachePool"}
 LINGER_S = 15  # a leaving router serves on while kube-proxies learn of it; also on a busy node
+PEERS = {"prefill": "decode", "decode": "prefill"}
 DRAIN_TIMEOUT_S = 60  # the router's streams may take this long to end when its pod leaves
 NOT_OF_TEMPLATE = ("replicas", "minReplicas", "maxReplicas", "rollout", "networkPolicy")
 STATUS_FIELDS = {"prefill": "prefill", "decode": "decode", "kv": "kvCache"}
@@ -169,13 +170,14 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         include={"image", "image_pull_policy", "image_pull_secrets", "network_policy"},
     )
     common = image | _index(owner, spec)
-    worker = common | {
-        "model": spec.model.model_dump(mode="json", by_alias=True, exclude_none=True),
-        "kvNodes": _kv_nodes(owner, spec),
-    }
+    engine = spec.model_dump(
+        mode="json", by_alias=True, exclude_none=True, include={"model", "engine", "vllm"}
+    )
+    worker = common | engine | {"kvNodes": _kv_nodes(owner, spec)}
     bodies = {
-        "prefill": _body(spec.prefill, worker | {"peerPool": f"{owner.name}-decode"}),
-        "decode": _body(spec.decode, worker | {"peerPool": f"{owner.name}-prefill"}),
+        part: _body(getattr(spec, part), worker | {"peerPool": f"{owner.name}-{PEERS[part]}"})
+        for part in _used_parts(spec)
+        if part in PEERS
     }
     pools = [
         _pool(world, part, getattr(spec, part), body | _pace(world, bodies, part))
@@ -193,9 +195,9 @@ def _body(template: WorkerPoolTemplate | KvCachePoolTemplate, common: Manifest) 
 
 def _pace(world: World, bodies: dict[str, Manifest], part: str) -> Manifest:
     """`updatedMax` of a pool: the other one must keep up with its rollout."""
-    [other] = [name for name in bodies if name != part]
+    other = PEERS[part]
     own, pool = _live_pool(world, part), _live_pool(world, other)
-    if own is None or pool is None:
+    if own is None or pool is None or other not in bodies:
         return {}
     wanted = own["spec"].get("replicas", 1)
     other_wanted = pool["spec"].get("replicas", 1)
@@ -250,7 +252,8 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
     ports = {"http": spec.router.http_port, "grpc": spec.router.grpc_port}
     workers = (
         f"dns:{owner.name}-{part}.{owner.namespace}.svc:{WORKER_GRPC_PORT}"
-        for part in ("prefill", "decode")
+        for part in _used_parts(spec)
+        if part in PEERS
     )
     part = Part(
         name="router",
@@ -309,7 +312,9 @@ def _is_current(pool: Manifest) -> bool:
 
 
 def _used_parts(spec: ModelServiceSpec) -> list[str]:
-    return [part for part in PARTS if part != "kv" or spec.kv_cache is not None]
+    """The pools that the service has; workers with vLLM serve whole requests."""
+    prefill = ["prefill"] if spec.engine == "kvasir" else []
+    return [*prefill, "decode", *(["kv"] if spec.kv_cache is not None else [])]
 
 
 def _findings(

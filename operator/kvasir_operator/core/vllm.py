@@ -1,0 +1,51 @@
+"""Workers whose engine is vLLM: the server's container, and the flags of the worker beside it.
+
+vLLM listens on the pod's loopback alone: only the worker beside it can ask it anything.
+"""
+
+from kvasir_operator.api import WorkerPoolSpec
+from kvasir_operator.api_types import VllmSettings
+from kvasir_operator.core.pods import MODEL_FOLDER, Engine
+
+PORT = 8000
+URL = f"http://127.0.0.1:{PORT}"
+ALIVE = f"import urllib.request as r; r.urlopen('{URL}/health', timeout=8)"
+ENV = {  # the root file system is read-only, and the user has no name in the image
+    "HOME": "/tmp",
+    "USER": "kvasir",
+    "XDG_CACHE_HOME": "/tmp/cache",
+    "XDG_CONFIG_HOME": "/tmp/config",
+    "TRITON_CACHE_DIR": "/tmp/triton",
+    "TORCHINDUCTOR_CACHE_DIR": "/tmp/inductor",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def vllm_engine(spec: WorkerPoolSpec, vllm: VllmSettings) -> Engine:
+    """The container of vLLM."""
+    return Engine(
+        name="vllm",
+        image=vllm.image,
+        command=("vllm", "serve"),
+        args=(
+            MODEL_FOLDER,
+            *("--served-model-name", spec.model.name),
+            *("--host", "127.0.0.1"),
+            *("--port", str(PORT)),
+            "--enable-prompt-tokens-details",
+        ),
+        env=ENV,
+        alive=("python3", "-c", ALIVE),
+        part_resources=vllm.worker_resources,
+    )
+
+
+def vllm_worker_args(spec: WorkerPoolSpec) -> list[str]:
+    """Flags of the worker beside it."""
+    return [
+        *("--model", MODEL_FOLDER),
+        *("--model-name", spec.model.name),
+        *("--role", "both"),
+        *("--vllm-url", URL),
+        *("--drain-timeout-ms", str(spec.drain_timeout_seconds * 1000)),
+    ]
