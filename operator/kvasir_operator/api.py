@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from kvasir_operator.api_base import ApiModel, Rule, map_list
+from kvasir_operator.api_base import NAME_PATTERN, ApiModel, Rule, map_list
 from kvasir_operator.api_planner import PlannerSettings, PlanStatus, WorkerPrice
 from kvasir_operator.api_pods import KeyRef, PodSettings, Resources
 from kvasir_operator.api_types import (
@@ -27,6 +27,7 @@ VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 SERVICE_NAME_MAX = 40  # leaves room for "-prefill-12" and the revision hash in a label of 63
 POOL_NAME_MAX = SERVICE_NAME_MAX + len("-prefill")
+SELECTED_MAX = 16  # pools of one role that a ModelService may select
 NETWORK_POLICY_TEXT = (
     "Whether a NetworkPolicy admits only Kvasir's pods of this namespace and the operator to gRPC "
     "and KV data; metrics and health stay open. It takes a network that enforces policies."
@@ -86,6 +87,17 @@ class WorkerPoolTemplate(WorkerSettings, Replicas):
 
     price: WorkerPrice = Field(
         default_factory=WorkerPrice, description="What one worker costs, for the planner."
+    )
+
+
+class PoolRef(ApiModel):
+    """A pool that stands alone, in the same namespace."""
+
+    name: str = Field(
+        pattern=NAME_PATTERN,
+        min_length=1,
+        max_length=POOL_NAME_MAX,
+        description="Name of the PrefillPool or DecodePool.",
     )
 
 
@@ -183,6 +195,19 @@ class ModelServiceSpec(EngineSettings, ImageSettings):
             "planner needs engine kvasir, for vLLM does not separate prefill and decode: remove "
             "planner and scale the DecodePool by an autoscaler",
         ),
+        Rule(
+            "self.engine != 'vllm' || !has(self.prefillPools) || size(self.prefillPools) == 0",
+            "prefillPools needs engine kvasir, for vLLM does not separate prefill and decode: "
+            "remove prefillPools",
+        ),
+        Rule(
+            "!has(self.prefill) || !has(self.prefillPools) || size(self.prefillPools) == 0",
+            "only one of prefill and prefillPools may be set: make a pool or select some",
+        ),
+        Rule(
+            "!has(self.decode) || !has(self.decodePools) || size(self.decodePools) == 0",
+            "only one of decode and decodePools may be set: make a pool or select some",
+        ),
     )
     model: Model = Field(description="The model that is served. It cannot be changed later.")
     slo: Slo = Field(default_factory=Slo, description="What a request may take.")
@@ -190,14 +215,29 @@ class ModelServiceSpec(EngineSettings, ImageSettings):
     router: RouterSettings = Field(
         default_factory=RouterSettings, description="The router and its Service."
     )
-    prefill: WorkerPoolTemplate = Field(
-        default_factory=WorkerPoolTemplate,
-        description="Workers that compute prompts: PrefillPool NAME-prefill. Not used where "
-        "engine is vllm: the decode workers serve whole requests.",
+    prefill: WorkerPoolTemplate | None = Field(
+        default=None,
+        description="Workers that compute prompts: PrefillPool NAME-prefill, which the service "
+        "owns. Absent: one worker with defaults, unless prefillPools selects pools. "
+        "Not used where engine is vllm: the decode workers serve whole requests.",
     )
-    decode: WorkerPoolTemplate = Field(
-        default_factory=WorkerPoolTemplate,
-        description="Workers that produce tokens: DecodePool NAME-decode.",
+    decode: WorkerPoolTemplate | None = Field(
+        default=None,
+        description="Workers that produce tokens: DecodePool NAME-decode, which the service owns. "
+        "Absent: one worker with defaults, unless decodePools selects pools.",
+    )
+    prefill_pools: tuple[PoolRef, ...] = Field(
+        default=(),
+        max_length=SELECTED_MAX,
+        json_schema_extra=map_list("name"),
+        description="Existing PrefillPools to use instead of an own one. They may differ in "
+        "hardware, serve the same model, and stay when the service goes.",
+    )
+    decode_pools: tuple[PoolRef, ...] = Field(
+        default=(),
+        max_length=SELECTED_MAX,
+        json_schema_extra=map_list("name"),
+        description="Existing DecodePools to use instead of an own one, likewise.",
     )
     kv_cache: KvCachePoolTemplate | None = Field(
         default=None,
@@ -213,6 +253,10 @@ class ModelServiceSpec(EngineSettings, ImageSettings):
         description="Plans the numbers of workers from load and SLO. Absent: nobody does.",
     )
 
+    def worker_template(self, part: str) -> WorkerPoolTemplate:
+        """What the service's own pool of a part, prefill or decode, is made from."""
+        return (self.prefill if part == "prefill" else self.decode) or WorkerPoolTemplate()
+
 
 class WorkerPoolSpec(WorkerSettings, EngineSettings, Replicas, ImageSettings, IndexSettings):
     """Workers of one role for one model."""
@@ -226,6 +270,11 @@ class WorkerPoolSpec(WorkerSettings, EngineSettings, Replicas, ImageSettings, In
         ),
     )
     model: Model = Field(description="The model that the workers serve. It cannot be changed.")
+    price: WorkerPrice = Field(
+        default_factory=WorkerPrice,
+        description="What one worker costs, for the planner of a ModelService that selects the "
+        "pool. A ModelService's own pools have it in their template.",
+    )
     kv_nodes: tuple[str, ...] = Field(
         default=(),
         max_length=64,

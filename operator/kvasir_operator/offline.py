@@ -12,10 +12,11 @@ import yaml
 from pydantic import ValidationError
 
 from kvasir_operator.api import API_VERSION, KINDS, MODEL_SERVICE, ModelServiceSpec
-from kvasir_operator.core.manifests import Manifest
+from kvasir_operator.core.manifests import Manifest, ref_of
 from kvasir_operator.core.plan import make_plan, with_fleet
 from kvasir_operator.core.planner.facts import Demand, Load
 from kvasir_operator.core.planning import TelemetryView
+from kvasir_operator.core.slots import selected_refs
 from kvasir_operator.core.world import World
 from kvasir_operator.errors import OperatorError
 
@@ -77,17 +78,24 @@ def plan_offline(
     Raises:
         ManifestError: a spec is not valid; the message names the field.
     """
+    resources = list(resources)
     return [
-        _plan_one(resource, image=image, model_memory_mb=model_memory_mb, demand=demand)
+        _plan_one(resource, resources, image=image, model_memory_mb=model_memory_mb, demand=demand)
         for resource in resources
     ]
 
 
 def _plan_one(
-    resource: Manifest, *, image: str, model_memory_mb: int | None, demand: Demand | None
+    resource: Manifest,
+    others: Sequence[Manifest],
+    *,
+    image: str,
+    model_memory_mb: int | None,
+    demand: Demand | None,
 ) -> OfflinePlan:
     resource = _with_memory(_checked(resource), model_memory_mb)
-    world = _world(resource, image)
+    selected = {ref_of(o): o for o in others if ref_of(o) in selected_refs(resource)}
+    world = replace(_world(resource, image), live=selected)
     fleet: Manifest = {}
     if demand is not None and resource["kind"] == MODEL_SERVICE.kind:
         load = Load(demand, demand)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from kvasir_operator.api import MODEL_SERVICE
 from kvasir_operator.cluster import Cluster
 from kvasir_operator.core.conditions import Problem, Reason
 from kvasir_operator.core.drift import contains, is_as_desired
@@ -28,15 +29,18 @@ from kvasir_operator.core.manifests import (
 )
 from kvasir_operator.core.ownership import AUTOSCALER_KIND
 from kvasir_operator.core.plan import (
+    WORKER_POOLS,
     child_refs,
     is_scalable,
     listed_children,
     make_plan,
+    planned_pools,
     planner_settings,
     pod_labels,
     service_of,
     with_fleet,
 )
+from kvasir_operator.core.slots import selected_refs
 from kvasir_operator.core.views import PodView, WorkerFacts
 from kvasir_operator.core.world import Plan, World
 from kvasir_operator.drain import Drainer
@@ -115,7 +119,7 @@ class Reconciler:
             now_ms=time.time_ns() // 1_000_000,
         )
         live = {}
-        for child in child_refs(world.owner):
+        for child in (*child_refs(world.owner), *selected_refs(obj)):
             found = await self._cluster.get(child)
             if found is not None:
                 live[child] = found
@@ -136,6 +140,7 @@ class Reconciler:
             facts=await self._facts(obj),
             told_roles=self._roles.told(),
             autoscalers=autoscalers,
+            services=await self._services(world.owner.namespace) if selected_refs(obj) else (),
         )
         return await self._with_plan(observed)
 
@@ -147,14 +152,21 @@ class Reconciler:
         telemetry = await self._collector.view(
             world.owner.ref,
             world.pods,
+            pools=planned_pools(world.obj, world.owner),
             interval_s=settings.interval_seconds,
             keep_s=settings.keep_window_seconds,
         )
         return with_fleet(replace(world, telemetry=telemetry))
 
+    async def _services(self, namespace: str) -> Sequence[Manifest]:
+        """All ModelServices of a namespace: any of them may select a pool that stands alone."""
+        return await self._cluster.list(MODEL_SERVICE.kind, namespace)
+
     async def _facts(self, obj: Manifest) -> Mapping[str, WorkerFacts] | None:
         """What the routers of a worker pool's ModelService know of its workers."""
         service = service_of(obj)
+        if service is None and obj["kind"] in WORKER_POOLS:
+            service = service_of(obj, await self._services(obj["metadata"]["namespace"]))
         if service is None:
             return None
         labels = role_labels(service, "router")

@@ -16,7 +16,7 @@ import grpc
 from kvasir_proto.v1 import inference_pb2, inference_pb2_grpc
 
 from kvasir_operator.core.manifests import Manifest, Ref
-from kvasir_operator.core.planner.facts import Role, Speed
+from kvasir_operator.core.planner.facts import Speed
 from kvasir_operator.core.planner.history import History, Sample
 from kvasir_operator.core.planner.profile import StepSample, decode_profile, typical
 from kvasir_operator.core.planning import TelemetryView
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 2.0
 SERVICES_MAX = 4096
-STEPS_MAX = 512  # samples of decode steps kept per service
+STEPS_MAX = 512  # samples of decode steps kept per pool
 EARLY_S = 0.5  # a reconcile this little before the interval's end counts as its end
 SUMS = (
     "arrivals",
@@ -57,7 +57,7 @@ class _Known:
     keep_ms: int
     looked_ms: int | None = None
     counts: dict[str, inference_pb2.RouterTelemetry] = field(default_factory=dict)
-    steps: deque[StepSample] = field(default_factory=lambda: deque(maxlen=STEPS_MAX))
+    steps: dict[str, deque[StepSample]] = field(default_factory=dict)  # by the pool's key
     members: dict[str, inference_pb2.FleetMember] = field(default_factory=dict)
     problem: str = ""
 
@@ -69,9 +69,18 @@ class Collector:
         self._known: dict[Ref, _Known] = {}
 
     async def view(
-        self, service: Ref, pods: Sequence[Manifest], *, interval_s: int, keep_s: int
+        self,
+        service: Ref,
+        pods: Sequence[Manifest],
+        *,
+        pools: Mapping[str, str],
+        interval_s: int,
+        keep_s: int,
     ) -> TelemetryView:
-        """What is known, after a new look at the routers if it is time for one."""
+        """What is known, after a new look at the routers if it is time for one.
+
+        `pools` are the names of the service's worker pools by what plans call them.
+        """
         known = self._known.get(service)
         if known is None or known.keep_ms != 1000 * keep_s:
             if len(self._known) >= SERVICES_MAX:
@@ -81,11 +90,13 @@ class Collector:
         now_ms = time.monotonic_ns() // 1_000_000
         due_ms = 1000 * (interval_s - EARLY_S)
         if known.looked_ms is None or now_ms - known.looked_ms >= due_ms:
-            await _look(known, router_addresses(pods), now_ms=now_ms)
-        return view_of(known, service)
+            await _look(known, router_addresses(pods), pools, now_ms=now_ms)
+        return view_of(known, pools)
 
 
-async def _look(known: _Known, addresses: Sequence[str], *, now_ms: int) -> None:
+async def _look(
+    known: _Known, addresses: Sequence[str], pools: Mapping[str, str], *, now_ms: int
+) -> None:
     looks = [look for look in await asyncio.gather(*map(_ask, addresses)) if look is not None]
     if not looks or len(looks) < len(addresses):
         silent = len(addresses) - len(looks)
@@ -95,7 +106,7 @@ async def _look(known: _Known, addresses: Sequence[str], *, now_ms: int) -> None
             return
     else:
         known.problem = ""
-    note(known, looks, now_ms=now_ms)
+    note(known, looks, pools, now_ms=now_ms)
 
 
 async def _ask(address: str) -> Look | None:
@@ -112,11 +123,13 @@ async def _ask(address: str) -> Look | None:
     return Look(address, counts, fleet)
 
 
-def note(known: _Known, looks: Sequence[Look], *, now_ms: int) -> None:
+def note(known: _Known, looks: Sequence[Look], pools: Mapping[str, str], *, now_ms: int) -> None:
     """Take note of the routers' answers; the first look at a router only gives its base."""
     members = {m.description.address.name: m for look in looks for m in look.fleet.members}
     known.members = members
-    known.steps.extend(_steps(members.values()))
+    known.steps = {key: s for key, s in known.steps.items() if key in pools}
+    for key, own in _by_pool(members, pools).items():
+        known.steps.setdefault(key, deque(maxlen=STEPS_MAX)).extend(_steps(own))
     sums = dict.fromkeys(SUMS, 0.0)
     for look in looks:
         for name, grown in _growth(known.counts.get(look.address), look.counts).items():
@@ -160,7 +173,7 @@ def _steps(members: Iterable[inference_pb2.FleetMember]) -> list[StepSample]:
     ]
 
 
-def view_of(known: _Known, service: Ref) -> TelemetryView:
+def view_of(known: _Known, pools: Mapping[str, str]) -> TelemetryView:
     """What is known, as the planner's adapter takes it."""
     if known.history.is_empty:
         return TelemetryView(problem=known.problem or "the load has been looked at only once")
@@ -168,27 +181,36 @@ def view_of(known: _Known, service: Ref) -> TelemetryView:
         now=known.history.now(),
         kept=known.history.kept(),
         observed=known.history.observed(),
-        speeds=_speeds(known, service),
+        speeds=_speeds(known, pools),
         problem=known.problem,
     )
 
 
-def _speeds(known: _Known, service: Ref) -> Mapping[Role, Speed]:
+def _speeds(known: _Known, pools: Mapping[str, str]) -> Mapping[str, Speed]:
     """Per pool; what its own workers have not measured is taken from all of the service."""
-    base_and_slope = decode_profile(list(known.steps))
+    all_steps = decode_profile([step for steps in known.steps.values() for step in steps])
     everyone = _prefill_us(known.members.values())
     speeds = {}
-    for role in Role:
-        own = [m for name, m in known.members.items() if _is_of(name, service, role)]
+    for key, own in _by_pool(known.members, pools).items():
         prefill_us = _prefill_us(own) or everyone
+        base_and_slope = decode_profile(list(known.steps.get(key, ()))) or all_steps
         kv_tokens = typical([_kv_tokens(member) for member in own])
         if prefill_us and base_and_slope and kv_tokens:
-            speeds[role] = Speed(prefill_us, *base_and_slope, kv_tokens=int(kv_tokens))
+            speeds[key] = Speed(prefill_us, *base_and_slope, kv_tokens=int(kv_tokens))
     return speeds
 
 
-def _is_of(worker: str, service: Ref, role: Role) -> bool:
-    return worker.startswith(f"{service.name}-{role.value}-")
+def _by_pool(
+    members: Mapping[str, inference_pb2.FleetMember], pools: Mapping[str, str]
+) -> Mapping[str, list[inference_pb2.FleetMember]]:
+    """Members by the key of their pool: a worker's name begins with the pool's."""
+    found: dict[str, list[inference_pb2.FleetMember]] = {key: [] for key in pools}
+    longest_first = sorted(pools.items(), key=lambda item: -len(item[1]))
+    for worker, member in members.items():
+        key = next((k for k, name in longest_first if worker.startswith(f"{name}-")), None)
+        if key is not None:
+            found[key].append(member)
+    return found
 
 
 def _prefill_us(members: Iterable[inference_pb2.FleetMember]) -> float:

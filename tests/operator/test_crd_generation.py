@@ -82,10 +82,11 @@ def test_pool_has_the_scale_subresource(kind: Kind) -> None:
 
 
 def test_objects_default_to_the_defaults_of_their_fields() -> None:
-    prefill = structural(ModelServiceSpec)["properties"]["prefill"]
-    assert prefill["default"]["replicas"] == 1
-    assert prefill["default"]["minReplicas"] == 1
-    assert "default" not in structural(ModelServiceSpec)["properties"]["kvCache"]
+    fields = structural(ModelServiceSpec)["properties"]
+    assert fields["router"]["default"]["replicas"] == 1
+    assert fields["router"]["default"]["httpPort"] == 8000
+    for optional in ("prefill", "decode", "kvCache"):
+        assert "default" not in fields[optional]
 
 
 def test_bounds_are_rules_in_templates_and_pools() -> None:

@@ -13,6 +13,7 @@ from kvasir_operator.telemetry import Collector, Look, _Known, note, view_of
 from kvasir_proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb2
 
 SERVICE = Ref("ModelService", "default", "chat")
+POOLS = {"prefill": "chat-prefill", "decode": "chat-decode"}
 
 
 def make_counts(arrivals: int, *, epoch_ms: int = 1) -> inference_pb2.RouterTelemetry:
@@ -60,15 +61,15 @@ def make_known(*, keep_ms: int = 60_000) -> _Known:
 
 def test_first_look_gives_no_load() -> None:
     known = make_known()
-    note(known, [look("a", 100)], now_ms=0)
-    assert view_of(known, SERVICE).now is None
+    note(known, [look("a", 100)], POOLS, now_ms=0)
+    assert view_of(known, POOLS).now is None
 
 
 def test_load_is_the_growth_over_all_routers() -> None:
     known = make_known()
-    note(known, [look("a", 100), look("b", 10)], now_ms=0)
-    note(known, [look("a", 130), look("b", 40)], now_ms=15_000)
-    view = view_of(known, SERVICE)
+    note(known, [look("a", 100), look("b", 10)], POOLS, now_ms=0)
+    note(known, [look("a", 130), look("b", 40)], POOLS, now_ms=15_000)
+    view = view_of(known, POOLS)
     assert view.now is not None
     demand = view.now.prefill
     assert demand.requests_per_s == pytest.approx(4.0)
@@ -80,21 +81,21 @@ def test_load_is_the_growth_over_all_routers() -> None:
 
 def test_restarted_router_counts_from_zero_and_a_new_one_only_from_its_second_look() -> None:
     known = make_known()
-    note(known, [look("a", 1_000)], now_ms=0)
-    note(known, [look("a", 15, epoch_ms=2), look("new", 5_000)], now_ms=15_000)
-    view = view_of(known, SERVICE)
+    note(known, [look("a", 1_000)], POOLS, now_ms=0)
+    note(known, [look("a", 15, epoch_ms=2), look("new", 5_000)], POOLS, now_ms=15_000)
+    view = view_of(known, POOLS)
     assert view.now is not None
     assert view.now.prefill.requests_per_s == pytest.approx(1.0)
 
 
 def test_kept_load_is_known_after_a_whole_window_and_forgets_what_is_older() -> None:
     known, total = make_known(keep_ms=600_000), 0
-    note(known, [look("a", 0)], now_ms=0)
+    note(known, [look("a", 0)], POOLS, now_ms=0)
     rates = [600] * 10 + [60] * 60
     for step, arrivals in enumerate(rates, start=1):
         total += arrivals
-        note(known, [look("a", total)], now_ms=15_000 * step)
-        view = view_of(known, SERVICE)
+        note(known, [look("a", total)], POOLS, now_ms=15_000 * step)
+        view = view_of(known, POOLS)
         assert (view.kept is None) == (step < 40)
         if step == 45:
             assert view.kept is not None
@@ -105,14 +106,46 @@ def test_kept_load_is_known_after_a_whole_window_and_forgets_what_is_older() -> 
 
 def test_speeds_of_both_pools_come_from_all_workers() -> None:
     known = make_known()
-    note(known, [look("a", 0)], now_ms=0)
-    note(known, [look("a", 10)], now_ms=15_000)
-    speeds = view_of(known, SERVICE).speeds
+    note(known, [look("a", 0)], POOLS, now_ms=0)
+    note(known, [look("a", 10)], POOLS, now_ms=15_000)
+    speeds = view_of(known, POOLS).speeds
     assert set(speeds) == set(Role)
     assert speeds[Role.DECODE].prefill_us_per_token == 200.0
     assert speeds[Role.DECODE].kv_tokens == 3_200
     step_ms = speeds[Role.PREFILL].decode_base_ms + 4 * speeds[Role.PREFILL].decode_ms_per_request
     assert step_ms == pytest.approx(30.0)
+
+
+def test_pools_of_different_hardware_are_measured_apart() -> None:
+    def member(name: str, *, prefill_us: float, step_ms: float) -> inference_pb2.FleetMember:
+        load = {"num_running": 1, "blocks_total": 100}
+        speed = {"prefill_us_per_token": prefill_us, "decode_ms_per_step": step_ms}
+        return inference_pb2.FleetMember(
+            description=worker_pb2.WorkerDescription(
+                address=common_pb2.PeerAddress(name=name),
+                layout=common_pb2.KvLayout(block_tokens=32),
+                load=worker_pb2.WorkerLoad(**load, **speed),
+            )
+        )
+
+    pools = {"gpu": "gpu", "gpu-big": "gpu-big", "young": "young", "none": "none"}
+    members = [
+        member("gpu-a1-x", prefill_us=90.0, step_ms=40.0),
+        member("gpu-big-b2-y", prefill_us=30.0, step_ms=10.0),
+        member("young-c3-z", prefill_us=0.0, step_ms=0.0),
+    ]
+    fleet = inference_pb2.FleetView(members=members)
+    known = make_known()
+    for step in range(2):
+        looks = [Look("a", make_counts(10 * step), fleet)]
+        note(known, looks, pools, now_ms=15_000 * step)
+    speeds = view_of(known, pools).speeds
+    assert set(speeds) == {"gpu", "gpu-big", "young"}
+    assert [speeds[key].prefill_us_per_token for key in ("gpu", "gpu-big")] == [90.0, 30.0]
+    steps_ms = {k: s.decode_base_ms + s.decode_ms_per_request for k, s in speeds.items()}
+    assert steps_ms["gpu"] == pytest.approx(40.0)
+    assert steps_ms["gpu-big"] == pytest.approx(10.0)
+    assert speeds["young"].prefill_us_per_token == 60.0, "as all of the service"
 
 
 def test_profile_is_the_line_through_the_steps() -> None:
@@ -161,7 +194,7 @@ async def test_collector_asks_routers_once_per_interval(router_port: int) -> Non
     collector, pods = Collector(), [make_router_pod(router_port)]
 
     async def seen(interval_s: int) -> Any:
-        view = await collector.view(SERVICE, pods, interval_s=interval_s, keep_s=60)
+        view = await collector.view(SERVICE, pods, pools=POOLS, interval_s=interval_s, keep_s=60)
         return view.now.prefill.requests_per_s if view.now else None
 
     assert await seen(60) is None
@@ -173,7 +206,7 @@ async def test_collector_asks_routers_once_per_interval(router_port: int) -> Non
 
 async def test_silent_routers_are_told(router_port: int) -> None:
     gone = [make_router_pod(1)]
-    view = await Collector().view(SERVICE, gone, interval_s=1, keep_s=60)
+    view = await Collector().view(SERVICE, gone, pools=POOLS, interval_s=1, keep_s=60)
     assert "1 of 1 routers do not answer" in view.problem
-    nobody = await Collector().view(SERVICE, [], interval_s=1, keep_s=60)
+    nobody = await Collector().view(SERVICE, [], pools=POOLS, interval_s=1, keep_s=60)
     assert nobody.problem == "no router is ready"

@@ -1,7 +1,7 @@
 """What a resource refers to, judged before it is stored: what no rule inside the resource can see.
 
-The status says the same afterwards (Degraded: NameConflict, ModelUnavailable), so that nothing is
-lost where the webhook is off or does not answer.
+The status says the same afterwards (Degraded: NameConflict, ModelUnavailable, PoolNotFound), so
+that nothing is lost where the webhook is off or does not answer.
 """
 
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvasir_operator.core.manifests import Manifest, Owner, Ref, is_owned_by
 from kvasir_operator.core.plan import child_refs
+from kvasir_operator.core.slots import selected_refs
 
 CLAIM_KIND = "PersistentVolumeClaim"
 PARTS = ("router", "prefill", "decode", "kvCache")  # of a ModelService; pools have none
@@ -24,25 +25,26 @@ class Verdict:
 
 def references_of(obj: Manifest) -> tuple[Ref, ...]:
     """All objects that the verdict depends on."""
-    return (*child_refs(_owner(obj)), *_claims_of(obj))
+    return (*child_refs(_owner(obj)), *selected_refs(obj), *_claims_of(obj))
 
 
 def review(obj: Manifest, live: Mapping[Ref, Manifest]) -> Verdict:
     """The verdict on a new or changed resource; `live` are those of its references that exist."""
-    owner = _owner(obj)
+    owner, selected = _owner(obj), selected_refs(obj)
     taken = [
         f"{ref.kind} {ref.name}"
         for ref in child_refs(owner)
-        if ref in live and not _is_of(live[ref], owner)
+        if ref not in selected and ref in live and not _is_of(live[ref], owner)
     ]
     if taken:
         text = f"{', '.join(taken)} exists and does not belong to {owner.kind} {owner.name}"
         return Verdict(refusal=f"{text}: choose another name or remove it")
+    claims = [f"{CLAIM_KIND} {claim.name}" for claim in _claims_of(obj) if claim not in live]
+    pools = [f"{pool.kind} {pool.name}" for pool in selected if pool not in live]
     return Verdict(
-        warnings=tuple(
-            f"{CLAIM_KIND} {claim.name} does not exist: no pod starts before it does"
-            for claim in _claims_of(obj)
-            if claim not in live
+        warnings=(
+            *(f"{claim} does not exist: no pod starts before it does" for claim in claims),
+            *(f"{pool} does not exist: nothing is served by it before it does" for pool in pools),
         )
     )
 

@@ -57,6 +57,9 @@ class Reason(enum.StrEnum):
     PODS_REFUSED = "PodsRefused"  # no pod may be made: a quota, the namespace's Pod Security
     CONTAINER_FAILED = "ContainerFailed"
     MEMORY_TOO_SMALL = "MemoryTooSmall"  # a worker would not fit into its memory limit
+    POOL_NOT_FOUND = "PoolNotFound"  # a ModelService selects a pool that does not exist
+    POOL_TAKEN = "PoolTaken"  # or one that takes part in another ModelService
+    MODEL_MISMATCH = "ModelMismatch"  # or one that serves another model
     NAME_CONFLICT = "NameConflict"  # a child's name is taken by an object of somebody else
     INVALID_SPEC = "InvalidSpec"
     APPLY_FAILED = "ApplyFailed"  # the API server refused a child

@@ -1,5 +1,6 @@
 """From a world to a plan, whatever the kind: the one door into the core."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pydantic import ValidationError
@@ -14,10 +15,11 @@ from kvasir_operator.core.conditions import (
     degraded,
     to_conditions,
 )
-from kvasir_operator.core.manifests import Manifest, Owner, Ref
+from kvasir_operator.core.manifests import Manifest, Owner, Ref, ref_of
 from kvasir_operator.core.planning import plan_fleet
 from kvasir_operator.core.pool import SPECS, plan_pool, pool_children, pool_labels
 from kvasir_operator.core.service import plan_service, service_children, service_pod_labels
+from kvasir_operator.core.slots import selecting, slots_of
 from kvasir_operator.core.world import Plan, World
 
 WORKER_POOLS = ("PrefillPool", "DecodePool")
@@ -44,6 +46,12 @@ def planner_settings(obj: Manifest) -> PlannerSettings | None:
         return None  # `make_plan` tells
 
 
+def planned_pools(obj: Manifest, owner: Owner) -> dict[str, str]:
+    """Names of the worker pools of a ModelService by what plans call them."""
+    slots = slots_of(owner, ModelServiceSpec.model_validate(obj["spec"]))
+    return {slot.key: slot.name for slot in slots if slot.part != "kv"}
+
+
 def with_fleet(world: World) -> World:
     """The world with what the planner makes of it."""
     spec = ModelServiceSpec.model_validate(world.obj["spec"])
@@ -67,8 +75,9 @@ def is_scalable(owner: Owner) -> bool:
     return owner.kind != MODEL_SERVICE.kind
 
 
-def service_of(obj: Manifest) -> Owner | None:
-    """The ModelService that a worker pool belongs to, if it does."""
+def service_of(obj: Manifest, services: Sequence[Manifest] = ()) -> Owner | None:
+    """The ModelService that a worker pool takes part in: its owner, or of `services` the one that
+    has selected it."""
     metadata = obj["metadata"]
     for owner in metadata.get("ownerReferences", ()):
         is_service = owner.get("controller") and owner.get("kind") == MODEL_SERVICE.kind
@@ -80,7 +89,16 @@ def service_of(obj: Manifest) -> Owner | None:
                 name=owner["name"],
                 uid=owner["uid"],
             )
-    return None
+    found = selecting(ref_of(obj), services)
+    if found is None:
+        return None
+    return Owner(
+        api_version=API_VERSION,
+        kind=MODEL_SERVICE.kind,
+        namespace=metadata["namespace"],
+        name=found["metadata"]["name"],
+        uid=found["metadata"]["uid"],
+    )
 
 
 def pod_labels(owner: Owner) -> dict[str, str]:

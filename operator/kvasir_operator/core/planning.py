@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from kvasir_operator.api import ModelServiceSpec, WorkerPoolTemplate
+from kvasir_operator.api import ModelServiceSpec, WorkerPoolSpec, WorkerPoolTemplate
 from kvasir_operator.api_planner import (
     PlanInputs,
     PlanLoad,
@@ -23,7 +23,7 @@ from kvasir_operator.api_planner import (
 )
 from kvasir_operator.core.conditions import ConditionType, Finding, Reason
 from kvasir_operator.core.drift import quantity
-from kvasir_operator.core.manifests import Manifest, Ref
+from kvasir_operator.core.manifests import Manifest
 from kvasir_operator.core.ownership import autoscaler_owner
 from kvasir_operator.core.planner.decide import plan
 from kvasir_operator.core.planner.facts import (
@@ -42,13 +42,13 @@ from kvasir_operator.core.planner.facts import (
     Slo,
     Speed,
 )
+from kvasir_operator.core.slots import Slot, selection_problem, slots_of
 
 if TYPE_CHECKING:
     from kvasir_operator.core.world import World
 
 ACCELERATOR = "nvidia.com/gpu"
 REFRESH_MS = 60_000  # figures alone are written at most this often
-POOL_KINDS = {Role.PREFILL: "PrefillPool", Role.DECODE: "DecodePool"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class TelemetryView:
     now: Load | None = None
     kept: Load | None = None
     observed: Observed = field(default_factory=Observed)
-    speeds: Mapping[Role, Speed] = field(default_factory=dict)  # measured, by the pool's role
+    speeds: Mapping[str, Speed] = field(default_factory=dict)  # measured, by the pool's key
     problem: str = ""  # why nothing is known
 
 
@@ -159,12 +159,15 @@ def _inputs(
     if view.now is None:
         return view.problem or "the load has not been measured yet"
     pools = []
-    for role in Role:
-        template = spec.prefill if role is Role.PREFILL else spec.decode
-        speed = view.speeds.get(role) or _assumed(settings)
+    for slot in slots_of(world.owner, spec):
+        if slot.part == "kv" or selection_problem(world, slot, spec) is not None:
+            continue
+        speed = view.speeds.get(slot.key) or _assumed(settings)
         if speed is None:
-            return f"no {role.value} worker has measured its speed yet"
-        pools.append(_pool(world, role, template, speed))
+            return f"no {slot.part} worker has measured its speed yet"
+        pools.append(_pool(world, slot, spec, speed))
+    if {pool.role for pool in pools} != set(Role):
+        return "a role has no pool that can be planned: see the condition Degraded"
     budget = settings.budget
     before = world.obj.get("status", {}).get("plan", {})
     return Inputs(
@@ -203,17 +206,21 @@ def _assumed(settings: PlannerSettings) -> Speed | None:
     )
 
 
-def _pool(world: "World", role: Role, template: WorkerPoolTemplate, speed: Speed) -> PoolFacts:
+def _pool(world: "World", slot: Slot, service: ModelServiceSpec, speed: Speed) -> PoolFacts:
     """A pool as it is. What an autoscaler sets is taken as given."""
-    owner = world.owner
-    live = world.live.get(Ref(POOL_KINDS[role], owner.namespace, f"{owner.name}-{role.value}"))
+    live = world.live.get(slot.ref(world.owner))
     spec = live["spec"] if live else {}
+    template: WorkerPoolTemplate | WorkerPoolSpec
+    if slot.is_own:
+        template = service.worker_template(slot.part)
+    else:
+        template = WorkerPoolSpec.model_validate(spec)
     replicas = spec.get("replicas", template.replicas)
     is_fixed = live is not None and autoscaler_owner(live) is not None
     amount = {**template.resources.requests, **template.resources.limits}.get(ACCELERATOR, 0)
     return PoolFacts(
-        name=role.value,
-        role=role,
+        name=slot.key,
+        role=Role(slot.part),
         speed=speed,
         replicas=replicas,
         lent=min(spec.get("lentReplicas", 0), replicas),

@@ -40,10 +40,17 @@ from kvasir_operator.core.manifests import (
 from kvasir_operator.core.ownership import autoscaler_owner, foreign_owner
 from kvasir_operator.core.pods import GRACE_MARGIN_S, MODEL_FOLDER, Part
 from kvasir_operator.core.rollout import Progress, updated_max
+from kvasir_operator.core.slots import (
+    PARTS,
+    Slot,
+    holder_of,
+    selected_refs,
+    selection_problems,
+    slots_of,
+)
 from kvasir_operator.core.views import pod_views, workload_view
 from kvasir_operator.core.world import REQUEUE_UNSETTLED_MS, Plan, World, without_conflicts
 
-PARTS = {"prefill": "PrefillPool", "decode": "DecodePool", "kv": "KVCachePool"}
 LINGER_S = 15  # a leaving router serves on while kube-proxies learn of it; also on a busy node
 PEERS = {"prefill": "decode", "decode": "prefill"}
 DRAIN_TIMEOUT_S = 60  # the router's streams may take this long to end when its pod leaves
@@ -71,7 +78,7 @@ def service_pod_labels(owner: Owner) -> dict[str, str]:
 
 def plan_service(world: World, spec: ModelServiceSpec) -> Plan:
     """The plan for one ModelService."""
-    owner = world.owner
+    owner, slots = world.owner, slots_of(world.owner, spec)
     wanted = [
         make.service_account(owner, owner.name, service_pod_labels(owner)),
         *_redis(world, spec),
@@ -80,6 +87,7 @@ def plan_service(world: World, spec: ModelServiceSpec) -> Plan:
     ]
     children, conflicts = without_conflicts(world, wanted)
     refs = {ref_of(manifest) for manifest in wanted}
+    refs.update(selected_refs(world.obj))
     deletions = tuple(
         ref
         for ref in service_children(owner)
@@ -91,19 +99,21 @@ def plan_service(world: World, spec: ModelServiceSpec) -> Plan:
         *conflicts,
         *world.workload_problems(*(ref for ref in world.live if ref.kind == "Deployment")),
         *(pod.problem for pod in pods if pod.problem),
-        *_pool_problems(world),
+        *selection_problems(world, slots, spec),
+        *_pool_problems(world, slots),
     )
-    findings = _findings(world, spec, problems)
+    findings = _findings(world, slots, problems)
     is_settled = not problems and not findings[1].holds
     return Plan(
-        status=_status(world, spec, findings),
-        children=children,
+        status=_status(world, spec, slots, findings),
+        children=(*children, *_planned_selected(world, slots)),
         deletions=deletions,
         requeue_after_ms=_requeue_after_ms(world, is_settled=is_settled),
     )
 
 
 def _requeue_after_ms(world: World, *, is_settled: bool) -> int | None:
+    is_settled = is_settled and not selected_refs(world.obj)  # whose changes bring no event
     if world.fleet is None:
         return None if is_settled else REQUEUE_UNSETTLED_MS
     interval_ms = world.fleet.interval_ms
@@ -174,18 +184,47 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         mode="json", by_alias=True, exclude_none=True, include={"model", "engine", "vllm"}
     )
     worker = common | engine | {"kvNodes": _kv_nodes(owner, spec)}
+    slots = slots_of(owner, spec)
     bodies = {
-        part: _body(getattr(spec, part), worker | {"peerPool": f"{owner.name}-{PEERS[part]}"})
-        for part in _used_parts(spec)
-        if part in PEERS
+        slot.part: _body(
+            spec.worker_template(slot.part), worker | {"peerPool": _peer(owner, slots, slot.part)}
+        )
+        for slot in slots
+        if slot.is_own and slot.part in PEERS
     }
     pools = [
-        _pool(world, part, getattr(spec, part), body | _pace(world, bodies, part))
+        _pool(world, part, spec.worker_template(part), body | _pace(world, bodies, part))
         for part, body in bodies.items()
     ]
     if spec.kv_cache is not None:
         pools.append(_pool(world, "kv", spec.kv_cache, _body(spec.kv_cache, common)))
     return pools
+
+
+def _peer(owner: Owner, slots: Sequence[Slot], part: str) -> str:
+    """The pool of the other role that workers are to be near to."""
+    names = (slot.name for slot in slots if slot.part == PEERS[part])
+    return next(names, f"{owner.name}-{PEERS[part]}")
+
+
+def _planned_selected(world: World, slots: Sequence[Slot]) -> list[Manifest]:
+    """What the planner sets of selected pools: fields of theirs, nothing else."""
+    owner, made = world.owner, []
+    for slot in slots:
+        live = world.live.get(slot.ref(owner))
+        planned = {} if slot.is_own else _planned(world, slot.key, live)
+        if live is not None and planned:
+            version = {"resourceVersion": live["metadata"]["resourceVersion"]}
+            metadata = {"name": slot.name, "namespace": owner.namespace, **version}
+            made.append(
+                {
+                    "apiVersion": API_VERSION,
+                    "kind": slot.kind,
+                    "metadata": metadata,
+                    "spec": planned,
+                }
+            )
+    return made
 
 
 def _body(template: WorkerPoolTemplate | KvCachePoolTemplate, common: Manifest) -> Manifest:
@@ -198,7 +237,7 @@ def _pace(world: World, bodies: dict[str, Manifest], part: str) -> Manifest:
     other = PEERS[part]
     own, pool = _live_pool(world, part), _live_pool(world, other)
     if own is None or pool is None or other not in bodies:
-        return {}
+        return {}  # whoever changes a selected pool sets its pace
     wanted = own["spec"].get("replicas", 1)
     other_wanted = pool["spec"].get("replicas", 1)
     if _changes(pool, bodies[other]):
@@ -236,12 +275,12 @@ def _pool(
     return manifest
 
 
-def _planned(world: World, part: str, live: Manifest | None) -> Manifest:
+def _planned(world: World, key: str, live: Manifest | None) -> Manifest:
     """What the planner sets of a pool. It takes over from people, not from an autoscaler."""
     fleet = world.fleet
-    if fleet is None or part not in fleet.targets or live is None:
+    if fleet is None or key not in fleet.targets or live is None:
         return {}
-    target = fleet.targets[part]
+    target = fleet.targets[key]
     lent = {"lentReplicas": target.lent} if fleet.may_lend else {}
     return lent | ({"replicas": target.replicas} if autoscaler_owner(live) is None else {})
 
@@ -251,9 +290,9 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
     labels = role_labels(owner, "router")
     ports = {"http": spec.router.http_port, "grpc": spec.router.grpc_port}
     workers = (
-        f"dns:{owner.name}-{part}.{owner.namespace}.svc:{WORKER_GRPC_PORT}"
-        for part in _used_parts(spec)
-        if part in PEERS
+        f"dns:{slot.name}.{owner.namespace}.svc:{WORKER_GRPC_PORT}"
+        for slot in slots_of(owner, spec)
+        if slot.part in PEERS and not holder_of(world, slot)
     )
     part = Part(
         name="router",
@@ -293,14 +332,14 @@ def _live_pool(world: World, part: str) -> Manifest | None:
     return world.live.get(Ref(PARTS[part], owner.namespace, f"{owner.name}-{part}"))
 
 
-def _pool_problems(world: World) -> list[Problem]:
+def _pool_problems(world: World, slots: Sequence[Slot]) -> list[Problem]:
     """What the pools report as wrong; a report on an earlier generation counts no more."""
     problems = []
-    for part, kind in PARTS.items():
-        pool = _live_pool(world, part) or {}
+    for slot in slots:
+        pool = world.live.get(slot.ref(world.owner), {})
         for condition in pool.get("status", {}).get("conditions", ()):
             if condition.get("type") == "Degraded" and condition.get("status") == "True":
-                text = f"{kind} {world.owner.name}-{part}: {condition['message']}"
+                text = f"{slot}: {condition['message']}"
                 problems.append(Problem(Reason(condition["reason"]), text))
     return problems
 
@@ -311,40 +350,35 @@ def _is_current(pool: Manifest) -> bool:
     return seen >= wanted
 
 
-def _used_parts(spec: ModelServiceSpec) -> list[str]:
-    """The pools that the service has; workers with vLLM serve whole requests."""
-    prefill = ["prefill"] if spec.engine == "kvasir" else []
-    return [*prefill, "decode", *(["kv"] if spec.kv_cache is not None else [])]
-
-
 def _findings(
-    world: World, spec: ModelServiceSpec, problems: Sequence[Problem]
+    world: World, slots: Sequence[Slot], problems: Sequence[Problem]
 ) -> tuple[Finding, ...]:
     return (
-        _available(world, spec, problems),
-        _progressing(world, spec),
+        _available(world, slots, problems),
+        _progressing(world, slots),
         degraded(problems),
         *((world.fleet.finding,) if world.fleet else ()),
     )
 
 
-def _available(world: World, spec: ModelServiceSpec, problems: Sequence[Problem]) -> Finding:
+def _is_available(world: World, slot: Slot) -> bool:
+    status = world.live.get(slot.ref(world.owner), {}).get("status", {})
+    return is_condition_true(status, ConditionType.AVAILABLE)
+
+
+def _available(world: World, slots: Sequence[Slot], problems: Sequence[Problem]) -> Finding:
     router = workload_view(world.live.get(_router_ref(world.owner)))
-    missing = [
-        f"{PARTS[part]} {world.owner.name}-{part}"
-        for part in _used_parts(spec)
-        if not is_condition_true(
-            (_live_pool(world, part) or {}).get("status", {}), ConditionType.AVAILABLE
-        )
-    ]
+    waiting = [slot for slot in slots if not _is_available(world, slot)]
+    able = {slot.part for slot in slots if slot not in waiting}
+    missing = [str(slot) for slot in waiting if slot.part not in able]
     reason = Reason.POOLS_NOT_READY
     if router is None or router.replicas_ready == 0:
         reason = Reason.ROUTER_NOT_READY if not missing else reason
         missing.append("the router")
     if not missing:
-        return Finding(
-            ConditionType.AVAILABLE, True, Reason.READY, "the router and every pool are ready"
-        )
+        pools = "every pool" if not waiting else "a pool of each role"
+        text = f"the router and {pools} are ready"
+        return Finding(ConditionType.AVAILABLE, True, Reason.READY, text)
     text = f"not ready: {', '.join(missing)}"
     if problems:
         return Finding(
@@ -357,13 +391,13 @@ def _router_ref(owner: Owner) -> Ref:
     return Ref("Deployment", owner.namespace, f"{owner.name}-router")
 
 
-def _progressing(world: World, spec: ModelServiceSpec) -> Finding:
+def _progressing(world: World, slots: Sequence[Slot]) -> Finding:
     waiting = []
     router = workload_view(world.live.get(_router_ref(world.owner)))
     if router is None or not router.is_settled:
         waiting.append("the router")
-    for part in _used_parts(spec):
-        pool = _live_pool(world, part)
+    for slot in slots:
+        pool = world.live.get(slot.ref(world.owner))
         is_done = (
             pool is not None
             and _is_current(pool)
@@ -371,14 +405,16 @@ def _progressing(world: World, spec: ModelServiceSpec) -> Finding:
             and not is_condition_true(pool["status"], ConditionType.PROGRESSING)
         )
         if not is_done:
-            waiting.append(f"{PARTS[part]} {world.owner.name}-{part}")
+            waiting.append(str(slot))
     if not waiting:
         return Finding(ConditionType.PROGRESSING, False, Reason.STABLE, "all parts are as wanted")
     reason = Reason.CREATING if router is None else Reason.ROLLING_OUT
     return Finding(ConditionType.PROGRESSING, True, reason, f"under way: {', '.join(waiting)}")
 
 
-def _status(world: World, spec: ModelServiceSpec, findings: Sequence[Finding]) -> Manifest:
+def _status(
+    world: World, spec: ModelServiceSpec, slots: Sequence[Slot], findings: Sequence[Finding]
+) -> Manifest:
     owner = world.owner
     router = workload_view(world.live.get(_router_ref(owner)))
     host = f"{owner.name}-router.{owner.namespace}.svc"
@@ -387,11 +423,11 @@ def _status(world: World, spec: ModelServiceSpec, findings: Sequence[Finding]) -
         "endpoint": f"http://{host}:{spec.router.http_port}/v1",
         "router": _part_status(spec.router.replicas, ready=router.replicas_ready if router else 0),
     }
-    for part in _used_parts(spec):
-        pool = _live_pool(world, part) or {}
+    for part in dict.fromkeys(slot.part for slot in slots):
+        pools = [world.live.get(slot.ref(owner), {}) for slot in slots if slot.part == part]
         status[STATUS_FIELDS[part]] = _part_status(
-            pool.get("spec", {}).get("replicas", 0),
-            ready=pool.get("status", {}).get("readyReplicas", 0),
+            sum(pool.get("spec", {}).get("replicas", 0) for pool in pools),
+            ready=sum(pool.get("status", {}).get("readyReplicas", 0) for pool in pools),
         )
     if world.fleet is not None:
         status["plan"] = world.fleet.status

@@ -27,6 +27,7 @@ class World:
     facts: Mapping[str, WorkerFacts] | None = None  # by worker; None: no router has told
     told_roles: Mapping[str, str] = field(default_factory=dict)  # by pod UID
     autoscalers: Sequence[Manifest] = ()  # of the namespace, where the object is a pool
+    services: Sequence[Manifest] = ()  # of the namespace, where a ModelService selects pools
     telemetry: TelemetryView | None = None  # of a ModelService with a planner
     fleet: PlannedFleet | None = None  # what the planner makes of it
     problems: tuple[Problem, ...] = ()  # met while the plan was carried out

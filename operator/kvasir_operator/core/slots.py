@@ -1,0 +1,128 @@
+"""The pools of a ModelService: those that it makes from a template, and those that it selects.
+
+A selected pool stands alone: it has no owner reference, goes on without the service, and belongs to
+its author but for what a planner in mode Apply sets. Invariant: a pool takes part in one service
+only, in that which selected it first.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvasir_operator.api import MODEL_SERVICE, ModelServiceSpec
+from kvasir_operator.core.conditions import Problem, Reason
+from kvasir_operator.core.manifests import Manifest, Owner, Ref
+
+if TYPE_CHECKING:
+    from kvasir_operator.core.world import World
+
+PARTS = {"prefill": "PrefillPool", "decode": "DecodePool", "kv": "KVCachePool"}
+SELECTED_FIELDS = {"prefillPools": "PrefillPool", "decodePools": "DecodePool"}
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One pool of a service."""
+
+    part: str  # prefill, decode or kv
+    name: str
+    is_own: bool
+
+    @property
+    def kind(self) -> str:
+        """Its kind."""
+        return PARTS[self.part]
+
+    @property
+    def key(self) -> str:
+        """What a plan calls it: its part if the service owns it, else its name."""
+        if self.is_own:
+            return self.part
+        return self.name if self.name not in PARTS else f"{self.part}:{self.name}"
+
+    def ref(self, owner: Owner) -> Ref:
+        """Where it is."""
+        return Ref(self.kind, owner.namespace, self.name)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+def slots_of(owner: Owner, spec: ModelServiceSpec) -> tuple[Slot, ...]:
+    """All pools of a service, prefill first."""
+    found: list[Slot] = []
+    for part, references in (("prefill", spec.prefill_pools), ("decode", spec.decode_pools)):
+        if part == "prefill" and spec.engine == "vllm":
+            continue  # its workers serve whole requests
+        found += [Slot(part, reference.name, is_own=False) for reference in references]
+        if not references:
+            found.append(Slot(part, f"{owner.name}-{part}", is_own=True))
+    if spec.kv_cache is not None:
+        found.append(Slot("kv", f"{owner.name}-kv", is_own=True))
+    return tuple(found)
+
+
+def selected_refs(obj: Manifest) -> tuple[Ref, ...]:
+    """The pools that a ModelService selects, as far as its spec can be read."""
+    if obj["kind"] != MODEL_SERVICE.kind:
+        return ()
+    spec, namespace = obj.get("spec", {}), obj["metadata"]["namespace"]
+    return tuple(
+        Ref(kind, namespace, reference["name"])
+        for field, kind in SELECTED_FIELDS.items()
+        for reference in spec.get(field) or ()
+    )
+
+
+def selecting(pool: Ref, services: Iterable[Manifest]) -> Manifest | None:
+    """The service that a pool takes part in: the first that has selected it."""
+    found = [service for service in services if pool in selected_refs(service)]
+    return min(found, key=_age, default=None)
+
+
+def _age(service: Manifest) -> tuple[str, str]:
+    metadata = service["metadata"]
+    return metadata.get("creationTimestamp", ""), metadata["name"]
+
+
+def selection_problems(
+    world: "World", slots: Sequence[Slot], spec: ModelServiceSpec
+) -> list[Problem]:
+    """What is wrong with the selected pools."""
+    found = (selection_problem(world, slot, spec) for slot in slots)
+    return [problem for problem in found if problem is not None]
+
+
+def selection_problem(world: "World", slot: Slot, spec: ModelServiceSpec) -> Problem | None:
+    """Why the service cannot use a selected pool."""
+    if slot.is_own:
+        return None
+    pool = world.live.get(slot.ref(world.owner))
+    if pool is None or "deletionTimestamp" in pool["metadata"]:
+        return Problem(Reason.POOL_NOT_FOUND, f"{slot} does not exist")
+    served = pool["spec"].get("model", {}).get("name", "")
+    if served != spec.model.name:
+        text = f"{slot} serves model {served}, not {spec.model.name}: select another one"
+        return Problem(Reason.MODEL_MISMATCH, text)
+    engine = pool["spec"].get("engine", "kvasir")
+    if engine != spec.engine:
+        text = f"{slot} runs engine {engine}, not {spec.engine}: select another one"
+        return Problem(Reason.MODEL_MISMATCH, text)
+    if holder := holder_of(world, slot):
+        return Problem(Reason.POOL_TAKEN, f"{slot} takes part in ModelService {holder}")
+    return None
+
+
+def holder_of(world: "World", slot: Slot) -> str:
+    """The other service that a selected pool takes part in; empty: none."""
+    pool = world.live.get(slot.ref(world.owner))
+    if slot.is_own or pool is None:
+        return ""
+    for reference in pool["metadata"].get("ownerReferences", ()):
+        is_service = reference.get("controller") and reference.get("kind") == MODEL_SERVICE.kind
+        if is_service:
+            return "" if reference["uid"] == world.owner.uid else str(reference["name"])
+    first = selecting(slot.ref(world.owner), [*world.services, world.obj])
+    assert first is not None, "the service at hand selects it"
+    name: str = first["metadata"]["name"]
+    return "" if name == world.owner.name else name
