@@ -15,9 +15,11 @@ vllm:num_requests_running{{model_name="tiny"}} {running}
 # TYPE vllm:num_requests_waiting gauge
 vllm:num_requests_waiting{{model_name="tiny"}} 1.0
 # TYPE vllm:kv_cache_usage_perc gauge
-vllm:kv_cache_usage_perc{{model_name="tiny"}} 0.25
+vllm:kv_cache_usage_perc{{engine="0",model_name="tiny"}} 0.5
+vllm:kv_cache_usage_perc{{engine="1",model_name="tiny"}} 1.0
 # TYPE vllm:cache_config_info gauge
-vllm:cache_config_info{{block_size="16",num_gpu_blocks="800"}} 1.0
+vllm:cache_config_info{{block_size="16",engine="0",num_gpu_blocks="800"}} 1.0
+vllm:cache_config_info{{block_size="16",engine="1",num_gpu_blocks="800"}} 1.0
 """
 
 
@@ -29,6 +31,8 @@ class FakeVllm:
     finish: str = "length"
     cached_tokens: int = 0
     gives_token_ids: bool = True
+    echoed: list[int] = field(default_factory=list)
+    """The prompt as the first event repeats it, if not as it was."""
     refusal: tuple[int, str] | None = None
     is_healthy: bool = True
     cuts_after: int | None = None
@@ -70,6 +74,7 @@ class FakeVllm:
             choice = {"index": 0, "text": "x", "finish_reason": finish}
             if self.gives_token_ids:
                 choice["token_ids"] = [token]
+                choice["prompt_token_ids"] = self.echoed or body["prompt"] if count == 1 else None
             await _event(response, {"choices": [choice]})
             if count == self.cuts_after:
                 assert request.transport is not None

@@ -134,6 +134,12 @@ async def test_a_server_without_token_ids_is_refused_by_name(model: Path) -> Non
     assert "vLLM 0.10.2" in result.error.message
 
 
+async def test_an_event_may_repeat_a_long_prompt(model: Path) -> None:
+    async with beside_vllm(model, echoed=[100_000] * 200_000) as (worker, _):
+        result = await worker.generate(make_request(prompt(4)))
+    assert result.tokens == OUTPUT[:8]
+
+
 async def test_routers_are_told_of_vllms_load_and_context(model: Path) -> None:
     async with beside_vllm(model) as (worker, _):
         await worker.generate(make_request(prompt(40)))
@@ -142,7 +148,7 @@ async def test_routers_are_told_of_vllms_load_and_context(model: Path) -> None:
     assert about.blocks_unannounced
     assert about.kv_transfer_healthy
     assert len(about.fingerprint) == 16
-    assert (about.load.blocks_total, about.load.blocks_free) == (400, 300)
+    assert (about.load.blocks_total, about.load.blocks_free) == (800, 200)
     assert about.load.num_waiting == 1
 
 

@@ -31,6 +31,8 @@ from kvasir_engine.worker.vllm import Vllm, VllmUsage
 log = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S = 0.5
+CHECK_FAILURES_MAX = 3
+"""In a row: a busy server may be slow to answer once."""
 SMOOTHING = 0.2
 """Weight of a new measurement in the rates."""
 FINGERPRINTED = ("config.json", "tokenizer.json")
@@ -200,12 +202,16 @@ async def watch(host: Host, generator: VllmGenerator) -> None:
     """Keeps what routers are told of vLLM fresh; while it does not answer, nothing is taken on."""
     served = generator.served
     assert served is not None
+    num_failed = 0
     while True:
         try:
             load = await generator.load()
         except KvasirError as error:
-            _loading(host, error.message)
+            num_failed += 1
+            if num_failed >= CHECK_FAILURES_MAX:
+                _loading(host, error.message)
         else:
+            num_failed = 0
             host.outside = Outside(served.fingerprint, served.limits.context_length, load)
             if host.state.loading:
                 host.state.loading = ""

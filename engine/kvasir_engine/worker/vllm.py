@@ -6,7 +6,7 @@ and vLLM drops a request whose connection closes. Prompts are in bodies only, ne
 """
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,17 @@ from kvasir_kvstore.core.block import BLOCK_TOKENS
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import worker_pb2
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from kvasir_engine.core.types import FinishReason, TokenEvent
 
 CHECK_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 2.0
-ANSWER_BYTES_MAX = 1 << 20
+CHECK_CONNECTIONS = 8
+"""Beside those of requests, so that a full server can still be asked how it is."""
+ANSWER_BYTES_MAX = 4 << 20
+LINE_BYTES_MAX = 16 << 20
+"""One event: the first one repeats the prompt's token ids."""
 ERROR_CHARS_MAX = 300
 SEED_MASK = 2**63 - 1
 REASON_OF_STATUS = {
@@ -58,7 +63,8 @@ class Vllm:
         self._url = url.rstrip("/")
         self._model_name = model_name
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=connections_max),
+            connector=aiohttp.TCPConnector(limit=connections_max + CHECK_CONNECTIONS),
+            read_bufsize=LINE_BYTES_MAX // 2,  # aiohttp takes lines of twice this
             timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
@@ -89,24 +95,26 @@ class Vllm:
         Raises:
             KvasirError: it does not answer, or its metrics are not vLLM's.
         """
-        values: dict[str, float] = {}
-        labels: dict[str, str] = {}
+        found: dict[str, list[Sample]] = {}
         for family in text_string_to_metric_families(await self._get("/metrics")):
             for sample in family.samples:
-                values[sample.name] = values.get(sample.name, 0.0) + sample.value
-                if sample.name == "vllm:cache_config_info":
-                    labels = sample.labels
+                found.setdefault(sample.name, []).append(sample)
+        # vLLM has one sample for each of its engines
+        caches = [sample.labels for sample in found.get("vllm:cache_config_info", ())]
         try:
-            tokens = int(labels["num_gpu_blocks"]) * int(labels["block_size"])
+            num_tokens = sum(int(c["num_gpu_blocks"]) * int(c["block_size"]) for c in caches)
         except (KeyError, ValueError) as error:
-            raise _lost("its metrics have no vllm:cache_config_info") from error
-        usage = next((values[name] for name in KV_USAGE if name in values), 0.0)
-        blocks_total = tokens // BLOCK_TOKENS
+            raise _lost("its metrics do not tell the size of its KV cache") from error
+        if not num_tokens:
+            raise _lost("its metrics have no vllm:cache_config_info")
+        usages = next((found[name] for name in KV_USAGE if name in found), [])
+        used = sum(sample.value for sample in usages) / max(len(usages), 1)
+        blocks_total = num_tokens // BLOCK_TOKENS
         return VllmLoad(
-            num_running=int(values.get("vllm:num_requests_running", 0)),
-            num_waiting=int(values.get("vllm:num_requests_waiting", 0)),
+            num_running=_sum(found.get("vllm:num_requests_running", ())),
+            num_waiting=_sum(found.get("vllm:num_requests_waiting", ())),
             blocks_total=blocks_total,
-            blocks_free=int(blocks_total * (1 - min(max(usage, 0.0), 1.0))),
+            blocks_free=int(blocks_total * (1 - min(max(used, 0.0), 1.0))),
         )
 
     async def events(
@@ -148,6 +156,10 @@ class Vllm:
                 return text
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _lost(f"GET {path}: {error or type(error).__name__}") from error
+
+
+def _sum(samples: Iterable[Sample]) -> int:
+    return int(sum(sample.value for sample in samples))
 
 
 def completion_body(message: worker_pb2.GenerateRequest, model_name: str) -> dict[str, Any]:
