@@ -12,6 +12,7 @@ from pydantic import Field
 from kvasir_operator.api_base import NAME_PATTERN, ApiModel, Rule, map_list
 from kvasir_operator.api_planner import PlannerSettings, WorkerPrice
 from kvasir_operator.api_pods import KeyRef, PodSettings, Resources
+from kvasir_operator.api_security import ROUTER_PEER_PORT, LinkSettings, SecuritySettings
 from kvasir_operator.api_status import ModelServiceStatus, PoolStatus
 from kvasir_operator.api_types import (
     REPLICAS_MAX,
@@ -116,7 +117,13 @@ class RouterSettings(PodSettings):
         default=9000, ge=1024, le=65535, description="Port of kvasir.v1.Inference (gRPC)."
     )
 
-    RULES = (Rule("self.httpPort != self.grpcPort", "httpPort and grpcPort must differ"),)
+    RULES = (
+        Rule("self.httpPort != self.grpcPort", "httpPort and grpcPort must differ"),
+        Rule(
+            f"self.httpPort != {ROUTER_PEER_PORT} && self.grpcPort != {ROUTER_PEER_PORT}",
+            f"port {ROUTER_PEER_PORT} is for routers among themselves",
+        ),
+    )
 
 
 class RedisSettings(ApiModel):
@@ -248,6 +255,9 @@ class ModelServiceSpec(EngineSettings, ImageSettings):
         default_factory=RedisSettings,
         description="The index of blocks, needed only where kvCache is set.",
     )
+    security: SecuritySettings = Field(
+        default_factory=SecuritySettings, description="How the parts know one another."
+    )
     planner: PlannerSettings | None = Field(
         default=None,
         description="Plans the numbers of workers from load and SLO. Absent: nobody does.",
@@ -258,7 +268,9 @@ class ModelServiceSpec(EngineSettings, ImageSettings):
         return (self.prefill if part == "prefill" else self.decode) or WorkerPoolTemplate()
 
 
-class WorkerPoolSpec(WorkerSettings, EngineSettings, Replicas, ImageSettings, IndexSettings):
+class WorkerPoolSpec(
+    WorkerSettings, EngineSettings, Replicas, ImageSettings, IndexSettings, LinkSettings
+):
     """Workers of one role for one model."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
@@ -318,7 +330,7 @@ class DecodePoolSpec(WorkerPoolSpec):
     """Workers that take over a prompt's KV and produce tokens."""
 
 
-class KVCachePoolSpec(KvNodeSettings, Replicas, ImageSettings, IndexSettings):
+class KVCachePoolSpec(KvNodeSettings, Replicas, ImageSettings, IndexSettings, LinkSettings):
     """Nodes that keep KV blocks for workers to fetch instead of computing them again."""
 
     network_policy: bool = Field(default=False, description=NETWORK_POLICY_TEXT)

@@ -1,7 +1,7 @@
-"""Certificates that the operator makes for its webhook: a CA of their own and one leaf each time.
+"""Certificates that the operator makes, for its webhook and for services: a CA and one leaf each.
 
-The CA's key is thrown away after the leaf is signed; a rotation makes a new CA. The API server is
-told the new CA and the one before, so that both replicas are trusted while they change over.
+The CA's key is thrown away after the leaf is signed; a rotation makes a new CA. For a while the new
+CA and the one before are trusted, so that all who show a certificate can change over.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from kvasir_operator.core.secrets import Leaf
 
 LIFETIME = timedelta(days=90)
 ROTATE_BEFORE = timedelta(days=30)
@@ -27,10 +29,10 @@ class Bundle:
     key: bytes
 
 
-def make_bundle(dns_name: str, *, now: datetime) -> Bundle:
-    """A new CA and a leaf for this name."""
+def make_bundle(dns_name: str, *others: str, now: datetime) -> Bundle:
+    """A new CA and a leaf for this name, and others."""
     ca_key, leaf_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    names = [x509.DNSName(name) for name in (dns_name, "localhost")]  # the latter: port-forward
+    names = [x509.DNSName(name) for name in (dns_name, *others)]
     ca_name = _name(f"{dns_name} CA")
     authority_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
     authority = (
@@ -68,6 +70,45 @@ def is_good_for(certificate: bytes, dns_name: str, *, now: datetime) -> bool:
         return False
     is_fresh = leaf.not_valid_after_utc - now > ROTATE_BEFORE
     return is_fresh and dns_name in names.get_values_for_type(x509.DNSName)
+
+
+def read_leaf(certificate: bytes, key: bytes) -> Leaf | None:
+    """What a certificate says; None: it says too little, or the key is not its own."""
+    try:
+        leaf = x509.load_pem_x509_certificate(certificate)
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        private = serialization.load_pem_private_key(key, password=None)
+        if private.public_key() != leaf.public_key():
+            return None
+        return Leaf(
+            name=next(iter(names.get_values_for_type(x509.DNSName)), ""),
+            authority=_signer(leaf),
+            expires_ms=int(leaf.not_valid_after_utc.timestamp() * 1000),
+        )
+    except (ValueError, TypeError, x509.ExtensionNotFound):
+        return None
+
+
+def read_authorities(bundle: bytes) -> dict[str, bytes]:
+    """CAs by what leaves call them."""
+    try:
+        found = x509.load_pem_x509_certificates(bundle)
+    except ValueError:
+        return {}
+    return {_id(ca): ca.public_bytes(serialization.Encoding.PEM) for ca in found}
+
+
+def _signer(leaf: x509.Certificate) -> str:
+    """The id of the CA that a leaf names; "": it names none."""
+    try:
+        named = leaf.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        return ""
+    return (named.key_identifier or b"").hex()
+
+
+def _id(authority: x509.Certificate) -> str:
+    return x509.SubjectKeyIdentifier.from_public_key(authority.public_key()).digest.hex()
 
 
 def utc_now() -> datetime:

@@ -12,17 +12,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import grpc
+import grpc.aio
 from kvasir_proto.v1 import worker_pb2, worker_pb2_grpc
 
 from kvasir_operator import metrics
+from kvasir_operator.channels import ChannelError, Channels, why
 from kvasir_operator.core.manifests import WORKER_GRPC_PORT, Ref
-from kvasir_operator.core.views import DrainView, PodView
+from kvasir_operator.core.views import Door, DrainView, PodView
 
 logger = logging.getLogger(__name__)
 
 DRAINS_MAX = 256
-CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)  # pods are near, whatever the environment says
 RETRY_DELAY_S = 1.0
 ANSWER_MARGIN_S = 5.0  # a worker answers a little after its own deadline
 FORGET_AFTER_S = 600.0
@@ -39,7 +39,8 @@ class _Drain:
 class Drainer:
     """The drains of this process. `on_progress` is told which pool to look at again."""
 
-    def __init__(self, *, on_progress: Callable[[Ref], None]) -> None:
+    def __init__(self, channels: Channels, *, on_progress: Callable[[Ref], None]) -> None:
+        self._channels = channels
         self._on_progress = on_progress
         self._drains: dict[str, _Drain] = {}
 
@@ -72,14 +73,15 @@ class Drainer:
 
     async def _run(self, drain: _Drain, pod: PodView, timeout_s: int) -> None:
         deadline_s = time.monotonic() + timeout_s + ANSWER_MARGIN_S
+        door = Door(f"{pod.ip}:{WORKER_GRPC_PORT}", drain.pool.namespace, pod.tls_secret)
         outcome = "timeout"
         while (left_s := deadline_s - time.monotonic()) > 0:
             try:
-                await self._follow(drain, f"{pod.ip}:{WORKER_GRPC_PORT}", left_s, timeout_s)
+                await self._follow(drain, door, left_s, timeout_s)
                 outcome = "drained"
                 break
-            except grpc.aio.AioRpcError as error:
-                logger.info("drain of %s: %s %s", pod.name, error.code(), error.details())
+            except (grpc.aio.AioRpcError, ChannelError) as error:
+                logger.info("drain of %s: %s", pod.name, why(error))
                 await asyncio.sleep(min(RETRY_DELAY_S, left_s))
         logger.info("drain of %s ended: %s", pod.name, outcome)
         metrics.DRAINS.labels(outcome).inc()
@@ -87,9 +89,9 @@ class Drainer:
         view = drain.view
         self._report(drain, DrainView(view.requests_left, view.blocks_left, is_over=True))
 
-    async def _follow(self, drain: _Drain, address: str, left_s: float, timeout_s: int) -> None:
+    async def _follow(self, drain: _Drain, door: Door, left_s: float, timeout_s: int) -> None:
         """One call; returns when the worker has said that it is drained."""
-        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        async with self._channels.open(door) as channel:
             stub = worker_pb2_grpc.WorkerStub(channel)
             request = worker_pb2.DrainRequest(timeout_ms=timeout_s * 1000)
             async for progress in stub.Drain(request, timeout=left_s):

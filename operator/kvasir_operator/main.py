@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from kvasir_operator import metrics
 from kvasir_operator.api import KINDS
 from kvasir_operator.cache import WATCH_LAG_MAX_S, CachedCluster
+from kvasir_operator.channels import Channels
 from kvasir_operator.cluster import KubeCluster
 from kvasir_operator.core.manifests import Ref
 from kvasir_operator.drain import Drainer
@@ -22,6 +23,7 @@ from kvasir_operator.leader import Elector
 from kvasir_operator.reconcile import Reconciler
 from kvasir_operator.roles import RoleSetter
 from kvasir_operator.routers import Routers
+from kvasir_operator.secrets import SecretKeeper
 from kvasir_operator.settings import OperatorSettings
 from kvasir_operator.telemetry import Collector
 from kvasir_operator.workqueue import WorkQueue
@@ -67,15 +69,17 @@ class Operator:
             self._elector = Elector(
                 self._kube, namespace=settings.lease_namespace, identity=identity
             )
-        self._drainer = Drainer(on_progress=self._queue.add)
-        self._roles = RoleSetter(on_progress=self._queue.add)
+        channels = Channels(self._cluster)
+        self._drainer = Drainer(channels, on_progress=self._queue.add)
+        self._roles = RoleSetter(channels, on_progress=self._queue.add)
         self._webhook = self._make_webhook()
         self._reconciler = Reconciler(
             self._cluster,
             self._drainer,
             self._roles,
-            Routers(),
-            Collector(),
+            Routers(channels),
+            Collector(channels),
+            SecretKeeper(self._cluster),
             default_image=settings.image,
         )
 

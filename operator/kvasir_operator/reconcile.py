@@ -37,6 +37,7 @@ from kvasir_operator.core.plan import (
     planned_pools,
     planner_settings,
     pod_labels,
+    secret_of,
     service_of,
     with_fleet,
 )
@@ -47,6 +48,7 @@ from kvasir_operator.drain import Drainer
 from kvasir_operator.errors import ClusterError
 from kvasir_operator.roles import RoleSetter
 from kvasir_operator.routers import Routers
+from kvasir_operator.secrets import SecretKeeper
 from kvasir_operator.telemetry import Collector
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class Reconciler:
         roles: RoleSetter,
         routers: Routers,
         collector: Collector,
+        secrets: SecretKeeper,
         *,
         default_image: str,
     ) -> None:
@@ -79,6 +82,7 @@ class Reconciler:
         self._roles = roles
         self._routers = routers
         self._collector = collector
+        self._secrets = secrets
         self._default_image = default_image
 
     async def reconcile(self, ref: Ref) -> Outcome:
@@ -88,9 +92,11 @@ class Reconciler:
         if obj is None or "deletionTimestamp" in obj["metadata"]:
             return Outcome(is_gone=True)  # the garbage collector removes the children
         world = await self._observe(obj)
-        # 2. Plan and apply; the plan after the writes gives the status.
+        # 2. Plan and apply, the Secret first; the plan after the writes gives the status.
+        world, num_steps = await self._keep_secret(world)
         world, plan = await self._with_taken_names(world, make_plan(world))
         world, num_writes = await self._carry_out(world, plan)
+        num_writes += num_steps
         plan = make_plan(world) if num_writes or world.problems else plan
         # 3. One write of the status.
         if not _is_status_current(obj, plan.status):
@@ -98,6 +104,15 @@ class Reconciler:
             num_writes += 1
             await self._tell(obj, events_between(obj.get("status", {}), plan.status))
         return Outcome(num_writes=num_writes, requeue_after_ms=plan.requeue_after_ms)
+
+    async def _keep_secret(self, world: World) -> tuple[World, int]:
+        """The certificate of a service's parts, before there are pods that wait for it."""
+        wanted = secret_of(world.obj)
+        if wanted is None:
+            return world, 0
+        name, is_own = wanted
+        problems, num_writes = await self._secrets.keep(world.owner, name, is_own=is_own)
+        return replace(world, problems=(*world.problems, *problems)), num_writes
 
     async def _tell(self, obj: Manifest, events: Sequence[Event]) -> None:
         """Record events; one that cannot be recorded is not worth a second reconcile."""

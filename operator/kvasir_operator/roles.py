@@ -10,19 +10,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import grpc
+import grpc.aio
 from kvasir_proto.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from kvasir_operator import metrics
+from kvasir_operator.channels import ChannelError, Channels, why
 from kvasir_operator.core.manifests import WORKER_GRPC_PORT, Ref
-from kvasir_operator.core.views import PodView
+from kvasir_operator.core.views import Door, PodView
 
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 5.0
 BELIEVED_S = 10.0
 CALLS_MAX = 64
-CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 ROLES = {
     "prefill": common_pb2.ROLE_PREFILL,
     "decode": common_pb2.ROLE_DECODE,
@@ -38,7 +38,8 @@ class _Told:
 class RoleSetter:
     """The changes of role of this process. `on_progress` is told which pool to look at again."""
 
-    def __init__(self, *, on_progress: Callable[[Ref], None]) -> None:
+    def __init__(self, channels: Channels, *, on_progress: Callable[[Ref], None]) -> None:
+        self._channels = channels
         self._on_progress = on_progress
         self._told: dict[str, _Told] = {}
         self._calls: dict[str, asyncio.Task[None]] = {}
@@ -66,17 +67,17 @@ class RoleSetter:
         await asyncio.gather(*calls, return_exceptions=True)
 
     async def _call(self, pool: Ref, pod: PodView, role: str) -> None:
-        address = f"{pod.ip}:{WORKER_GRPC_PORT}"
+        door = Door(f"{pod.ip}:{WORKER_GRPC_PORT}", pool.namespace, pod.tls_secret)
         outcome = "failed"
-        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-            stub = worker_pb2_grpc.WorkerStub(channel)
-            try:
+        try:
+            async with self._channels.open(door) as channel:
                 request = worker_pb2.SetRoleRequest(role=ROLES[role])
+                stub = worker_pb2_grpc.WorkerStub(channel)
                 await stub.SetRole(request, timeout=CALL_TIMEOUT_S)
-                self._told[pod.uid] = _Told(role, time.monotonic() + BELIEVED_S)
-                outcome = "flipped"
-                logger.info("%s serves as %s from now on", pod.name, role)
-                self._on_progress(pool)
-            except grpc.aio.AioRpcError as error:
-                logger.info("role of %s: %s %s", pod.name, error.code().name, error.details())
+            self._told[pod.uid] = _Told(role, time.monotonic() + BELIEVED_S)
+            outcome = "flipped"
+            logger.info("%s serves as %s from now on", pod.name, role)
+            self._on_progress(pool)
+        except (grpc.aio.AioRpcError, ChannelError) as error:
+            logger.info("role of %s: %s", pod.name, why(error))
         metrics.ROLE_FLIPS.labels(outcome).inc()

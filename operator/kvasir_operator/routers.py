@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import grpc
+import grpc.aio
 from kvasir_proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
-from kvasir_operator.core.manifests import Manifest, Ref
-from kvasir_operator.core.views import WorkerFacts
+from kvasir_operator.channels import ChannelError, Channels, why
+from kvasir_operator.core.manifests import TLS_ANNOTATION, Manifest, Ref
+from kvasir_operator.core.views import Door, WorkerFacts
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,6 @@ FRESH_S = 0.5  # several pools of a service are reconciled at about the same tim
 SILENCE_S = 10.0  # after a failure of all routers of a service
 ROUTERS_MAX = 16
 SERVICES_MAX = 4096
-CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 ROLE_NAMES = {
     common_pb2.ROLE_PREFILL: "prefill",
     common_pb2.ROLE_DECODE: "decode",
@@ -42,7 +42,8 @@ class _Known:
 class Routers:
     """What routers say, by service; asked at most every FRESH_S."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: Channels) -> None:
+        self._channels = channels
         self._known: dict[Ref, _Known] = {}
 
     async def facts(self, service: Ref, pods: Sequence[Manifest]) -> Facts | None:
@@ -50,10 +51,10 @@ class Routers:
         known = self._known.get(service)
         if known is not None and known.until_s > time.monotonic():
             return known.facts
-        addresses = router_addresses(pods)
-        if not addresses:
+        doors = router_doors(pods)
+        if not doors:
             return None
-        views = [v for v in await asyncio.gather(*map(_ask, addresses)) if v is not None]
+        views = [v for v in await asyncio.gather(*map(self._ask, doors)) if v is not None]
         facts = merge(views) if views else None
         ttl_s = FRESH_S if views else SILENCE_S
         if len(self._known) >= SERVICES_MAX:
@@ -61,9 +62,18 @@ class Routers:
         self._known[service] = _Known(facts, time.monotonic() + ttl_s)
         return facts
 
+    async def _ask(self, door: Door) -> inference_pb2.FleetView | None:
+        try:
+            async with self._channels.open(door) as channel:
+                stub = inference_pb2_grpc.InferenceStub(channel)
+                return await stub.Fleet(inference_pb2.FleetRequest(), timeout=ASK_TIMEOUT_S)
+        except (grpc.aio.AioRpcError, ChannelError) as error:
+            logger.info("router %s: %s", door.address, why(error))
+            return None
 
-def router_addresses(pods: Iterable[Manifest]) -> list[str]:
-    """Where the router pods that are ready answer gRPC."""
+
+def router_doors(pods: Iterable[Manifest]) -> list[Door]:
+    """Where the router pods that are ready answer the operator."""
     found = []
     for pod in pods:
         status = pod.get("status", {})
@@ -76,9 +86,12 @@ def router_addresses(pods: Iterable[Manifest]) -> list[str]:
             for container in pod.get("spec", {}).get("containers", ())
             for port in container.get("ports", ())
         }
-        if is_ready and status.get("podIP") and "grpc" in ports:
-            found.append(f"{status['podIP']}:{ports['grpc']}")
-    return sorted(found)[:ROUTERS_MAX]
+        metadata = pod["metadata"]
+        secret = metadata.get("annotations", {}).get(TLS_ANNOTATION, "")
+        port = ports.get("peer" if secret else "grpc")
+        if is_ready and status.get("podIP") and port:
+            found.append(Door(f"{status['podIP']}:{port}", metadata["namespace"], secret))
+    return sorted(found, key=lambda door: door.address)[:ROUTERS_MAX]
 
 
 def merge(views: Sequence[inference_pb2.FleetView]) -> Facts:
@@ -125,13 +138,3 @@ def _transfer_failure(member: inference_pb2.FleetMember) -> str:
     if member.canary == inference_pb2.CANARY_STATE_FAILED:
         return f"KV transfers fail: {member.canary_error}"
     return ""
-
-
-async def _ask(address: str) -> inference_pb2.FleetView | None:
-    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-        stub = inference_pb2_grpc.InferenceStub(channel)
-        try:
-            return await stub.Fleet(inference_pb2.FleetRequest(), timeout=ASK_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            logger.info("router %s: %s %s", address, error.code().name, error.details())
-            return None

@@ -12,15 +12,17 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import grpc
+import grpc.aio
 from kvasir_proto.v1 import inference_pb2, inference_pb2_grpc
 
+from kvasir_operator.channels import ChannelError, Channels, why
 from kvasir_operator.core.manifests import Manifest, Ref
 from kvasir_operator.core.planner.facts import Speed
 from kvasir_operator.core.planner.history import History, Sample
 from kvasir_operator.core.planner.profile import StepSample, decode_profile, typical
 from kvasir_operator.core.planning import TelemetryView
-from kvasir_operator.routers import CHANNEL_OPTIONS, router_addresses
+from kvasir_operator.core.views import Door
+from kvasir_operator.routers import router_doors
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,8 @@ class _Known:
 class Collector:
     """Telemetry by service."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: Channels) -> None:
+        self._channels = channels
         self._known: dict[Ref, _Known] = {}
 
     async def view(
@@ -90,37 +93,35 @@ class Collector:
         now_ms = time.monotonic_ns() // 1_000_000
         due_ms = 1000 * (interval_s - EARLY_S)
         if known.looked_ms is None or now_ms - known.looked_ms >= due_ms:
-            await _look(known, router_addresses(pods), pools, now_ms=now_ms)
+            await self._look(known, router_doors(pods), pools, now_ms=now_ms)
         return view_of(known, pools)
 
+    async def _look(
+        self, known: _Known, doors: Sequence[Door], pools: Mapping[str, str], *, now_ms: int
+    ) -> None:
+        looks = [look for look in await asyncio.gather(*map(self._ask, doors)) if look is not None]
+        if not looks or len(looks) < len(doors):
+            silent = len(doors) - len(looks)
+            known.problem = f"{silent} of {len(doors)} routers do not answer"
+            if not looks:
+                known.problem = known.problem if doors else "no router is ready"
+                return
+        else:
+            known.problem = ""
+        note(known, looks, pools, now_ms=now_ms)
 
-async def _look(
-    known: _Known, addresses: Sequence[str], pools: Mapping[str, str], *, now_ms: int
-) -> None:
-    looks = [look for look in await asyncio.gather(*map(_ask, addresses)) if look is not None]
-    if not looks or len(looks) < len(addresses):
-        silent = len(addresses) - len(looks)
-        known.problem = f"{silent} of {len(addresses)} routers do not answer"
-        if not looks:
-            known.problem = known.problem if addresses else "no router is ready"
-            return
-    else:
-        known.problem = ""
-    note(known, looks, pools, now_ms=now_ms)
-
-
-async def _ask(address: str) -> Look | None:
-    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-        stub = inference_pb2_grpc.InferenceStub(channel)
+    async def _ask(self, door: Door) -> Look | None:
         try:
-            counts, fleet = await asyncio.gather(
-                stub.Telemetry(inference_pb2.TelemetryRequest(), timeout=ASK_TIMEOUT_S),
-                stub.Fleet(inference_pb2.FleetRequest(), timeout=ASK_TIMEOUT_S),
-            )
-        except grpc.aio.AioRpcError as error:
-            logger.info("telemetry of %s: %s %s", address, error.code().name, error.details())
+            async with self._channels.open(door) as channel:
+                stub = inference_pb2_grpc.InferenceStub(channel)
+                counts, fleet = await asyncio.gather(
+                    stub.Telemetry(inference_pb2.TelemetryRequest(), timeout=ASK_TIMEOUT_S),
+                    stub.Fleet(inference_pb2.FleetRequest(), timeout=ASK_TIMEOUT_S),
+                )
+        except (grpc.aio.AioRpcError, ChannelError) as error:
+            logger.info("telemetry of %s: %s", door.address, why(error))
             return None
-    return Look(address, counts, fleet)
+        return Look(door.address, counts, fleet)
 
 
 def note(known: _Known, looks: Sequence[Look], pools: Mapping[str, str], *, now_ms: int) -> None:

@@ -86,7 +86,7 @@ class Webhook:
         secret = await self._objects.get(self._secret)
         data = {k: base64.b64decode(v) for k, v in (secret or {}).get("data", {}).items()}
         if not is_good_for(data.get(CERTIFICATE, b""), self._dns_name, now=utc_now()):
-            made = make_bundle(self._dns_name, now=utc_now())
+            made = make_bundle(self._dns_name, "localhost", now=utc_now())
             before = data.get(AUTHORITIES, b"").partition(END)
             data = _secret_data(made, authority_before=b"".join(before[:2]))
             await self._objects.put(_secret_manifest(self._secret, secret, data))

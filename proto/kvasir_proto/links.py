@@ -39,6 +39,17 @@ class Identity:
     certificate: bytes  # PEM, like the others
     key: bytes
     authorities: bytes
+
+    def channel(self, target: str, options: ChannelOptions = ()) -> grpc.aio.Channel:
+        """A channel to a peer, which must show `name`."""
+        credentials = grpc.ssl_channel_credentials(self.authorities, self.key, self.certificate)
+        checked = ("grpc.ssl_target_name_override", self.name)
+        return grpc.aio.secure_channel(target, credentials, options=[*options, checked])
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    identity: Identity
     server: ssl.SSLContext
     client: ssl.SSLContext
 
@@ -52,7 +63,7 @@ class Links:
         self._lock = threading.Lock()  # gRPC's server asks from threads of its own
         self._version = 0
         self._seen = _signature(folder)
-        self._identity = read_identity(folder) if folder is not None else None
+        self._loaded = _load(folder) if folder is not None else None
 
     @property
     def version(self) -> int:
@@ -66,14 +77,10 @@ class Links:
 
     def channel(self, target: str, options: ChannelOptions = ()) -> grpc.aio.Channel:
         """A channel to a peer. All its connections show the certificate of now."""
-        identity = self._latest()[1]
-        if identity is None:
+        loaded = self._latest()[1]
+        if loaded is None:
             return grpc.aio.insecure_channel(target, options=options)
-        credentials = grpc.ssl_channel_credentials(
-            identity.authorities, identity.key, identity.certificate
-        )
-        checked = ("grpc.ssl_target_name_override", identity.name)
-        return grpc.aio.secure_channel(target, credentials, options=[*options, checked])
+        return loaded.identity.channel(target, options)
 
     def listen(self, server: grpc.aio.Server, target: str) -> int:
         """Lets a gRPC server listen; its port.
@@ -81,12 +88,12 @@ class Links:
         Raises:
             OSError: the port is taken or cannot be bound.
         """
-        identity = self._latest()[1]
+        loaded = self._latest()[1]
         try:
-            if identity is None:
+            if loaded is None:
                 return server.add_insecure_port(target)
             credentials = grpc.dynamic_ssl_server_credentials(
-                _configuration(identity),
+                _configuration(loaded.identity),
                 self._configuration_of_now,
                 require_client_authentication=True,
             )
@@ -96,8 +103,8 @@ class Links:
 
     def server_context(self) -> ssl.SSLContext | None:
         """For a server of HTTP, for ever; None: it is plain."""
-        identity = self._latest()[1]
-        if identity is None:
+        loaded = self._latest()[1]
+        if loaded is None:
             return None
 
         def renew(connection: ssl.SSLObject, _: str | None, __: ssl.SSLContext) -> None:
@@ -105,16 +112,16 @@ class Links:
             assert latest is not None, "secure links stay secure"
             connection.context = latest.server
 
-        identity.server.sni_callback = renew
-        return identity.server
+        loaded.server.sni_callback = renew
+        return loaded.server
 
     def client_context(self) -> tuple[ssl.SSLContext, str] | None:
         """For one request of a client of HTTP, with the name to check; None: it is plain."""
-        identity = self._latest()[1]
-        return None if identity is None else (identity.client, identity.name)
+        loaded = self._latest()[1]
+        return None if loaded is None else (loaded.client, loaded.identity.name)
 
-    def _latest(self) -> tuple[int, Identity | None]:
-        """The version and the identity, after a look at the files."""
+    def _latest(self) -> tuple[int, _Loaded | None]:
+        """The version and what belongs to it, after a look at the files."""
         if self._folder is None:
             return 0, None
         with self._lock:
@@ -122,26 +129,34 @@ class Links:
             if seen != self._seen:
                 self._seen = seen
                 try:
-                    self._identity = read_identity(self._folder)
+                    self._loaded = _load(self._folder)
                     self._version += 1
                     log.info("took up the new certificates in %s", self._folder)
                 except LinkError as error:
                     log.error("new certificates are not taken up: %s", error)
-            return self._version, self._identity
+            return self._version, self._loaded
 
     def _configuration_of_now(self) -> grpc.ServerCertificateConfiguration:
         """What gRPC's server asks before each handshake."""
-        identity = self._latest()[1]
-        assert identity is not None, "secure links stay secure"
-        return _configuration(identity)
+        loaded = self._latest()[1]
+        assert loaded is not None, "secure links stay secure"
+        return _configuration(loaded.identity)
 
 
-def read_identity(folder: Path) -> Identity:
-    """The identity in a folder.
+def make_identity(certificate: bytes, key: bytes, authorities: bytes) -> Identity:
+    """The identity that these files give; whether they fit together is seen when they are used.
 
     Raises:
-        LinkError: a file is missing, cannot be read, or does not fit the others.
+        LinkError: the certificate names no service.
     """
+    name = _dns_name(certificate)
+    if not name:
+        raise LinkError(f"{CERTIFICATE} has no DNS name")
+    return Identity(name, certificate, key, authorities)
+
+
+def _load(folder: Path) -> _Loaded:
+    """Raises LinkError if a file is missing, cannot be read, or does not fit the others."""
     source = _snapshot(folder)
     try:
         certificate, key, authorities = ((source / name).read_bytes() for name in FILES)
@@ -150,10 +165,7 @@ def read_identity(folder: Path) -> Identity:
         raise LinkError(f"{folder}: {', '.join(FILES)} do not fit together: {error}") from error
     except OSError as error:
         raise LinkError(f"{folder}: {error.strerror}: {error.filename}") from error
-    name = _dns_name(certificate)
-    if not name:
-        raise LinkError(f"{folder / CERTIFICATE} has no DNS name")
-    return Identity(name, certificate, key, authorities, server, client)
+    return _Loaded(make_identity(certificate, key, authorities), server, client)
 
 
 def _dns_name(certificate: bytes) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvasir_operator.api import API_VERSION, KINDS
+from kvasir_operator.channels import Channels
 from kvasir_operator.cluster import NO_LABELS
 from kvasir_operator.core.manifests import (
     DRAIN_ANNOTATION,
@@ -267,6 +268,14 @@ class FakeCluster:
         self.writes.append(("delete", ref))
         self.pods = [pod for pod in self.pods if not uid or pod["metadata"]["uid"] != uid]
         return self.objects.pop(ref, None)
+
+
+def make_channels(*secrets: Manifest) -> Channels:
+    """Channels that find these Secrets."""
+    cluster = FakeCluster()
+    for secret in secrets:
+        cluster.add(secret)
+    return Channels(cluster)
 
 
 def _merge(live: Any, desired: Any) -> Any:

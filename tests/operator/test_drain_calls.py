@@ -10,7 +10,7 @@ from kvasir_operator.core.manifests import Ref
 from kvasir_operator.core.views import DrainView, PodView
 from kvasir_operator.drain import Drainer
 from kvasir_proto.v1 import worker_pb2, worker_pb2_grpc
-from operator_builders import make_pod_view
+from operator_builders import make_channels, make_pod_view
 
 POOL = Ref("DecodePool", "default", "chat-decode")
 
@@ -65,7 +65,7 @@ async def test_drain_follows_the_worker_to_its_end(
         told.append(pool)
         changed.set()
 
-    drainer = Drainer(on_progress=on_progress)
+    drainer = Drainer(make_channels(), on_progress=on_progress)
     assert drainer.start(POOL, make_worker(), timeout_s=30)
     assert not drainer.start(POOL, make_worker(), timeout_s=30)
     view = await wait_until_over(drainer, changed)
@@ -83,7 +83,7 @@ async def test_worker_that_cannot_be_reached_is_given_up_at_the_deadline(
     monkeypatch.setattr(drain_module, "RETRY_DELAY_S", 0.01)
     monkeypatch.setattr(drain_module, "ANSWER_MARGIN_S", 0.1)
     changed = asyncio.Event()
-    drainer = Drainer(on_progress=lambda _: changed.set())
+    drainer = Drainer(make_channels(), on_progress=lambda _: changed.set())
     assert drainer.start(POOL, make_worker(), timeout_s=0)
     view = await wait_until_over(drainer, changed)
     assert view == DrainView(is_over=True)

@@ -11,10 +11,12 @@ from kvasir_operator.errors import ClusterError
 from kvasir_operator.reconcile import Reconciler
 from kvasir_operator.roles import RoleSetter
 from kvasir_operator.routers import Routers
+from kvasir_operator.secrets import SecretKeeper
 from kvasir_operator.telemetry import Collector
 from operator_builders import (
     FakeCluster,
     condition_of,
+    make_channels,
     make_decode_pool,
     make_object,
     make_pod,
@@ -50,13 +52,14 @@ class FakeDrainer:
 
 def make_reconciler(cluster: FakeCluster, drainer: FakeDrainer | None = None) -> Reconciler:
     """A reconciler of this cluster."""
-    setter = RoleSetter(on_progress=lambda _: None)
+    setter = RoleSetter(make_channels(), on_progress=lambda _: None)
     return Reconciler(
         cluster,
         drainer or FakeDrainer(),
         setter,
-        Routers(),
-        Collector(),
+        Routers(make_channels()),
+        Collector(make_channels()),
+        SecretKeeper(cluster),
         default_image="kvasir:test",
     )
 

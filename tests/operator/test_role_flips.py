@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from kvasir_operator import roles as roles_module
 from kvasir_operator.core.manifests import Manifest, Ref
 from kvasir_operator.core.roles import Phase, plan_roles
-from kvasir_operator.core.views import PodView, WorkerFacts
+from kvasir_operator.core.views import Door, PodView, WorkerFacts
 from kvasir_operator.roles import RoleSetter
-from kvasir_operator.routers import Routers, merge, router_addresses
+from kvasir_operator.routers import Routers, merge, router_doors
 from kvasir_proto.v1 import (
     common_pb2,
     inference_pb2,
@@ -23,6 +23,7 @@ from kvasir_proto.v1 import (
 )
 from operator_builders import (
     condition_of,
+    make_channels,
     make_decode_pool,
     make_pod,
     make_pod_view,
@@ -251,18 +252,19 @@ async def test_routers_are_asked_once_in_a_while(
     server: tuple[FakeRouter, FakeWorker, int],
 ) -> None:
     router, _, port = server
-    asked, service = Routers(), Ref("ModelService", "default", "chat")
+    asked, service = Routers(make_channels()), Ref("ModelService", "default", "chat")
     for _ in range(3):
         known = await asked.facts(service, [make_router_pod(port)])
         assert known is not None
         assert known["a"].problem == ""
     assert router.num_asked == 1
-    assert await Routers().facts(service, [make_router_pod(port, ready=False)]) is None
-    assert router_addresses([make_router_pod(port)]) == [f"127.0.0.1:{port}"]
+    not_ready = [make_router_pod(port, ready=False)]
+    assert await Routers(make_channels()).facts(service, not_ready) is None
+    assert router_doors([make_router_pod(port)]) == [Door(f"127.0.0.1:{port}", "default")]
 
 
 async def test_a_router_that_does_not_answer_is_unknown() -> None:
-    asked, service = Routers(), Ref("ModelService", "default", "chat")
+    asked, service = Routers(make_channels()), Ref("ModelService", "default", "chat")
     assert await asked.facts(service, [make_router_pod(1)]) is None
 
 
@@ -272,7 +274,7 @@ async def test_a_worker_is_told_its_role_and_believed_for_a_while(
     _, worker, port = server
     monkeypatch.setattr(roles_module, "WORKER_GRPC_PORT", port)
     told = asyncio.Event()
-    setter = RoleSetter(on_progress=lambda _: told.set())
+    setter = RoleSetter(make_channels(), on_progress=lambda _: told.set())
     pod = make_pod_view("a", ip="127.0.0.1")
     assert setter.start(POOL, pod, "prefill")
     assert not setter.start(POOL, pod, "prefill"), "one call at a time"

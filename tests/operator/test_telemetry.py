@@ -11,6 +11,7 @@ from kvasir_operator.core.planner.history import History
 from kvasir_operator.core.planner.profile import StepSample, decode_profile
 from kvasir_operator.telemetry import Collector, Look, _Known, note, view_of
 from kvasir_proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb2
+from operator_builders import make_channels
 
 SERVICE = Ref("ModelService", "default", "chat")
 POOLS = {"prefill": "chat-prefill", "decode": "chat-decode"}
@@ -184,14 +185,14 @@ def make_router_pod(port: int) -> Manifest:
     container = {"name": "router", "ports": [{"name": "grpc", "containerPort": port}]}
     ready = {"type": "Ready", "status": "True"}
     return {
-        "metadata": {"name": "chat-router-1"},
+        "metadata": {"name": "chat-router-1", "namespace": "default"},
         "spec": {"containers": [container]},
         "status": {"podIP": "127.0.0.1", "conditions": [ready]},
     }
 
 
 async def test_collector_asks_routers_once_per_interval(router_port: int) -> None:
-    collector, pods = Collector(), [make_router_pod(router_port)]
+    collector, pods = Collector(make_channels()), [make_router_pod(router_port)]
 
     async def seen(interval_s: int) -> Any:
         view = await collector.view(SERVICE, pods, pools=POOLS, interval_s=interval_s, keep_s=60)
@@ -206,7 +207,11 @@ async def test_collector_asks_routers_once_per_interval(router_port: int) -> Non
 
 async def test_silent_routers_are_told(router_port: int) -> None:
     gone = [make_router_pod(1)]
-    view = await Collector().view(SERVICE, gone, pools=POOLS, interval_s=1, keep_s=60)
+    view = await Collector(make_channels()).view(
+        SERVICE, gone, pools=POOLS, interval_s=1, keep_s=60
+    )
     assert "1 of 1 routers do not answer" in view.problem
-    nobody = await Collector().view(SERVICE, [], pools=POOLS, interval_s=1, keep_s=60)
+    nobody = await Collector(make_channels()).view(
+        SERVICE, [], pools=POOLS, interval_s=1, keep_s=60
+    )
     assert nobody.problem == "no router is ready"

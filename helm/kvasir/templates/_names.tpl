@@ -61,6 +61,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
   resources: [pods]
   verbs: [get, list, watch, patch, delete]
 - apiGroups: [""]
+  # The certificate of a service's parts: made, renewed, and shown by the operator itself.
+  resources: [secrets]
+  verbs: [get, create, patch]
+- apiGroups: [""]
   # Whether the volume of a model is there.
   resources: [persistentvolumeclaims]
   verbs: [get]

@@ -60,6 +60,8 @@ class Reason(enum.StrEnum):
     POOL_NOT_FOUND = "PoolNotFound"  # a ModelService selects a pool that does not exist
     POOL_TAKEN = "PoolTaken"  # or one that takes part in another ModelService
     MODEL_MISMATCH = "ModelMismatch"  # or one that serves another model
+    LINK_MISMATCH = "LinkMismatch"  # or one whose links are not those of the service
+    SECRET_INVALID = "SecretInvalid"  # the certificate of a service is not there or cannot serve
     NAME_CONFLICT = "NameConflict"  # a child's name is taken by an object of somebody else
     INVALID_SPEC = "InvalidSpec"
     APPLY_FAILED = "ApplyFailed"  # the API server refused a child

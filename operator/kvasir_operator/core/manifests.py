@@ -19,10 +19,12 @@ REVISION_LABEL = "kvasir.dev/revision"
 DELETION_COST_ANNOTATION = "controller.kubernetes.io/pod-deletion-cost"
 DELETION_COST_DRAINED = "-1000"  # below the default of 0: a ReplicaSet removes it first
 DRAIN_ANNOTATION = "kvasir.dev/drain-started"
+TLS_ANNOTATION = "kvasir.dev/tls-secret"  # of a pod: the Secret whose certificate it shows
 
 WORKER_GRPC_PORT = 50051
 WORKER_HTTP_PORT = 8080
 WORKER_DATA_PORT = 50052
+WORKER_STREAM_PORT = 50053  # token streams, where links are secure
 REDIS_PORT = 6379
 
 

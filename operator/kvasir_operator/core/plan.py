@@ -19,7 +19,7 @@ from kvasir_operator.core.manifests import Manifest, Owner, Ref, ref_of
 from kvasir_operator.core.planning import plan_fleet
 from kvasir_operator.core.pool import SPECS, plan_pool, pool_children, pool_labels
 from kvasir_operator.core.service import plan_service, service_children, service_pod_labels
-from kvasir_operator.core.slots import selecting, slots_of
+from kvasir_operator.core.slots import link_secret, selecting, slots_of
 from kvasir_operator.core.world import Plan, World
 
 WORKER_POOLS = ("PrefillPool", "DecodePool")
@@ -50,6 +50,18 @@ def planned_pools(obj: Manifest, owner: Owner) -> dict[str, str]:
     """Names of the worker pools of a ModelService by what plans call them."""
     slots = slots_of(owner, ModelServiceSpec.model_validate(obj["spec"]))
     return {slot.key: slot.name for slot in slots if slot.part != "kv"}
+
+
+def secret_of(obj: Manifest) -> tuple[str, bool] | None:
+    """The Secret of a ModelService's links, and whether the operator makes it; None: no Secret."""
+    if obj["kind"] != MODEL_SERVICE.kind:
+        return None
+    try:
+        spec = ModelServiceSpec.model_validate(obj.get("spec", {}))
+    except ValidationError:
+        return None  # `make_plan` tells
+    name = link_secret(obj["metadata"]["name"], spec)
+    return (name, spec.security.secret_name is None) if name else None
 
 
 def with_fleet(world: World) -> World:

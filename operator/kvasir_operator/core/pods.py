@@ -11,11 +11,14 @@ from kvasir_operator.api import ImageSettings
 from kvasir_operator.api_base import ApiModel
 from kvasir_operator.api_pods import KeyRef, PodSettings, Resources
 from kvasir_operator.api_types import Model, ModelSource
-from kvasir_operator.core.manifests import POOL_LABEL, Manifest, without_empty
+from kvasir_operator.core.manifests import POOL_LABEL, TLS_ANNOTATION, Manifest, without_empty
 from kvasir_operator.core.problems import MODEL_CONTAINER, MODEL_VOLUME
 
 USER_ID = 10001
 MODEL_FOLDER = "/model"
+TLS_FOLDER, TLS_VOLUME = "/tls", "kvasir-tls"
+TLS_FILES = ("tls.crt", "tls.key", "ca.crt")
+TLS_FILE_MODE = 0o440  # by fsGroup, the pod's user reads it
 NEAR_WEIGHT = 100  # of 100: other preferences of the scheduler count less
 GRACE_MARGIN_S = 15  # after a drain: closing connections and leaving
 START_PERIOD_S, START_FAILURES_MAX = 2, 450  # a large model may take 15 minutes to load
@@ -65,13 +68,15 @@ class Part:
     secret_env: Mapping[str, KeyRef] = field(default_factory=dict)  # never in args: ps shows those
     engine: Engine | None = None
     near: tuple[str, str] | None = None  # a pool to be near to, and the label of the domains
+    tls_secret: str = ""  # whose certificate it shows to other parts; "" for plain links
 
 
 def pod_template(part: Part, labels: dict[str, str]) -> Manifest:
     """The pod template of a part."""
     source = part.model.source if part.model else None
+    marks = {"annotations": {TLS_ANNOTATION: part.tls_secret}} if part.tls_secret else {}
     return {
-        "metadata": {"labels": {**labels, "app.kubernetes.io/component": part.name}},
+        "metadata": {"labels": {**labels, "app.kubernetes.io/component": part.name}, **marks},
         "spec": without_empty(
             {
                 "serviceAccountName": part.service_account,
@@ -102,6 +107,7 @@ def pod_template(part: Part, labels: dict[str, str]) -> Manifest:
                 "volumes": [
                     {"name": "tmp", "emptyDir": {}},
                     *([_model_volume(source)] if source else []),
+                    *([_tls_volume(part.tls_secret)] if part.tls_secret else []),
                     *(_as_written(volume) for volume in part.settings.volumes),
                 ],
             }
@@ -123,13 +129,14 @@ def _container(part: Part) -> Manifest:
     settings = part.settings
     if part.engine is not None:
         settings = PodSettings(resources=part.engine.part_resources)
+    secure = ("--tls-dir", TLS_FOLDER) if part.tls_secret else ()
     return without_empty(
         {
             "name": part.name,
             "image": part.image.image or part.default_image,
             "imagePullPolicy": part.image.image_pull_policy,
             "command": list(part.command),
-            "args": [*part.args, *settings.args],
+            "args": [*part.args, *secure, *settings.args],
             "env": _env(part, settings),
             "ports": [
                 {"name": name, "containerPort": port, "protocol": "TCP"}
@@ -138,7 +145,7 @@ def _container(part: Part) -> Manifest:
             "resources": settings.resources.model_dump(exclude_defaults=True),
             "securityContext": _locked_down(),
             "terminationMessagePolicy": "FallbackToLogsOnError",
-            "volumeMounts": _mounts(part, settings),
+            "volumeMounts": [*_mounts(part, settings), *_tls_mount(part)],
             **_probes(part),
         }
     )
@@ -260,6 +267,19 @@ def _model_volume(source: ModelSource) -> Manifest:
     else:
         volume = {"emptyDir": {}}
     return {"name": MODEL_VOLUME, **volume}
+
+
+def _tls_mount(part: Part) -> list[Manifest]:
+    if not part.tls_secret:
+        return []
+    return [{"name": TLS_VOLUME, "mountPath": TLS_FOLDER, "readOnly": True}]
+
+
+def _tls_volume(secret: str) -> Manifest:
+    """What parts read of a service's Secret: not the certificate that is still to come."""
+    items = [{"key": name, "path": name} for name in TLS_FILES]
+    body = {"secretName": secret, "items": items, "defaultMode": TLS_FILE_MODE}
+    return {"name": TLS_VOLUME, "secret": body}
 
 
 def _model_mount(source: ModelSource) -> Manifest:

@@ -16,6 +16,7 @@ from kvasir_operator.core.manifests import (
     WORKER_DATA_PORT,
     WORKER_GRPC_PORT,
     WORKER_HTTP_PORT,
+    WORKER_STREAM_PORT,
     Manifest,
     Owner,
     Ref,
@@ -65,13 +66,17 @@ def plan_pool(world: World, spec: PoolSpec) -> Plan:
     owner, labels = world.owner, pool_labels(world.owner)
     around = [
         make.service_account(owner, owner.name, labels),
-        make.headless_service(owner, owner.name, labels, PORTS),
+        make.headless_service(owner, owner.name, labels, _ports(spec)),
         make.disruption_budget(owner, owner.name, labels),
     ]
     if spec.network_policy:
         around.append(
             make.network_policy(
-                owner, owner.name, labels, inner_ports=("grpc", "data"), open_ports=("http",)
+                owner,
+                owner.name,
+                labels,
+                inner_ports=[name for name in _ports(spec) if name != "http"],
+                open_ports=("http",),
             )
         )
     if isinstance(spec, KVCachePoolSpec):
@@ -304,7 +309,8 @@ def _part(world: World, spec: PoolSpec) -> Part:
     return Part(
         name=ROLES[owner.kind],
         args=args,
-        ports=PORTS,
+        ports=_ports(spec),
+        tls_secret=spec.tls_secret or "",
         settings=spec,
         image=spec,
         default_image=world.default_image,
@@ -330,6 +336,12 @@ def _near(spec: PoolSpec) -> tuple[str, str] | None:
     return spec.peer_pool, spec.near_topology_key
 
 
+def _ports(spec: PoolSpec) -> dict[str, int]:
+    """By name; what is plain and what is not must not share one."""
+    has_streams = not isinstance(spec, KVCachePoolSpec) and spec.tls_secret
+    return {**PORTS, "stream": WORKER_STREAM_PORT} if has_streams else PORTS
+
+
 def _common_args() -> list[str]:
     return [
         *("--name", "$(KVASIR_POD_NAME)"),
@@ -353,4 +365,4 @@ def _worker_args(owner: Owner, spec: WorkerPoolSpec) -> list[str]:
     ]
     for node in spec.kv_nodes:
         args += ["--kv-node", node]
-    return args
+    return args + (["--stream-port", str(WORKER_STREAM_PORT)] if spec.tls_secret else [])

@@ -13,6 +13,7 @@ from kvasir_operator.api import (
     WorkerPoolTemplate,
 )
 from kvasir_operator.api_pods import PodSettings
+from kvasir_operator.api_security import ROUTER_PEER_PORT
 from kvasir_operator.core import children as make
 from kvasir_operator.core.conditions import (
     ConditionType,
@@ -44,6 +45,7 @@ from kvasir_operator.core.slots import (
     PARTS,
     Slot,
     holder_of,
+    link_secret,
     selected_refs,
     selection_problems,
     slots_of,
@@ -180,6 +182,8 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         include={"image", "image_pull_policy", "image_pull_secrets", "network_policy"},
     )
     common = image | _index(owner, spec)
+    if secret := link_secret(owner.name, spec):
+        common |= {"tlsSecret": secret}
     engine = spec.model_dump(
         mode="json", by_alias=True, exclude_none=True, include={"model", "engine", "vllm"}
     )
@@ -289,6 +293,10 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
     owner, name = world.owner, f"{world.owner.name}-router"
     labels = role_labels(owner, "router")
     ports = {"http": spec.router.http_port, "grpc": spec.router.grpc_port}
+    peer_port, secret = spec.router.grpc_port, link_secret(owner.name, spec)
+    inner_ports = dict(ports)
+    if secret:
+        peer_port = inner_ports["peer"] = ROUTER_PEER_PORT
     workers = (
         f"dns:{slot.name}.{owner.namespace}.svc:{WORKER_GRPC_PORT}"
         for slot in slots_of(owner, spec)
@@ -309,9 +317,11 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
             *("--drain-timeout-ms", str(1000 * DRAIN_TIMEOUT_S)),
             *(arg for worker in workers for arg in ("--worker", worker)),
             *(arg for node in _kv_nodes(owner, spec) for arg in ("--kv-node", node)),
-            *("--peer", f"dns:{name}-peers.{owner.namespace}.svc:{spec.router.grpc_port}"),
+            *("--peer", f"dns:{name}-peers.{owner.namespace}.svc:{peer_port}"),
+            *(("--peer-port", str(peer_port)) if secret else ()),
         ),
-        ports=ports,
+        ports=inner_ports,
+        tls_secret=secret,
         settings=spec.router,
         image=spec,
         default_image=world.default_image,
@@ -323,7 +333,7 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         make.disruption_budget(owner, name, labels),
         make.deployment(owner, name, labels, part, replicas=spec.router.replicas),
         make.cluster_service(owner, name, labels, ports),
-        make.headless_service(owner, f"{name}-peers", labels, ports),
+        make.headless_service(owner, f"{name}-peers", labels, inner_ports),
     ]
 
 

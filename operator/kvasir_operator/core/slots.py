@@ -48,6 +48,12 @@ class Slot:
         return f"{self.kind} {self.name}"
 
 
+def link_secret(service: str, spec: ModelServiceSpec) -> str:
+    """The Secret with the certificate of a service's parts; "": links are plain."""
+    security = spec.security
+    return (security.secret_name or f"{service}-tls") if security.mtls else ""
+
+
 def slots_of(owner: Owner, spec: ModelServiceSpec) -> tuple[Slot, ...]:
     """All pools of a service, prefill first."""
     found: list[Slot] = []
@@ -108,6 +114,10 @@ def selection_problem(world: "World", slot: Slot, spec: ModelServiceSpec) -> Pro
     if engine != spec.engine:
         text = f"{slot} runs engine {engine}, not {spec.engine}: select another one"
         return Problem(Reason.MODEL_MISMATCH, text)
+    own, wanted = pool["spec"].get("tlsSecret") or "", link_secret(world.owner.name, spec)
+    if own != wanted:
+        text = f"{slot}: tlsSecret must be {wanted or 'absent'}, as its ModelService has it"
+        return Problem(Reason.LINK_MISMATCH, text)
     if holder := holder_of(world, slot):
         return Problem(Reason.POOL_TAKEN, f"{slot} takes part in ModelService {holder}")
     return None

@@ -9,7 +9,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from kvasir_operator.core.conditions import Problem, Reason
-from kvasir_operator.core.manifests import DRAIN_ANNOTATION, REVISION_LABEL, Manifest
+from kvasir_operator.core.manifests import (
+    DRAIN_ANNOTATION,
+    REVISION_LABEL,
+    TLS_ANNOTATION,
+    Manifest,
+)
 from kvasir_operator.core.problems import pod_problem
 
 
@@ -30,6 +35,16 @@ class PodView:
     num_blocks_held: int = 0  # KV blocks that it could serve from
     role: str = ""  # that it serves in; empty: not known
     route_problem: str = ""  # why routers do not send it requests, if they do not
+    tls_secret: str = ""  # whose certificate it demands of callers; empty: none
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """Where a part answers the operator's calls, and what it demands of a caller."""
+
+    address: str
+    namespace: str
+    tls_secret: str = ""  # the Secret with a certificate that it accepts; empty: it is plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +156,7 @@ def pod_view(pod: Manifest, warning: str) -> PodView:
         is_leaving="deletionTimestamp" in metadata,
         drain_started_ms=_time_ms(annotations.get(DRAIN_ANNOTATION)),
         problem=pod_problem(pod, warning),
+        tls_secret=annotations.get(TLS_ANNOTATION, ""),
     )
 
 

@@ -1,0 +1,38 @@
+"""The API of links between parts: who shows which certificate."""
+
+from pydantic import Field
+
+from kvasir_operator.api_base import ApiModel, Rule
+
+SECRET_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+ROUTER_PEER_PORT = 50054  # other replicas and the operator, where links are secure
+
+
+class SecuritySettings(ApiModel):
+    """How the parts of a service know one another."""
+
+    RULES = (Rule("!has(self.secretName) || self.mtls", "secretName needs mtls"),)
+    mtls: bool = Field(
+        default=False,
+        description="Router, workers and KV nodes talk over TLS and show one another certificates. "
+        "A change replaces all pods; until they are replaced, fewer of them serve together.",
+    )
+    secret_name: str | None = Field(
+        default=None,
+        pattern=SECRET_PATTERN,
+        max_length=253,
+        description="An existing Secret with tls.crt, tls.key and ca.crt, as cert-manager makes; "
+        "its owner renews it. Absent: the operator makes NAME-tls and renews it.",
+    )
+
+
+class LinkSettings(ApiModel):
+    """How a pool's pods are linked to other parts."""
+
+    tls_secret: str | None = Field(
+        default=None,
+        pattern=SECRET_PATTERN,
+        max_length=253,
+        description="Secret with tls.crt, tls.key and ca.crt: the pods talk to other parts over "
+        "TLS and demand certificates of these authorities. Absent: links are plain.",
+    )
