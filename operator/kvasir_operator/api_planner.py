@@ -210,6 +210,12 @@ class PlanStatus(ApiModel):
         json_schema_extra={"format": "date-time"},
         description="When a plan last changed a role.",
     )
+    differs_since: str | None = Field(
+        default=None,
+        json_schema_extra={"format": "date-time"},
+        description="Since when the fleet has not been as planned: pools have other numbers or, in "
+        "mode Apply, fewer workers are ready or lent. Absent: it is, or the mode is Observe.",
+    )
     inputs: PlanInputs | None = Field(default=None, description="What the plan was made from.")
     terms: tuple[PlanTerm, ...] = Field(default=(), description="What the loads need.")
     pools: tuple[PlanPool, ...] = Field(

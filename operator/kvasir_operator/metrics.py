@@ -48,6 +48,19 @@ ROLE_FLIPS = Counter(
     ["outcome"],
     registry=REGISTRY,
 )
+PLAN_LABELS = ("service_namespace", "service_name")
+PLAN_DIFFERS_SINCE = Gauge(
+    "kvasir_operator_plan_differs_since_seconds",
+    "Unix time since which a ModelService's fleet has not been as planned; 0: it is.",
+    [*PLAN_LABELS, "mode"],
+    registry=REGISTRY,
+)
+PLAN_CHANGES = Counter(
+    "kvasir_operator_plan_changes",
+    "Workers added or removed (replicas), or lent or taken back (flips), by applied plans.",
+    [*PLAN_LABELS, "change"],
+    registry=REGISTRY,
+)
 LEADING = Gauge("kvasir_operator_leading", "Whether this process leads.", registry=REGISTRY)
 WATCH_LAG_SECONDS = Gauge(
     "kvasir_operator_watch_lag_seconds",

@@ -46,6 +46,7 @@ from kvasir_operator.core.views import PodView, WorkerFacts
 from kvasir_operator.core.world import Plan, World
 from kvasir_operator.drain import Drainer
 from kvasir_operator.errors import ClusterError
+from kvasir_operator.plan_metrics import PlanMetrics
 from kvasir_operator.roles import RoleSetter
 from kvasir_operator.routers import Routers
 from kvasir_operator.secrets import SecretKeeper
@@ -84,12 +85,14 @@ class Reconciler:
         self._collector = collector
         self._secrets = secrets
         self._default_image = default_image
+        self._plans = PlanMetrics()
 
     async def reconcile(self, ref: Ref) -> Outcome:
         """Bring one object's children and status to what its spec asks for."""
         # 1. Observe.
         obj = await self._cluster.get(ref)
         if obj is None or "deletionTimestamp" in obj["metadata"]:
+            self._plans.forget(ref)
             return Outcome(is_gone=True)  # the garbage collector removes the children
         world = await self._observe(obj)
         # 2. Plan and apply, the Secret first; the plan after the writes gives the status.
@@ -103,6 +106,7 @@ class Reconciler:
             await self._cluster.apply_status(ref, plan.status)
             num_writes += 1
             await self._tell(obj, events_between(obj.get("status", {}), plan.status))
+        self._plans.note(ref, obj.get("status", {}).get("plan", {}), plan.status.get("plan", {}))
         return Outcome(num_writes=num_writes, requeue_after_ms=plan.requeue_after_ms)
 
     async def _keep_secret(self, world: World) -> tuple[World, int]:

@@ -31,6 +31,7 @@ def events_between(before: Manifest, after: Manifest) -> tuple[Event, ...]:
         *_of_condition(ConditionType.DEGRADED, old, new),
         *_of_condition(ConditionType.REPLICAS_CONTESTED, old, new),
         *_of_progress(old, new),
+        *_of_plan(before.get("plan", {}), after.get("plan", {})),
         *_of_workers(before, after),
     ]
     return tuple(found[:EVENTS_MAX])
@@ -72,6 +73,33 @@ def _of_progress(old: Mapping[str, Manifest], new: Mapping[str, Manifest]) -> It
 def _text(new: Mapping[str, Manifest]) -> str:
     message: str = new[ConditionType.PROGRESSING.value]["message"]
     return message
+
+
+def _of_plan(before: Manifest, after: Manifest) -> Iterable[Event]:
+    """What a plan changed or would change, and what it wanted and was denied."""
+    changes = plan_changes(after)
+    if after.get("mode") == "Apply":
+        keys = ("scaledAt", "flippedAt")
+        if changes and any(after.get(key) != before.get(key) for key in keys):
+            yield Event("PlanApplied", f"{', '.join(changes)}: {after['message']}")
+    elif changes and changes != plan_changes(before):
+        yield Event("PlanRecommended", f"{', '.join(changes)}: {after['message']}")
+    known = {rejected["what"] for rejected in before.get("rejected", ())}
+    denied = [r for r in after.get("rejected", ()) if r["what"] not in known]
+    if denied:
+        text = "; ".join(f"{rejected['what']}: {rejected['why']}" for rejected in denied)
+        yield Event("PlanRejected", text, is_warning=True)
+
+
+def plan_changes(plan: Manifest) -> list[str]:
+    """What a plan changes of each pool, in words."""
+    found = []
+    for pool in plan.get("pools", ()):
+        if pool["replicas"] != pool["target"]:
+            found.append(f"{pool['name']} {pool['replicas']} -> {pool['target']}")
+        if pool["lent"] != pool["targetLent"]:
+            found.append(f"lent by {pool['name']} {pool['lent']} -> {pool['targetLent']}")
+    return found
 
 
 def _of_workers(before: Manifest, after: Manifest) -> Iterable[Event]:

@@ -93,14 +93,17 @@ def plan_fleet(world: "World", spec: ModelServiceSpec) -> PlannedFleet | None:
         finding = Finding(ConditionType.PLAN_APPLIED, False, Reason.NO_MEASUREMENTS, inputs)
         return _planned(world, settings, status, finding, {})
     made = plan(inputs, now_ms=world.now_ms)
-    return _outcome(world, settings, inputs, made)
+    return _outcome(world, spec, inputs, made)
 
 
 def _outcome(
-    world: "World", settings: PlannerSettings, inputs: Inputs, made: FleetPlan
+    world: "World", spec: ModelServiceSpec, inputs: Inputs, made: FleetPlan
 ) -> PlannedFleet:
-    status = _status(settings, inputs, made, now_ms=world.now_ms)
+    settings = spec.planner
+    assert settings is not None, "there is a plan"
     changes = _changes(inputs, made)
+    since = _differs_since(world, spec, made) if settings.mode != "Observe" else None
+    status = _status(settings, inputs, made, since=since, now_ms=world.now_ms)
     if settings.mode == "Apply":
         finding = Finding(ConditionType.PLAN_APPLIED, True, Reason.PLAN_APPLIED, made.message)
         targets = {target.name: target for target in made.targets}
@@ -134,7 +137,7 @@ def _planned(
     )
 
 
-DECISION = ("mode", "reason", "message", "scaledAt", "flippedAt")
+DECISION = ("mode", "reason", "message", "scaledAt", "flippedAt", "differsSince")
 
 
 def _says_the_same(before: Manifest, new: Manifest, *, now_ms: int) -> bool:
@@ -243,8 +246,34 @@ def _changes(inputs: Inputs, made: FleetPlan) -> str:
     return ", ".join(texts)
 
 
+def _differs_since(world: "World", spec: ModelServiceSpec, made: FleetPlan) -> str | None:
+    """Since when the fleet has not been as planned; kept in the status meanwhile."""
+    targets = {target.name: target for target in made.targets}
+    slots = [slot for slot in slots_of(world.owner, spec) if slot.key in targets]
+    is_applied = spec.planner is not None and spec.planner.mode == "Apply"
+    if all(_is_met(world, slot, targets[slot.key], is_applied=is_applied) for slot in slots):
+        return None
+    before = world.obj.get("status", {}).get("plan", {}).get("differsSince")
+    return before or time_text(world.now_ms)
+
+
+def _is_met(world: "World", slot: Slot, target: PoolTarget, *, is_applied: bool) -> bool:
+    """Whether a pool has the target's numbers; in mode Apply also workers that serve by them."""
+    pool = world.live.get(slot.ref(world.owner), {})
+    spec, status = pool.get("spec", {}), pool.get("status", {})
+    found = (spec.get("replicas"), spec.get("lentReplicas", 0))
+    ready = (status.get("readyReplicas", 0), status.get("lentReplicas", 0))
+    wanted = (target.replicas, target.lent)
+    return found == wanted and (not is_applied or ready == wanted)
+
+
 def _status(
-    settings: PlannerSettings, inputs: Inputs, made: FleetPlan, *, now_ms: int
+    settings: PlannerSettings,
+    inputs: Inputs,
+    made: FleetPlan,
+    *,
+    since: str | None,
+    now_ms: int,
 ) -> PlanStatus:
     observed = inputs.observed
     is_observing = settings.mode == "Observe"
@@ -257,6 +286,7 @@ def _status(
         made_at=time_text(now_ms),
         scaled_at=_optional_text(memory.scaled_ms),
         flipped_at=_optional_text(memory.flipped_ms),
+        differs_since=since,
         inputs=PlanInputs(
             now=_load(inputs.now.prefill),
             kept=_load(inputs.kept.prefill) if inputs.kept else None,
