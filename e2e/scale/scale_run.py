@@ -90,7 +90,11 @@ async def operator(folder: Path) -> AsyncIterator[Operator]:
     log = folder / "operator.log"
     with log.open("wb") as out:
         process = await asyncio.create_subprocess_exec(
-            *command, "--host", "127.0.0.1", "--http-port", str(PORT), stdout=out, stderr=out
+            *command,
+            *("--host", "127.0.0.1", "--http-port", str(PORT)),
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
     try:
         async with asyncio.timeout(START_LIMIT_S):

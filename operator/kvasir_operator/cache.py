@@ -14,7 +14,7 @@ from kvasir_operator.core.slim import about, group_of_labels
 from kvasir_operator.core.store import Entry, Key, with_labels
 from kvasir_operator.watch import WATCHED, Reflector, concerned
 
-WATCH_LAG_MAX_S = 240.0  # bookmarks come every minute
+WATCH_LAG_MAX_S = 240.0  # a silent connection is made again after 100 s
 
 
 class CachedCluster:

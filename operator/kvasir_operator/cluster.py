@@ -21,7 +21,7 @@ from kvasir_operator import metrics
 from kvasir_operator.api import GROUP, KINDS, VERSION
 from kvasir_operator.core.manifests import FIELD_MANAGER, Manifest, Ref, ref_of, selector_text
 from kvasir_operator.errors import ClusterError
-from kvasir_operator.watch import Event
+from kvasir_operator.watch import OPENED, Event
 
 Manifests = list[Manifest]
 Labels = Mapping[str, str]
@@ -29,7 +29,7 @@ NO_LABELS: Labels = MappingProxyType({})
 CREDENTIALS_TTL_S = 300.0
 LIST_PAGE_MAX = 500
 WATCH_S = 300  # a watch ends after this to twice this time, and is made again
-WATCH_SILENCE_MAX_S = 100.0  # bookmarks come every minute: a longer silence is a dead connection
+WATCH_SILENCE_MAX_S = 100.0  # bookmarks come every minute (of events: none): look for a dead link
 WATCH_EVENT_BYTES_MAX = 16 << 20
 JSON = "application/json"
 HEADERS = {"Accept": JSON, "Accept-Encoding": "identity"}  # packing costs more than it saves
@@ -202,8 +202,11 @@ class KubeCluster:
                 status = response.status
                 if status != 200:
                     _read_answer(status, await response.text())
+                yield OPENED
                 async for line in _lines(response.content):
                     yield _read_event(line)
+        except aiohttp.SocketTimeoutError:
+            return  # silence: whether the connection is dead, the next one shows
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ClusterError(0, type(error).__name__, str(error)) from error
         finally:

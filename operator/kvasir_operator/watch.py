@@ -51,6 +51,9 @@ class Event(NamedTuple):
     object: Manifest
 
 
+OPENED = Event("OPENED", {})  # the API server has accepted the watch; no news
+
+
 class Source(Protocol):
     """Where objects come from. Calls raise ClusterError."""
 
@@ -63,7 +66,7 @@ class Source(Protocol):
     def watch(
         self, kind: str, namespace: str, *, labels: str, fields: str, version: int
     ) -> AsyncIterator[Event]:
-        """Changes since a version; it ends now and then, and is then made again."""
+        """OPENED, then changes since a version; it ends now and then, and is then made again."""
         ...
 
 
@@ -130,13 +133,15 @@ class Reflector:
         *,
         on_news: Callable[[Entry], None],
         watched: Watched = CHILD,
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.kind = kind
         self.namespace = namespace
         self.store = Store(limit=watched.limit)
         self.is_synced = asyncio.Event()
         self.problem = "not listed yet"
-        self.alive_s = time.monotonic()  # when the API server last gave a sign of life
+        self.alive_s = now_s()  # when the API server last gave a sign of life
+        self._now_s = now_s
         self._source = source
         self._watched = watched
         self._on_news = on_news
@@ -145,14 +150,14 @@ class Reflector:
         """List and watch for ever."""
         failures, must_list = 0, True
         while True:
-            started_s = time.monotonic()
+            started_s = self._now_s()
             try:
                 if must_list:
                     await self._list()
                     must_list = False
                 had_events = await self._follow()
                 self.problem = ""
-                if had_events or time.monotonic() - started_s > SHORT_WATCH_S:
+                if had_events or self._now_s() - started_s > SHORT_WATCH_S:
                     failures = 0
                     continue
             except ClusterError as error:
@@ -168,7 +173,7 @@ class Reflector:
         query = {"labels": self._watched.labels, "fields": self._watched.fields}
         async for page, listed in self._source.pages(self.kind, self.namespace, **query):
             version = listed
-            self.alive_s = time.monotonic()
+            self.alive_s = self._now_s()
             for obj in page:
                 if (entry := self.entry_of(obj)) is not None:
                     entries[entry.key] = entry
@@ -188,9 +193,10 @@ class Reflector:
             version=self.store.version,
         )
         async for event in watching:
-            self.alive_s = time.monotonic()
-            had_events = True
-            self._take(event)
+            self.alive_s = self._now_s()
+            if event is not OPENED:
+                had_events = True
+                self._take(event)
         return had_events
 
     def _take(self, event: Event) -> None:

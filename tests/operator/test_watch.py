@@ -51,6 +51,7 @@ class FakeSource:
         self, kind: str, namespace: str, *, labels: str, fields: str, version: int
     ) -> AsyncIterator[Event]:
         self.versions.append(version)
+        yield watch.OPENED
         if not self.watches:
             self.is_over.set()
             await asyncio.Event().wait()
@@ -62,7 +63,7 @@ class FakeSource:
 
 @asynccontextmanager
 async def reflected(
-    source: FakeSource, kind: str = "Service"
+    source: FakeSource, kind: str = "Service", **more: Any
 ) -> AsyncIterator[tuple[Reflector, list[str]]]:
     """A reflector that has worked through the script, and the names that were news."""
     news: list[str] = []
@@ -70,7 +71,7 @@ async def reflected(
     def tell(entry: Entry) -> None:
         news.append(entry.key.name)
 
-    reflector = Reflector(source, kind, "", on_news=tell, watched=WATCHED[kind])
+    reflector = Reflector(source, kind, "", on_news=tell, watched=WATCHED[kind], **more)
     running = asyncio.create_task(reflector.run())
     try:
         async with asyncio.timeout(30):
@@ -158,6 +159,20 @@ async def test_change_of_a_status_nobody_reads_is_no_news() -> None:
     )
     async with reflected(source, "Pod") as (_, news):
         assert news == ["p", "p"]
+
+
+async def test_kind_without_any_change_is_alive_as_long_as_it_can_be_watched() -> None:
+    now_s = [0.0]
+
+    class Slow(FakeSource):
+        async def watch(self, *args: Any, **query: Any) -> AsyncIterator[Event]:
+            now_s[0] += 100
+            async for event in super().watch(*args, **query):
+                yield event
+
+    source = Slow(lists=[([], 5)], watches=[[], [], []])
+    async with reflected(source, now_s=lambda: now_s[0]) as (reflector, _):
+        assert reflector.alive_s == 400
 
 
 async def test_object_that_is_not_kept_moves_the_version_on() -> None:
