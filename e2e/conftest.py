@@ -67,7 +67,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     run("kind", "delete", "cluster", "--name", CLUSTER, limit_s=300)
     command = ["kind", "create", "cluster", "--name", CLUSTER, "--wait", "180s"]
     command += ["--config", str(ROOT / "e2e/kind.yaml"), "--kubeconfig", kubeconfig]
-    run(*command, *(["--image", node_image] if node_image else []), limit_s=360)
+    run(*command, *(["--image", node_image] if node_image else []), limit_s=600)
     yield Cluster(kubeconfig, CLUSTER, cache)
     if os.environ.get("KEEP"):
         say(f"the cluster stays: kind get kubeconfig --name {CLUSTER}")
@@ -92,9 +92,9 @@ def images(cluster: Cluster) -> Images:
     model = os.environ.get("KVASIR_E2E_MODEL") or _smollm2()
     dockerfile = str(ROOT / "e2e/model.Dockerfile")
     run(*build, "-t", MODEL_IMAGE, "-f", dockerfile, model, limit_s=300, env=plain)
-    for image in (IMAGE, MODEL_IMAGE):
-        load = ("kind", "load", "docker-image", image, "--name", cluster.kind_name)
-        run(*load, limit_s=300)
+    run(
+        "kind", "load", "docker-image", IMAGE, MODEL_IMAGE, "--name", cluster.kind_name, limit_s=900
+    )
     return Images(IMAGE, MODEL_IMAGE)
 
 
@@ -124,6 +124,7 @@ def helm(cluster: Cluster, images: Images) -> Helm:
     values = (
         *(f"image.repository={repository}", f"image.tag={tag}"),
         *("operator.replicas=2", "networkPolicy.enabled=true", "dashboards.enabled=true"),
+        "webhook.enabled=true",
     )
     return Helm(cluster.kubeconfig, SYSTEM_NAMESPACE, values=values)
 

@@ -41,7 +41,7 @@ def system(text: str) -> Message:
     return {"role": "system", "content": text}
 
 
-def chat(url: str, *messages: Message, limit_s: float = 60, **params: Any) -> Answer:
+def chat(url: str, *messages: Message, limit_s: float = 120, **params: Any) -> Answer:
     """One streamed chat request; fails unless it ends properly."""
     body = {
         "model": "smollm2",

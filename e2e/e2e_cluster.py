@@ -18,6 +18,7 @@ CRDS = tuple(
 OPERATOR = "app.kubernetes.io/name=kvasir-operator"
 OURS = "app.kubernetes.io/managed-by=kvasir-operator"
 DRAINS = "kvasir_operator_drains_total"
+SETTLE_LIMIT_S = 180  # a busy machine misses a probe now and then
 ROLES = ("router", "prefill", "decode", "kv")
 
 
@@ -63,11 +64,11 @@ def wait_for_ready(
         return ready if is_all and not set(ready.values()) & set((without or {}).values()) else {}
 
     what = f"{number} {role} pods" + (" in place of those before" if without else "")
-    pods: dict[str, str] = wait_for(what, found, limit_s=240)
+    pods: dict[str, str] = wait_for(what, found, limit_s=300)
     return pods
 
 
-def wait_until_settled(kubectl: Kubectl, *, limit_s: float) -> None:
+def wait_until_settled(kubectl: Kubectl, *, limit_s: float = SETTLE_LIMIT_S) -> None:
     """Wait until the service is available and nothing is under way.
 
     A change that the operator has not seen yet leaves the conditions as they were: callers first
@@ -86,6 +87,31 @@ def wait_until_settled(kubectl: Kubectl, *, limit_s: float) -> None:
         return True
 
     wait_for("everything to be settled", is_settled, limit_s=limit_s)
+
+
+def wait_until_observed(kubectl: Kubectl, what: str) -> None:
+    """Wait until the operator has acted by the latest change of an object."""
+
+    def is_observed() -> bool:
+        item = kubectl.json(what)
+        return bool(item["status"]["observedGeneration"] == item["metadata"]["generation"])
+
+    wait_for(f"the change of {what} to be seen", is_observed, limit_s=90)
+
+
+def apply_taken_name(kubectl: Kubectl) -> str:
+    """What the webhook says to a pool whose children have the names of another one's; a dry run.
+
+    Fails when the pool is not refused: the API server goes on without the webhook.
+    """
+    pool = {
+        "apiVersion": "kvasir.dev/v1alpha1",
+        "kind": "DecodePool",
+        "metadata": {"name": "smollm2-prefill"},
+        "spec": kubectl.json(DECODE)["spec"],
+    }
+    command = ("apply", "--dry-run=server", "-f", "-")
+    return kubectl(*command, stdin=json.dumps(pool), expect_failure=True)
 
 
 def patch(kubectl: Kubectl, what: str, change: object, **options: Any) -> str:

@@ -1,6 +1,7 @@
 """The sample serves: chat, hand-over, reuse; and an idle operator does nothing."""
 
 import time
+from functools import partial
 
 import pytest
 from conftest import Images
@@ -10,26 +11,33 @@ from e2e_shell import ROOT, Kubectl, say, wait_for
 from kvasir_cli.demo import SYSTEM
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_sample_becomes_ready(kubectl: Kubectl, images: Images) -> None:
     sample = (ROOT / "docs/samples/smollm2.yaml").read_text()
     sample = sample.replace("kvasir-model-smollm2:dev", images.model)
     kubectl("apply", "-f", "-", stdin=sample)
-    kubectl("wait", "--for=condition=Available", SERVICE, "--timeout=300s", limit_s=310)
-    wait_until_settled(kubectl, limit_s=90)
+    kubectl("wait", "--for=condition=Available", SERVICE, "--timeout=480s", limit_s=490)
+    wait_until_settled(kubectl)
     kubectl("get", KINDS)
     kubectl("get", "pods", "-o", "wide")
-    assert kubectl.json(SERVICE)["status"]["decode"]["summary"] == "2/2"
+    wait_for("2/2 decode workers", partial(_has_decode_workers, kubectl, "2/2"), limit_s=60)
 
 
-@pytest.mark.timeout(60)
+def _has_decode_workers(kubectl: Kubectl, summary: str) -> bool:
+    return bool(kubectl.json(SERVICE)["status"]["decode"]["summary"] == summary)
+
+
+@pytest.mark.timeout(300)
 def test_describe_tells_the_state(kubectl: Kubectl) -> None:
+    words = "the router and every pool are ready"
+    describe = partial(kubectl, "describe", SERVICE, quiet=True)
+    wait_for(words, lambda: words in describe(), limit_s=60)
     text = kubectl("describe", SERVICE)
-    for words in ("the router and every pool are ready", "Endpoint:", "smollm2-router"):
-        assert words in text
+    assert "Endpoint:" in text
+    assert "smollm2-router" in text
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_streamed_chat_through_the_service(router: str) -> None:
     answer = chat(router)
     tell(answer)
@@ -38,7 +46,7 @@ def test_streamed_chat_through_the_service(router: str) -> None:
     tell(chat(router, max_tokens=None))  # bounded by the model and the workers' memory
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_long_prompt_is_handed_over_and_reused(router: str) -> None:
     first = chat(router, system(SYSTEM), user(QUESTION))
     tell(first)
@@ -54,7 +62,7 @@ def test_long_prompt_is_handed_over_and_reused(router: str) -> None:
     assert second.usage["prompt_tokens_details"]["cached_tokens"] > 0
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_idle_operator_writes_nothing(kubectl: Kubectl, operator: Kubectl) -> None:
     """Three tries: a probe that fails once on a busy machine is a change that must be written."""
     writes = [_writes_of_four_reconciles(kubectl, operator)]
@@ -71,7 +79,7 @@ def _writes_of_four_reconciles(kubectl: Kubectl, operator: Kubectl) -> float:
     wait_for(
         "four more reconciles",
         lambda: operator_metric(operator, "kvasir_operator_reconciles_total") >= reconciles + 4,
-        limit_s=50,
+        limit_s=120,
     )
     return _num_writes(operator) - writes
 
@@ -81,7 +89,7 @@ def _num_writes(operator: Kubectl) -> float:
     return operator_metric(operator, "kvasir_operator_api_writes_total", kind="!Lease")
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_drift_is_repaired_and_foreign_fields_stay(kubectl: Kubectl) -> None:
     labels = {"labels": {"team": "x"}}
     drift = {"spec": {"publishNotReadyAddresses": False}, "metadata": labels}
@@ -92,4 +100,4 @@ def test_drift_is_repaired_and_foreign_fields_stay(kubectl: Kubectl) -> None:
         assert service["metadata"]["labels"]["team"] == "x"
         return bool(service["spec"].get("publishNotReadyAddresses"))
 
-    wait_for("the Service to be repaired", is_repaired, limit_s=30)
+    wait_for("the Service to be repaired", is_repaired, limit_s=90)

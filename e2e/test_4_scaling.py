@@ -1,12 +1,12 @@
 """Pools grow and shrink under load, by hand and by an autoscaler, and no request fails."""
 
+import json
 import re
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
-from e2e_chat import chat, tell
 from e2e_clients import UNCACHED, Clients
 from e2e_cluster import (
     DECODE,
@@ -14,10 +14,12 @@ from e2e_cluster import (
     KINDS,
     PREFILL,
     SERVICE,
+    apply_taken_name,
     operator_metric,
     patch,
     ready_pods,
     wait_for_ready,
+    wait_until_observed,
     wait_until_settled,
 )
 from e2e_shell import Kubectl, followed_log, metric, port_forward, say, wait_for
@@ -36,7 +38,7 @@ spec:
 """
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_bad_change_is_refused(kubectl: Kubectl) -> None:
     other = {"spec": {"model": {"name": "other"}}}
     answer = patch(kubectl, SERVICE, other, expect_failure=True)
@@ -45,7 +47,27 @@ def test_bad_change_is_refused(kubectl: Kubectl) -> None:
     assert "replicas must not be greater than maxReplicas" in answer
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(300)
+def test_webhook_judges_what_a_resource_refers_to(kubectl: Kubectl) -> None:
+    answer = wait_for("a refusal", partial(apply_taken_name, kubectl), limit_s=60)
+    assert "Service smollm2-prefill" in answer
+    assert "does not belong to DecodePool smollm2-prefill: choose another name" in answer
+    service = {
+        "apiVersion": "kvasir.dev/v1alpha1",
+        "kind": "ModelService",
+        "metadata": {"name": "other"},
+        "spec": {"model": {"name": "other", "source": {"pvc": {"claimName": "nowhere"}}}},
+    }
+    command = ("apply", "--dry-run=server", "--warnings-as-errors", "-f", "-")
+    warning = "PersistentVolumeClaim nowhere does not exist: no pod starts before it does"
+    wait_for(
+        "a warning",
+        lambda: warning in kubectl(*command, stdin=json.dumps(service), expect_failure=True),
+        limit_s=60,
+    )
+
+
+@pytest.mark.timeout(600)
 def test_scale_in_drains_under_load(kubectl: Kubectl, operator: Kubectl, tmp_path: Path) -> None:
     """What is asserted lasts: a drain may be over before anybody sees the condition Draining."""
     drained = operator_metric(operator, DRAINS, outcome="drained")
@@ -61,7 +83,7 @@ def test_scale_in_drains_under_load(kubectl: Kubectl, operator: Kubectl, tmp_pat
         )
         kubectl("scale", DECODE, "--replicas=1")
         left = wait_for_ready(kubectl, "decode", 1)
-        wait_for("answers after the removal", load.has_done(2), limit_s=90)
+        wait_for("answers after the removal", load.has_done(2), limit_s=180)
     assert load.failures == []
     [gone] = set(pods) - set(left)
     words = logs[gone].read_text()
@@ -72,53 +94,66 @@ def test_scale_in_drains_under_load(kubectl: Kubectl, operator: Kubectl, tmp_pat
     say(f"{gone} finished {begun[1]} requests before it went")
     assert operator_metric(operator, DRAINS, outcome="drained") == drained + 1
     assert kubectl.json(DECODE)["spec"]["replicas"] == 1
-    assert "WorkerDrained" in kubectl("describe", DECODE, quiet=True)
+    described = partial(kubectl, "describe", DECODE, quiet=True)
+    wait_for("the event WorkerDrained", lambda: "WorkerDrained" in described(), limit_s=60)
 
 
-@pytest.mark.timeout(240)
-def test_scale_out(kubectl: Kubectl, router: str) -> None:
-    kubectl("scale", DECODE, "--replicas=2")
-    wait_for_ready(kubectl, "decode", 2)
-    wait_until_settled(kubectl, limit_s=60)
+@pytest.mark.timeout(600)
+def test_scale_out_under_load(kubectl: Kubectl) -> None:
+    with Clients(kubectl, num_clients=2) as load:
+        kubectl("scale", DECODE, "--replicas=2")
+        wait_for_ready(kubectl, "decode", 2)
+        wait_until_settled(kubectl)
+        wait_for("answers of more workers", load.has_done(4), limit_s=180)
+    assert load.failures == []
     kubectl("get", KINDS)
-    answer = chat(router)
-    tell(answer)
-    assert "Paris" in answer.text
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_autoscaler_owns_the_replicas(kubectl: Kubectl) -> None:
     """An autoscaler keeps to its bounds without metrics; the template's replicas stay at 2."""
     kubectl("apply", "-f", "-", stdin=AUTOSCALER % "one")
     wait_for_ready(kubectl, "decode", 3)
     patch(kubectl, SERVICE, {"spec": {"slo": {"tpotMs": 110}}})  # the service is reconciled again
-    wait_until_settled(kubectl, limit_s=90)
-    pool = kubectl.json(DECODE)
-    assert pool["spec"]["replicas"] == 3
-    assert pool["status"]["replicasOwner"] == "HorizontalPodAutoscaler one"
+    wait_until_settled(kubectl)
+    owner = "HorizontalPodAutoscaler one"
+    wait_for("its owner in the status", lambda: _replicas_owner(kubectl) == owner, limit_s=90)
+    assert kubectl.json(DECODE)["spec"]["replicas"] == 3
     kubectl("apply", "-f", "-", stdin=AUTOSCALER % "two")
-    kubectl("wait", "--for=condition=ReplicasContested", DECODE, "--timeout=90s", limit_s=100)
+    kubectl("wait", "--for=condition=ReplicasContested", DECODE, "--timeout=180s", limit_s=190)
     kubectl("get", "hpa,dcp")
     kubectl("delete", "hpa", "one", "two")
-    kubectl("scale", DECODE, "--replicas=2")
+    wait_for("nobody to raise it again", partial(_keeps_two, kubectl), limit_s=240)
     wait_for_ready(kubectl, "decode", 2)
-    wait_until_settled(kubectl, limit_s=90)
+    wait_until_settled(kubectl)
 
 
-@pytest.mark.timeout(300)
+def _replicas_owner(kubectl: Kubectl) -> str:
+    return str(kubectl.json(DECODE)["status"].get("replicasOwner", ""))
+
+
+def _keeps_two(kubectl: Kubectl) -> bool:
+    """Ask for 2 until no autoscaler owns them: its controller hears late that it is deleted."""
+    if kubectl.json(DECODE)["spec"]["replicas"] != 2:
+        kubectl("scale", DECODE, "--replicas=2")
+        return False
+    return "Autoscaler" not in _replicas_owner(kubectl)
+
+
+@pytest.mark.timeout(600)
 def test_worker_changes_its_role_and_back(kubectl: Kubectl) -> None:
     """Under load, without a restart, and no request fails."""
     before = ready_pods(kubectl, "prefill", "decode")
     with Clients(kubectl, num_clients=3, system=UNCACHED) as load:
-        wait_for("answers before", load.has_done(3), limit_s=90)
+        wait_for("answers before", load.has_done(3), limit_s=180)
         for num_lent in (1, 0):
             patch(kubectl, DECODE, {"spec": {"lentReplicas": num_lent}})
             what = f"{num_lent} decode workers to serve as prefill workers"
-            wait_for(what, partial(_has_lent, kubectl, num_lent), limit_s=90)
-            wait_for("answers afterwards", load.has_done(4), limit_s=90)
+            wait_for(what, partial(_has_lent, kubectl, num_lent), limit_s=180)
+            wait_for("answers afterwards", load.has_done(4), limit_s=180)
     assert load.failures == []
     assert ready_pods(kubectl, "prefill", "decode") == before
-    wait_until_settled(kubectl, limit_s=60)
+    wait_until_settled(kubectl)
 
 
 def _has_lent(kubectl: Kubectl, number: int) -> bool:
@@ -128,21 +163,22 @@ def _has_lent(kubectl: Kubectl, number: int) -> bool:
     return bool(status.get("lentReplicas", 0) == flips == number)
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_planner_recommends_then_applies(kubectl: Kubectl) -> None:
     """How many workers it wants depends on the machine; what is promised is that they come."""
     planner = {"intervalSeconds": 2, "keepWindowSeconds": 20, "shrinkDwellSeconds": 10}
     with Clients(kubectl, num_clients=2, system=UNCACHED) as load:
         patch(kubectl, SERVICE, {"spec": {"planner": {"mode": "Recommend", **planner}}})
-        wait_for("a plan from measurements", partial(_has_plan, kubectl), limit_s=120)
+        wait_for("a plan from measurements", partial(_has_plan, kubectl), limit_s=240)
         kubectl("get", SERVICE, "-o", "jsonpath={.status.plan}")
         assert _replicas(kubectl) == {"prefill": 2, "decode": 2}
         with Clients(kubectl, num_clients=4, system=UNCACHED) as step:
             patch(kubectl, SERVICE, {"spec": {"planner": {"mode": "Apply"}}})
-            wait_for("the plan to be applied", partial(_is_planned, kubectl), limit_s=120)
-            wait_for("answers under the load step", step.has_done(4), limit_s=120)
+            wait_for("the plan to be applied", partial(_is_planned, kubectl), limit_s=240)
+            wait_for("answers under the load step", step.has_done(4), limit_s=180)
         kubectl("get", SERVICE, "-o", "jsonpath={.status.plan}")
         patch(kubectl, SERVICE, {"spec": {"planner": None}})
+        wait_until_observed(kubectl, SERVICE)  # a plan on its way would undo what follows
         for pool in (PREFILL, DECODE):
             patch(kubectl, pool, {"spec": {"lentReplicas": 0}})
             kubectl("scale", pool, "--replicas=2")
@@ -150,7 +186,7 @@ def test_planner_recommends_then_applies(kubectl: Kubectl) -> None:
             wait_for_ready(kubectl, role, 2)
     assert load.failures == []
     assert step.failures == []
-    wait_until_settled(kubectl, limit_s=90)
+    wait_until_settled(kubectl)
 
 
 def _has_plan(kubectl: Kubectl) -> bool:

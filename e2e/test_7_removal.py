@@ -2,37 +2,39 @@
 
 import pytest
 from conftest import NAMESPACE, SYSTEM_NAMESPACE
-from e2e_clients import Clients
+from e2e_clients import POD, Clients
 from e2e_cluster import CRDS, OPERATOR, OURS, PARTS, ROLES, SERVICE, ready_pods, wait_until_settled
 from e2e_shell import Helm, Kubectl, say, wait_for
 
+PASSING = ("the lease", "Request attempt")  # a busy API server answers late, and is asked again
 
-@pytest.mark.timeout(60)
+
+@pytest.mark.timeout(300)
 def test_operator_had_no_trouble(operator: Kubectl) -> None:
     for pod in operator.json("pods", "-l", OPERATOR)["items"]:
         name = pod["metadata"]["name"]
         log = operator("logs", name, "--tail=-1", quiet=True)
         trouble = [line for line in log.splitlines() if " ERROR " in line or "Traceback" in line]
-        assert [line for line in trouble if "the lease" not in line] == []  # a busy machine
+        assert [line for line in trouble if not any(w in line for w in PASSING)] == []
         assert "forbidden" not in log.lower()
         say(f"{name}: {len(log.splitlines())} lines of log, no error")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_service_outlives_the_operator(helm: Helm, kubectl: Kubectl) -> None:
     """The CRDs stay, and with them every resource and all that serves."""
     before = ready_pods(kubectl, *ROLES)
     with Clients(kubectl, num_clients=2) as load:
-        helm("uninstall", "kvasir", "--wait", limit_s=120)
-        wait_for("answers without an operator", load.has_done(4), limit_s=60)
-        helm("install", "kvasir", "helm/kvasir", *helm.values, "--wait", limit_s=200)
-        wait_for("answers with a new operator", load.has_done(4), limit_s=60)
+        helm("uninstall", "kvasir", "--wait", limit_s=240)
+        wait_for("answers without an operator", load.has_done(4), limit_s=180)
+        helm("install", "kvasir", "helm/kvasir", *helm.values, "--wait", limit_s=320)
+        wait_for("answers with a new operator", load.has_done(4), limit_s=180)
     assert load.failures == []
-    wait_until_settled(kubectl, limit_s=60)
-    assert ready_pods(kubectl, *ROLES) == before
+    wait_until_settled(kubectl)
+    wait_for("the same pods", lambda: ready_pods(kubectl, *ROLES) == before, limit_s=60)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_uninstall_leaves_nothing(helm: Helm, kubectl: Kubectl, operator: Kubectl) -> None:
     kubectl("delete", SERVICE)
     wait_for(
@@ -40,7 +42,9 @@ def test_uninstall_leaves_nothing(helm: Helm, kubectl: Kubectl, operator: Kubect
         lambda: not kubectl.names(f"pfp,dcp,kvp,{PARTS}", "-l", OURS),
         limit_s=150,
     )
-    helm("uninstall", "kvasir", "--wait", limit_s=120)
+    helm("uninstall", "kvasir", "--wait", limit_s=240)
+    wait_for("the operator to be gone", lambda: not _left(operator), limit_s=90)
+    wait_for("nothing of the service", lambda: not _left(kubectl), limit_s=90)
     operator("delete", *CRDS, limit_s=90)
     left = [
         name
@@ -50,5 +54,18 @@ def test_uninstall_leaves_nothing(helm: Helm, kubectl: Kubectl, operator: Kubect
         if "kvasir" in name.rsplit("/", 1)[1]
     ]
     assert left == []
-    wait_for("the operator to be gone", lambda: not operator.names("all,leases"), limit_s=90)
-    operator("delete", "namespace", NAMESPACE, SYSTEM_NAMESPACE, limit_s=150)
+    operator("delete", "namespace", NAMESPACE, SYSTEM_NAMESPACE, limit_s=300)
+
+
+def _left(kubectl: Kubectl) -> list[str]:
+    """What is in a namespace, but for what the cluster and the suite itself put there."""
+    kinds = (
+        "all,leases,secrets,configmaps,serviceaccounts,roles,rolebindings,pvc,pdb,networkpolicies"
+    )
+    theirs = (
+        "configmap/kube-root-ca.crt",
+        "serviceaccount/default",
+        f"pod/{POD}",
+        f"configmap/{POD}",
+    )
+    return [name for name in kubectl.names(kinds) if name not in theirs]

@@ -97,12 +97,14 @@ class Operator:
             if await self._wait_for_crds() and await self._lead():
                 await self._serve()
         finally:
-            if answering is not None:
-                answering.cancel()
             await self._drainer.close()
             await self._roles.close()
             if self._elector is not None:
                 await self._elector.give_back()
+            if answering is not None:
+                self._problems = ["stopping"]
+                await asyncio.wait([answering], timeout=self._settings.shutdown_linger_s)
+                answering.cancel()
             await self._kube.close()
             await http.cleanup()
         if self._is_lease_lost:

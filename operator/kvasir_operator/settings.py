@@ -19,6 +19,7 @@ class OperatorSettings:
     identity: str = ""  # this process in the Lease: the pod's name; empty: host name and a number
     webhook_port: int = 0  # of the validating webhook; 0: none. Needs lease_namespace
     webhook_service: str = "kvasir-operator-webhook"  # its Service, Secret and configuration
+    shutdown_linger_s: float = 0.0  # the webhook answers on: the API server hears late of a stop
     resync_interval_s: float = 60.0  # what routers say of workers is looked at this often
     num_reconcilers: int = 16  # objects reconciled at the same time: most of it is waiting
     api_timeout_s: float = 15.0  # deadline of one call to the Kubernetes API
@@ -32,6 +33,8 @@ class OperatorSettings:
             raise SettingsError(f"webhook_port: {self.webhook_port} is not a port")
         if self.webhook_port and not self.lease_namespace:
             raise SettingsError("webhook_port: needs lease_namespace, where its Secret is")
+        if self.shutdown_linger_s < 0:
+            raise SettingsError("shutdown_linger_s: must not be negative")
         if self.resync_interval_s < 1:
             raise SettingsError("resync_interval_s: must be at least 1 second")
         if not 1 <= self.num_reconcilers <= 64:

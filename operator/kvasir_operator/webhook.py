@@ -49,6 +49,7 @@ class Webhook:
     def __init__(self, objects: Objects, *, namespace: str, service: str) -> None:
         self._objects = objects
         self._secret = Ref("Secret", namespace, service)
+        self._service = Ref("Service", namespace, service)
         self._configuration = Ref(CONFIGURATION_KIND, "", f"{namespace}-{service}")
         self._dns_name = f"{service}.{namespace}.svc"
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -89,7 +90,8 @@ class Webhook:
             made = make_bundle(self._dns_name, "localhost", now=utc_now())
             before = data.get(AUTHORITIES, b"").partition(END)
             data = _secret_data(made, authority_before=b"".join(before[:2]))
-            await self._objects.put(_secret_manifest(self._secret, secret, data))
+            owner = await self._objects.get(self._service)
+            await self._objects.put(_secret_manifest(self._secret, secret, data, owner=owner))
             logger.info("made a certificate for %s", self._dns_name)
         await self._trust(base64.b64encode(data[AUTHORITIES]).decode())
 
@@ -158,8 +160,15 @@ def _secret_data(made: Bundle, *, authority_before: bytes) -> dict[str, bytes]:
     }
 
 
-def _secret_manifest(ref: Ref, live: Manifest | None, data: dict[str, bytes]) -> Manifest:
+def _secret_manifest(
+    ref: Ref, live: Manifest | None, data: dict[str, bytes], *, owner: Manifest | None
+) -> Manifest:
+    """The Secret; it goes with the Service, which the chart makes and removes."""
     metadata = live["metadata"] if live else {"name": ref.name, "namespace": ref.namespace}
+    if owner is not None:
+        service = {"apiVersion": "v1", "kind": "Service", "name": owner["metadata"]["name"]}
+        service["uid"] = owner["metadata"]["uid"]
+        metadata = {**metadata, "ownerReferences": [service]}
     return {
         "apiVersion": "v1",
         "kind": "Secret",

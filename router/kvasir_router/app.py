@@ -6,7 +6,7 @@ from aiohttp import web
 
 from kvasir_router.leaving import Leaving
 from kvasir_router.membership.canary import CanaryRun
-from kvasir_router.membership.fleet import Fleet
+from kvasir_router.membership.fleet import Fleet, now_ms
 from kvasir_router.metrics import CONTENT_TYPE, RouterMetrics
 from kvasir_router.openai.handlers import OpenAiApi
 from kvasir_router.openai.middleware import api_middleware
@@ -17,19 +17,33 @@ from kvasir_router.tenants import Tenants
 
 @dataclass(slots=True)
 class Readiness:
-    """Whether new requests should come here."""
+    """Whether new requests should come here.
+
+    All routers lose a worker at the same moment. They do not leave the Service for that at once:
+    clients would be refused connections where they can be told to come again.
+    """
 
     fleet: Fleet
     leaving: Leaving
     canaries: CanaryRun
+    patience_ms: int
+    _served_ms: int | None = None
 
     def problems(self) -> list[str]:
-        """What keeps the router from serving; empty: it can."""
-        return ["the router is stopping"] if self.leaving.has_begun else self.fleet.problems()
+        """What keeps the router from serving; empty: it can, or could shortly before."""
+        if self.leaving.has_begun:
+            return ["the router is stopping"]
+        missing, at_ms = self.fleet.problems(), now_ms()
+        if not missing:
+            self._served_ms = at_ms
+        elif self._served_ms is not None and at_ms - self._served_ms < self.patience_ms:
+            return []
+        return missing
 
     def degraded(self) -> list[str]:
-        """What is wrong with single workers and KV nodes."""
-        return [*self.fleet.degraded(), *self.canaries.degraded()]
+        """What is wrong and does not keep it from being ready."""
+        borne = [] if self.problems() else self.fleet.problems()
+        return [*borne, *self.fleet.degraded(), *self.canaries.degraded()]
 
 
 class Probes:

@@ -54,7 +54,9 @@ class RouterServer:
         self.metrics = RouterMetrics()
         self.leaving = Leaving()
         self.canaries = CanaryRun(self.fleet)
-        self.readiness = Readiness(self.fleet, self.leaving, self.canaries)
+        self.readiness = Readiness(
+            self.fleet, self.leaving, self.canaries, patience_ms=settings.unready_after_ms
+        )
         tenants = Tenants.load(settings.api_key_file)
         self._client = WorkerClient(
             links,

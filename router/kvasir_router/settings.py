@@ -80,6 +80,9 @@ class RouterSettings(BaseModel):
     attempts_max: int = Field(default=4, ge=1)
     """Workers tried for one request, continuations included."""
 
+    unready_after_ms: int = Field(default=30_000, ge=0)
+    """A router that could serve stays ready for this long while no worker can be reached."""
+
     silence_timeout_ms: int = Field(default=1_500, ge=100)
     """A worker without an event for this long leaves the rings; they come every 200 ms."""
 

@@ -25,6 +25,7 @@ from kvasir_operator.webhook import AUTHORITIES, CERTIFICATE, Webhook
 
 CLAIM = Ref("PersistentVolumeClaim", "default", "models")
 SECRET = Ref("Secret", "system", "hook")
+SERVICE = Ref("Service", "system", "hook")
 CONFIGURATION = Ref("ValidatingWebhookConfiguration", "", "system-hook")
 NAME = "hook.system.svc"
 
@@ -76,11 +77,12 @@ class FakeObjects:
 
     def __init__(self) -> None:
         self.objects: dict[Ref, Manifest] = {
+            SERVICE: {"kind": "Service", "metadata": {"name": "hook", "uid": "uid-of-hook"}},
             CONFIGURATION: {
                 "kind": CONFIGURATION.kind,
                 "metadata": {"name": CONFIGURATION.name, "resourceVersion": "1"},
                 "webhooks": [{"clientConfig": {}}],
-            }
+            },
         }
         self.num_writes = 0
         self.is_away = False
@@ -114,6 +116,8 @@ def make_webhook(objects: FakeObjects) -> Webhook:
 async def test_certificates_are_made_once_and_told_to_the_api_server(objects: FakeObjects) -> None:
     await make_webhook(objects)._renew()
     assert objects.num_writes == 2
+    [owner] = objects.objects[SECRET]["metadata"]["ownerReferences"]
+    assert (owner["kind"], owner["uid"]) == ("Service", "uid-of-hook"), "it goes with the chart"
     [hook] = objects.objects[CONFIGURATION]["webhooks"]
     assert base64.b64decode(hook["clientConfig"]["caBundle"]) == objects.data(AUTHORITIES)
     await make_webhook(objects)._renew()

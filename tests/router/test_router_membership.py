@@ -47,6 +47,25 @@ async def test_a_request_does_not_wait_for_ever_for_a_worker(tmp_path: Path) -> 
         assert caught.value.code == "no_worker"
 
 
+@pytest.mark.parametrize("patience_ms", [3_600_000, 0], ids=["short", "long"])
+async def test_a_router_without_workers_is_unready_only_after_a_while(
+    tmp_path: Path, patience_ms: int
+) -> None:
+    worker = FakeWorker("a")
+    async with running_router(tmp_path, worker, unready_after_ms=patience_ms) as router:
+        async with router.http.get("/readyz") as response:
+            assert response.status == 200
+        await worker.stop()
+        await router.has_members()
+        async with router.http.get("/readyz") as response:
+            body = await response.json()
+        said = "no decode-capable worker is ready"
+        if patience_ms:
+            assert (response.status, body["ready"], said in body["degraded"]) == (200, True, True)
+        else:
+            assert (response.status, body["ready"], said in body["problems"]) == (503, False, True)
+
+
 async def test_a_silent_worker_leaves(tmp_path: Path) -> None:
     a, b = FakeWorker("a"), FakeWorker("b")
     async with running_router(tmp_path, a, b, silence_timeout_ms=300) as router:

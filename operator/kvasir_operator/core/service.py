@@ -53,6 +53,7 @@ from kvasir_operator.core.slots import (
 from kvasir_operator.core.views import pod_views, workload_view
 from kvasir_operator.core.world import REQUEUE_UNSETTLED_MS, Plan, World, without_conflicts
 
+WORKER_WAIT_S = 10  # requests wait while a busy node keeps all workers from being heard
 LINGER_S = 15  # a leaving router serves on while kube-proxies learn of it; also on a busy node
 PEERS = {"prefill": "decode", "decode": "prefill"}
 DRAIN_TIMEOUT_S = 60  # the router's streams may take this long to end when its pod leaves
@@ -313,6 +314,7 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
             *("--grpc-port", str(spec.router.grpc_port)),
             *("--ttft-slo-ms", str(spec.slo.ttft_ms)),
             *("--tpot-slo-ms", str(spec.slo.tpot_ms)),
+            *("--worker-wait-ms", str(1000 * WORKER_WAIT_S)),
             *("--shutdown-linger-ms", str(1000 * LINGER_S)),
             *("--drain-timeout-ms", str(1000 * DRAIN_TIMEOUT_S)),
             *(arg for worker in workers for arg in ("--worker", worker)),

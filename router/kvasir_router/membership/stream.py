@@ -16,6 +16,8 @@ import grpc.aio
 from kvasir_proto.links import Links
 from kvasir_proto.v1 import kvnode_pb2, worker_pb2
 
+from kvasir_router.membership.silence import Silence
+
 log = logging.getLogger(__name__)
 
 LOAD_INTERVAL_MS = 200
@@ -98,12 +100,15 @@ class Followed(ABC, Generic[E]):
 
     async def _follow(self) -> None:
         """One stream, to its end. Its deadline is per event: silence ends it."""
-        async with self._links.channel(self.target, _channel_options()) as channel:
+        async with (
+            self._links.channel(self.target, _channel_options()) as channel,
+            Silence(self._silence_s) as silence,
+        ):
             call = self._watch(channel)
             first = True
             while True:
-                async with asyncio.timeout(self._silence_s):
-                    event = await call.read()
+                event = await call.read()
+                silence.heard()
                 if not isinstance(event, self.event_type):
                     raise StreamEndedError
                 self._apply(event, first=first)
