@@ -4,10 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 from kube_api import KubeApi, kube_api, needs_kube_api
+from kube_operator import is_quiet, operator, wait_for
 from operator_builders import condition_of, make_object
-from test_on_kube_api import MODEL, is_quiet, operator, wait_for
 
 pytestmark = [needs_kube_api, pytest.mark.slow]
+
+MODEL = {"name": "tiny", "source": {"hostPath": {"path": "/models/tiny"}}}
 
 
 @pytest.fixture(scope="module")
