@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import pytest
 from kube_api import KubeApi, kube_api, needs_kube_api
 from kube_operator import is_quiet, operator, wait_for
-from kube_operator import is_quiet, operator, wait_for
 from operator_builders import condition_of, make_object
 
 pytestmark = [needs_kube_api, pytest.mark.slow]
