@@ -9,7 +9,7 @@ PACKAGES := operator router kvstore engine proto sim cli
 GENERATED := proto/kvasir_proto/v1 crds helm/kvasir docs/api.md
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check lint types drift gen format bench e2e e2e-scale clean redis
+.PHONY: help build demo test check lint types drift gen format bench cuda e2e e2e-scale clean redis
 
 help: ## list these commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -28,7 +28,7 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	find engine/native kvstore/native router/native -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	find engine/native engine/cuda kvstore/native router/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/python -m pytest -q tests/test_tidy.py
 
 types: build
@@ -46,7 +46,7 @@ gen: build ## regenerate protobuf stubs, CRDs and docs/api.md from their sources
 
 format: build ## rewrite Python and C++ files in the project's format
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-	find engine/native kvstore/native router/native -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	find engine/native engine/cuda kvstore/native router/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
 bench: build ## engine, KV transfer, serving and routing figures into bench/results
 	$(BIN)/kvasir model make qwen3-0.6b .cache/qwen3-0.6b
@@ -54,6 +54,10 @@ bench: build ## engine, KV transfer, serving and routing figures into bench/resu
 	$(BIN)/kvasir bench kv --json bench/results/kv.json
 	$(BIN)/kvasir bench serve --model .cache/qwen3-0.6b --json bench/results/serve.json
 	$(BIN)/python bench/router.py --json bench/results/router.json
+
+cuda: build ## the engine's CUDA device (nvcc of CUDA_HOME or the PATH, else from PyPI)
+	@[ -n "$$CUDA_HOME" ] || command -v nvcc >/dev/null || $(BIN)/python -m pip install -q 'nvidia-cuda-nvcc>=13.0'
+	$(BIN)/python engine/cuda/cuda_build.py
 
 e2e: build ## the whole on a real Kubernetes cluster (KUBECONFIG's, else a new kind cluster)
 	$(BIN)/python -m pytest e2e -p no:cacheprovider --timeout 900 -s

@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "cuda_library.h"
 #include "model.h"
 #include "probe.h"
 #include "sampler.h"
@@ -113,8 +114,13 @@ class PyModel {
     const ModelShape shape = shape_from(config);
     {
       const nb::gil_scoped_release no_gil;
-      model_ = std::make_unique<Model>(shape, tensors, isa, kv_format, num_threads,
-                                       progress.is_none() ? Progress() : report);
+      const Progress told = progress.is_none() ? Progress() : report;
+      if (isa == kCudaPath) {
+        require(kv_format == KvFormat::kPlain, "CUDA devices keep KV in bf16");
+        model_ = load_cuda_model(shape, tensors, told);
+      } else {
+        model_ = std::make_unique<Model>(shape, tensors, isa, kv_format, num_threads, told);
+      }
     }
     const char* embeddings = "model.embed_tokens.weight";
     if (!shape.has_tied_embeddings) embeddings_ = weights[embeddings];
@@ -219,7 +225,9 @@ NB_MODULE(_native, m) {
   m.def(
       "kv_element_bytes",
       [](const std::string& isa, const std::string& kv) {
-        return kernels_of(isa).kv[static_cast<int>(kv_format_from(kv))].element_bytes;
+        const KvFormat format = kv_format_from(kv);
+        if (isa == kCudaPath) return int{sizeof(uint16_t)};
+        return kernels_of(isa).kv[static_cast<int>(format)].element_bytes;
       },
       "isa"_a, "kv"_a = "bf16",
       "Bytes of one KV element on a path; ValueError if the path does not run here.");
