@@ -10,6 +10,9 @@ from kvasir_engine.model import LoadedModel, load_model, new_kv_arrays
 from kvasir_proto.errors import KvasirError
 from step_builders import Part, make_odd_model, run_step, step_arguments
 
+pytestmark = pytest.mark.timeout(600)
+"""The first test compiles the device; a busy machine takes its time over that."""
+
 LENGTH = 70
 LONG = 150
 """More than two of the parts that the emulated device splits a context into."""
