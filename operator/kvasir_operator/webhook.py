@@ -76,14 +76,18 @@ class Webhook:
         """Make certificates, renew them in time, and tell the API server whom to trust."""
         while True:
             try:
-                await self._renew()
-                delay_s = CHECK_INTERVAL_S
+                delay_s = CHECK_INTERVAL_S if await self._renew() else RELOAD_INTERVAL_S
             except ClusterError as error:
                 logger.warning("certificates of the webhook: %s", error)
                 delay_s = RELOAD_INTERVAL_S
             await asyncio.sleep(delay_s)
 
-    async def _renew(self) -> None:
+    async def _renew(self) -> bool:
+        """False: nobody is to be told whom to trust, as while the chart is being uninstalled."""
+        configuration = await self._objects.get(self._configuration)
+        if configuration is None:
+            logger.warning("%s %s is not there", CONFIGURATION_KIND, self._configuration.name)
+            return False
         secret = await self._objects.get(self._secret)
         data = {k: base64.b64decode(v) for k, v in (secret or {}).get("data", {}).items()}
         if not is_good_for(data.get(CERTIFICATE, b""), self._dns_name, now=utc_now()):
@@ -93,18 +97,15 @@ class Webhook:
             owner = await self._objects.get(self._service)
             await self._objects.put(_secret_manifest(self._secret, secret, data, owner=owner))
             logger.info("made a certificate for %s", self._dns_name)
-        await self._trust(base64.b64encode(data[AUTHORITIES]).decode())
+        await self._trust(configuration, base64.b64encode(data[AUTHORITIES]).decode())
+        return True
 
-    async def _trust(self, authorities: str) -> None:
-        live = await self._objects.get(self._configuration)
-        if live is None:
-            logger.warning("%s %s is not there", CONFIGURATION_KIND, self._configuration.name)
-            return
-        configs = [hook["clientConfig"] for hook in live["webhooks"]]
+    async def _trust(self, configuration: Manifest, authorities: str) -> None:
+        configs = [hook["clientConfig"] for hook in configuration["webhooks"]]
         if any(config.get("caBundle") != authorities for config in configs):
             for config in configs:
                 config["caBundle"] = authorities
-            await self._objects.put(live)
+            await self._objects.put(configuration)
 
     async def _load(self) -> bool:
         """Take up the Secret's certificate; False: there is none yet."""

@@ -124,6 +124,13 @@ async def test_certificates_are_made_once_and_told_to_the_api_server(objects: Fa
     assert objects.num_writes == 2, "a second look writes nothing"
 
 
+async def test_nothing_is_made_without_a_configuration(objects: FakeObjects) -> None:
+    """The chart is being uninstalled: a Secret made now would stay."""
+    del objects.objects[CONFIGURATION]
+    assert not await make_webhook(objects)._renew()
+    assert objects.num_writes == 0
+
+
 async def test_a_rotation_keeps_the_authority_before_trusted(
     objects: FakeObjects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
