@@ -37,10 +37,16 @@ NETWORK_POLICY_TEXT = (
 REPLICA_RULES = (
     Rule(
         "self.minReplicas <= self.maxReplicas",
-        "minReplicas must not be greater than maxReplicas",
+        "minReplicas must not be greater than maxReplicas: lower the one or raise the other",
     ),
-    Rule("self.replicas >= self.minReplicas", "replicas must not be less than minReplicas"),
-    Rule("self.replicas <= self.maxReplicas", "replicas must not be greater than maxReplicas"),
+    Rule(
+        "self.replicas >= self.minReplicas",
+        "replicas must not be less than minReplicas: raise replicas or lower minReplicas",
+    ),
+    Rule(
+        "self.replicas <= self.maxReplicas",
+        "replicas must not be greater than maxReplicas: lower replicas or raise maxReplicas",
+    ),
 )
 REDIS_URL_PATTERN = r"^rediss?://.+"
 MODEL_RULE = Rule(
@@ -118,10 +124,11 @@ class RouterSettings(PodSettings):
     )
 
     RULES = (
-        Rule("self.httpPort != self.grpcPort", "httpPort and grpcPort must differ"),
+        Rule("self.httpPort != self.grpcPort", "httpPort and grpcPort must differ: change one"),
         Rule(
             f"self.httpPort != {ROUTER_PEER_PORT} && self.grpcPort != {ROUTER_PEER_PORT}",
-            f"port {ROUTER_PEER_PORT} is for routers among themselves",
+            f"httpPort and grpcPort must not be {ROUTER_PEER_PORT}, where routers tell one another "
+            "what they know: choose another port",
         ),
     )
 

@@ -56,11 +56,13 @@ class PlannerSettings(ApiModel):
     RULES = (
         Rule(
             "self.prefillPercentMin <= self.prefillPercentMax",
-            "prefillPercentMin must not be greater than prefillPercentMax",
+            "prefillPercentMin must not be greater than prefillPercentMax: lower the one or raise "
+            "the other",
         ),
         Rule(
             "self.keepWindowSeconds >= self.intervalSeconds",
-            "keepWindowSeconds must not be less than intervalSeconds",
+            "keepWindowSeconds must not be less than intervalSeconds: raise the one or lower the "
+            "other",
         ),
     )
     mode: Literal["Observe", "Recommend", "Apply"] = Field(

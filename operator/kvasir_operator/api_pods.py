@@ -31,7 +31,7 @@ class Resources(ApiModel):
             "!has(self.requests) || !has(self.limits) || self.requests.all(name, "
             "!(name in self.limits) || quantity(string(self.requests[name]"
             ")).compareTo(quantity(string(self.limits[name]))) <= 0)",
-            "requests must not be greater than limits",
+            "requests must not be greater than limits: raise the limit or lower the request",
         ),
     )
 
@@ -53,15 +53,15 @@ class Toleration(ApiModel):
     RULES = (
         Rule(
             "self.operator != 'Exists' || !has(self.value)",
-            "value must not be set where operator is Exists",
+            "value must not be set where operator is Exists: remove it, or use operator Equal",
         ),
         Rule(
             "has(self.key) || self.operator == 'Exists'",
-            "operator must be Exists where key is absent",
+            "operator must be Exists where key is absent: name a key or set the operator",
         ),
         Rule(
             "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
-            "tolerationSeconds needs effect NoExecute",
+            "tolerationSeconds needs effect NoExecute: set the effect or remove tolerationSeconds",
         ),
     )
 
@@ -112,7 +112,7 @@ class EnvSource(ApiModel):
     RULES = (
         Rule(
             "has(self.secretKeyRef) != has(self.configMapKeyRef)",
-            "exactly one of secretKeyRef and configMapKeyRef must be set",
+            "exactly one of secretKeyRef and configMapKeyRef must be set: name one of them",
         ),
     )
     secret_key_ref: KeyRef | None = Field(default=None, description="A key of a Secret.")
@@ -125,7 +125,7 @@ class EnvVar(ApiModel):
     RULES = (
         Rule(
             "has(self.value) != has(self.valueFrom)",
-            "exactly one of value and valueFrom must be set",
+            "exactly one of value and valueFrom must be set: give one, remove the other",
         ),
     )
     name: str = Field(
@@ -222,7 +222,8 @@ class Volume(ApiModel):
         Rule(
             f"[{', '.join(f'has(self.{source})' for source in VOLUME_SOURCES)}]"
             ".filter(x, x).size() == 1",
-            f"exactly one of {', '.join(VOLUME_SOURCES[:-1])} and image must be set",
+            f"exactly one of {', '.join(VOLUME_SOURCES[:-1])} and image must be set: "
+            "name one, remove the others",
         ),
         Rule(
             "!(self.name in ['tmp', 'model']) && !self.name.startsWith('kvasir-')",
@@ -256,14 +257,13 @@ class VolumeMount(ApiModel):
 
     RULES = (
         Rule(
-            "!(self.mountPath in ['/tmp', '/model']) && !self.mountPath.startsWith('/model/') "
-            "&& !self.mountPath.matches('(^|/)[.][.]?(/|$)|//|/$|:')",
-            "mountPath must be a plain absolute path other than /, /tmp and /model, which Kvasir "
-            "mounts itself, and have no . or .. or ':' in it and no '/' at its end",
+            "!self.mountPath.matches('^/(tmp$|(tls|model)(/|$))|(^|/)[.][.]?(/|$)|//|/$|:')",
+            "mountPath must not hide /tmp, /tls or /model, which Kvasir mounts itself: choose a "
+            "plain absolute path, without . or .. or ':' in it and without '/' at its end",
         ),
         Rule(
             "!has(self.subPath) || !self.subPath.matches('(^|/)[.][.](/|$)')",
-            "subPath must not have .. in it",
+            "subPath must not have .. in it: name a file or folder inside the volume",
         ),
     )
     name: str = Field(min_length=1, max_length=63, description="Name of one of the part's volumes.")

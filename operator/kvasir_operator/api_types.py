@@ -64,7 +64,7 @@ class ModelSource(ApiModel):
     RULES = (
         Rule(
             "[has(self.hostPath), has(self.pvc), has(self.image)].filter(x, x).size() == 1",
-            "exactly one of hostPath, pvc and image must be set",
+            "exactly one of hostPath, pvc and image must be set: name one, remove the others",
         ),
     )
     host_path: HostPathSource | None = Field(
@@ -117,7 +117,7 @@ class Rollout(ApiModel):
     RULES = (
         Rule(
             "self.maxSurge + self.maxUnavailable > 0",
-            "maxSurge and maxUnavailable must not both be 0",
+            "maxSurge and maxUnavailable must not both be 0: raise one",
         ),
     )
     max_surge: int = Field(
@@ -136,13 +136,15 @@ KV_FITS_RULE = Rule(
     "!has(self.resources.limits) || !('memory' in self.resources.limits) || "
     "quantity(string(self.resources.limits['memory']))"
     ".asApproximateFloat() > double(self.kvCacheMb) * 1048576.0",
-    "the memory limit must be greater than kvCacheMb",
+    "the memory limit must be greater than kvCacheMb: raise resources.limits.memory or lower "
+    "kvCacheMb",
 )
 NODE_FITS_RULE = Rule(
     "!has(self.resources.limits) || !('memory' in self.resources.limits) || "
     "quantity(string(self.resources.limits['memory']))"
     ".asApproximateFloat() > double(self.memoryMb) * 1048576.0",
-    "the memory limit must be greater than memoryMb",
+    "the memory limit must be greater than memoryMb: raise resources.limits.memory or lower "
+    "memoryMb",
 )
 
 
@@ -199,7 +201,7 @@ class EngineSettings(ApiModel):
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "(self.engine == 'vllm') == has(self.vllm)",
-            "vllm must be set if and only if engine is vllm",
+            "vllm must be set if and only if engine is vllm: name vllm.image, or remove vllm",
         ),
         Rule(
             "self.engine == oldSelf.engine",

@@ -110,7 +110,7 @@ def root_schema(kind: Kind) -> Schema:
                 "rule": f"size(self.metadata.name) <= {kind.name_max} && "
                 f"self.metadata.name.matches('{NAME_PATTERN}')",
                 "message": f"the name must have at most {kind.name_max} characters, begin with a "
-                "letter and consist of lower case letters, digits and '-'",
+                "letter and consist of lower case letters, digits and '-': choose another",
             }
         ],
     }

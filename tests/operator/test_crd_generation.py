@@ -46,6 +46,14 @@ def test_every_field_has_a_description(kind: Kind) -> None:
     assert undescribed(schema) == []
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+def test_every_rule_says_what_to_do(kind: Kind) -> None:
+    schemas = schemas_in(root_schema(kind))
+    messages = [r["message"] for s in schemas for r in s.get("x-kubernetes-validations", ())]
+    assert len(messages) > 10
+    assert [message for message in messages if ": " not in message] == []
+
+
 def test_a_field_without_description_is_found() -> None:
     class Bare(ApiModel):
         field: int = 1
