@@ -11,7 +11,12 @@ ROUTER_PEER_PORT = 50054  # other replicas and the operator, where links are sec
 class SecuritySettings(ApiModel):
     """How the parts of a service know one another."""
 
-    RULES = (Rule("!has(self.secretName) || self.mtls", "secretName needs mtls"),)
+    RULES = (
+        Rule(
+            "!has(self.secretName) || self.mtls",
+            "secretName needs mtls: set mtls or remove secretName",
+        ),
+    )
     mtls: bool = Field(
         default=False,
         description="Router, workers and KV nodes talk over TLS and show one another certificates. "

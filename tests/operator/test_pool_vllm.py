@@ -5,7 +5,7 @@ from typing import Any
 from kvasir_cli.settings_options import options
 from kvasir_engine.worker.settings import WorkerSettings
 from kvasir_operator.core.manifests import Manifest
-from kvasir_operator.core.vllm import URL
+from kvasir_operator.core.vllm import VLLM_URL
 from operator_builders import (
     child_of,
     condition_of,
@@ -52,7 +52,7 @@ def test_it_starts_before_the_worker_and_ends_after_it() -> None:
     _, engine, worker = containers_of()
     assert engine["restartPolicy"] == "Always"
     assert engine["startupProbe"]["exec"] == engine["livenessProbe"]["exec"]
-    assert f"{URL}/health" in engine["livenessProbe"]["exec"]["command"][-1]
+    assert f"{VLLM_URL}/health" in engine["livenessProbe"]["exec"]["command"][-1]
     assert worker["readinessProbe"]["httpGet"]["path"] == "/readyz"
 
 
@@ -81,7 +81,7 @@ def test_the_worker_has_its_own_resources_and_known_flags() -> None:
     pool = make_decode_pool(engine="vllm", vllm={"image": "v:1", "workerResources": resources})
     [worker] = pod_spec(plan_for(pool))["containers"]
     assert worker["resources"] == resources
-    assert worker["args"][worker["args"].index("--vllm-url") :][:2] == ["--vllm-url", URL]
+    assert worker["args"][worker["args"].index("--vllm-url") :][:2] == ["--vllm-url", VLLM_URL]
     assert worker["args"][worker["args"].index("--role") :][:2] == ["--role", "both"]
     known = {flag for option in options(WorkerSettings) for flag in option.opts}
     assert {arg for arg in worker["args"] if arg.startswith("--")} <= known
@@ -92,6 +92,15 @@ def test_both_containers_are_locked_down() -> None:
     assert engine["securityContext"] == worker["securityContext"]
     written = {e["value"] for e in engine["env"] if e["name"].endswith(("HOME", "DIR"))}
     assert all(path.startswith("/tmp") for path in written)
+
+
+def test_certificates_are_the_workers_and_its_streams_have_their_port() -> None:
+    _, engine, worker = containers_of(tlsSecret="chat-tls")
+    assert "/tls" in {mount["mountPath"] for mount in worker["volumeMounts"]}
+    assert "/tls" not in {mount["mountPath"] for mount in engine["volumeMounts"]}
+    ports = {port["name"]: port["containerPort"] for port in worker["ports"]}
+    at = worker["args"].index("--stream-port")
+    assert worker["args"][at + 1] == str(ports["stream"])
 
 
 def test_a_model_image_is_copied_before_vllm_starts() -> None:

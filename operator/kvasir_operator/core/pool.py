@@ -28,7 +28,7 @@ from kvasir_operator.core.pods import GRACE_MARGIN_S, MODEL_FOLDER, Engine, Part
 from kvasir_operator.core.pool_status import PoolFacts, pool_status
 from kvasir_operator.core.roles import Flip, Phase, plan_roles
 from kvasir_operator.core.views import PodView, pod_views, worker_views, workload_view
-from kvasir_operator.core.vllm import vllm_engine, vllm_worker_args
+from kvasir_operator.core.vllm import VLLM_URL, vllm_engine
 from kvasir_operator.core.workers import Goal, Step, plan_step
 from kvasir_operator.core.world import (
     REQUEUE_DRAINING_MS,
@@ -301,8 +301,7 @@ def _part(world: World, spec: PoolSpec) -> Part:
         args = ["kvnode", *_common_args(), "--memory-mb", str(spec.memory_mb)]
         model, grace_s = None, 30
     else:
-        own = vllm_worker_args(spec) if spec.vllm else _worker_args(owner, spec)
-        args = ["worker", *_common_args(), *own]
+        args = ["worker", *_common_args(), *_worker_args(owner, spec)]
         model, grace_s = spec.model, spec.drain_timeout_seconds + GRACE_MARGIN_S
     if spec.redis_url:
         args += ["--redis", spec.redis_url]
@@ -355,12 +354,15 @@ def _common_args() -> list[str]:
 
 
 def _worker_args(owner: Owner, spec: WorkerPoolSpec) -> list[str]:
+    role, engine = "both", ["--vllm-url", VLLM_URL]
+    if spec.vllm is None:
+        role = ROLES[owner.kind]
+        engine = ["--threads", str(spec.threads), "--kv-cache-mb", str(spec.kv_cache_mb)]
     args = [
         *("--model", MODEL_FOLDER),
         *("--model-name", spec.model.name),
-        *("--role", ROLES[owner.kind]),
-        *("--threads", str(spec.threads)),
-        *("--kv-cache-mb", str(spec.kv_cache_mb)),
+        *("--role", role),
+        *engine,
         *("--drain-timeout-ms", str(spec.drain_timeout_seconds * 1000)),
     ]
     for node in spec.kv_nodes:

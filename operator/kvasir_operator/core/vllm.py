@@ -1,4 +1,4 @@
-"""Workers whose engine is vLLM: the server's container, and the flags of the worker beside it.
+"""Workers whose engine is vLLM: the server's container.
 
 vLLM listens on the pod's loopback alone: only the worker beside it can ask it anything.
 """
@@ -8,8 +8,8 @@ from kvasir_operator.api_types import VllmSettings
 from kvasir_operator.core.pods import MODEL_FOLDER, Engine
 
 PORT = 8000
-URL = f"http://127.0.0.1:{PORT}"
-ALIVE = f"import urllib.request as r; r.urlopen('{URL}/health', timeout=8)"
+VLLM_URL = f"http://127.0.0.1:{PORT}"
+ALIVE = f"import urllib.request as r; r.urlopen('{VLLM_URL}/health', timeout=8)"
 ENV = {  # the root file system is read-only, and the user has no name in the image
     "HOME": "/tmp",
     "USER": "kvasir",
@@ -38,14 +38,3 @@ def vllm_engine(spec: WorkerPoolSpec, vllm: VllmSettings) -> Engine:
         alive=("python3", "-c", ALIVE),
         part_resources=vllm.worker_resources,
     )
-
-
-def vllm_worker_args(spec: WorkerPoolSpec) -> list[str]:
-    """Flags of the worker beside it."""
-    return [
-        *("--model", MODEL_FOLDER),
-        *("--model-name", spec.model.name),
-        *("--role", "both"),
-        *("--vllm-url", URL),
-        *("--drain-timeout-ms", str(spec.drain_timeout_seconds * 1000)),
-    ]
