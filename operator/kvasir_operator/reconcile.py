@@ -115,7 +115,14 @@ class Reconciler:
         if wanted is None:
             return world, 0
         name, is_own = wanted
-        problems, num_writes = await self._secrets.keep(world.owner, name, is_own=is_own)
+        try:
+            problems, num_writes = await self._secrets.keep(world.owner, name, is_own=is_own)
+        except ClusterError as error:
+            if not error.is_refusal:
+                raise
+            logger.warning("Secret %s/%s: %s", world.owner.namespace, name, error)
+            text = f"Secret {name} cannot be read or made: {error.message}"
+            problems, num_writes = [Problem(Reason.APPLY_FAILED, text)], 0
         return replace(world, problems=(*world.problems, *problems)), num_writes
 
     async def _tell(self, obj: Manifest, events: Sequence[Event]) -> None:

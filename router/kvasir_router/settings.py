@@ -1,9 +1,10 @@
 """Settings of one router process. Unknown or out of range: it does not start and says which."""
 
 from pathlib import Path
+from typing import Self
 
 from kvasir_kvstore.peers import parse_spec
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class RouterSettings(BaseModel):
@@ -101,6 +102,12 @@ class RouterSettings(BaseModel):
 
     drain_timeout_ms: int = Field(default=30_000, ge=0)
     """Then, streams may finish for this long."""
+
+    @model_validator(mode="after")
+    def _check_peer_port(self) -> Self:
+        if self.peer_port and self.tls_dir is None:
+            raise ValueError("peer_port needs tls_dir: plain peers use grpc_port")
+        return self
 
     @field_validator("workers", "peers", "kv_nodes")
     @classmethod

@@ -23,9 +23,11 @@ from kvasir_operator.core.secrets import (
     Step,
     next_step,
 )
+from kvasir_operator.errors import ClusterError
 from kvasir_operator.secrets import SecretKeeper, view_of
 from kvasir_proto.links import AUTHORITIES, CERTIFICATE, KEY, Links
-from operator_builders import FakeCluster
+from operator_builders import FakeCluster, condition_of, make_service
+from test_reconcile import make_reconciler
 
 NAME = "chat.default.kvasir.internal"
 LIFETIME_MS = 90 * DAY_MS
@@ -261,3 +263,14 @@ def test_nobody_keeps_the_key_of_an_authority() -> None:
     made: Any = make_bundle(NAME, now=datetime.now(UTC))
     assert made.ca.count(b"PRIVATE") == 0
     assert made.key.count(b"PRIVATE KEY-----") == 2
+
+
+async def test_secret_that_the_api_server_refuses_is_a_condition() -> None:
+    cluster = FakeCluster()
+    cluster.add(make_service(security={"mtls": True}))
+    cluster.refused[REF] = ClusterError(403, "Forbidden", "secrets is forbidden")
+    await make_reconciler(cluster).reconcile(Ref("ModelService", "default", "chat"))
+    status = cluster.objects[Ref("ModelService", "default", "chat")]["status"]
+    degraded = condition_of(status, "Degraded")
+    assert (degraded["status"], degraded["reason"]) == ("True", "ApplyFailed")
+    assert "Secret chat-tls cannot be read or made" in degraded["message"]

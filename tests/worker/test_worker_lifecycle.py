@@ -254,6 +254,8 @@ def test_process_drains_and_exits_with_status_0_on_a_signal(
         ({"host": "0.0.0.0"}, "advertise_host"),
         ({"grpc_port": 70_000}, "grpc_port"),
         ({"grpc_port": 5, "http_port": 5}, "must differ"),
+        ({"stream_port": 5}, "needs tls_dir"),
+        ({"stream_port": 5, "data_port": 5, "tls_dir": Path("t")}, "must differ"),
         ({"kv_cache_mb": 0}, "kv_cache_mb"),
         ({"kv_nodes": ("nowhere",)}, "HOST:PORT"),
         ({"uid": b"short"}, "16 bytes"),

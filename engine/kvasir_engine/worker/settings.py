@@ -85,6 +85,18 @@ class WorkerSettings(PeerSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_stream_port(self) -> Self:
+        if self.stream_port and self.tls_dir is None:
+            raise ValueError("stream_port needs tls_dir: plain streams are on http_port")
+        if self.stream_port and self.stream_port in (
+            self.grpc_port,
+            self.http_port,
+            self.data_port,
+        ):
+            raise ValueError("stream_port and the other ports must differ")
+        return self
+
     @field_validator("kv_nodes")
     @classmethod
     def _check_kv_nodes(cls, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -114,12 +114,12 @@ def selection_problem(world: "World", slot: Slot, spec: ModelServiceSpec) -> Pro
     if engine != spec.engine:
         text = f"{slot} runs engine {engine}, not {spec.engine}: select another one"
         return Problem(Reason.MODEL_MISMATCH, text)
+    if holder := holder_of(world, slot):
+        return Problem(Reason.POOL_TAKEN, f"{slot} takes part in ModelService {holder}")
     own, wanted = pool["spec"].get("tlsSecret") or "", link_secret(world.owner.name, spec)
     if own != wanted:
         text = f"{slot}: tlsSecret must be {wanted or 'absent'}, as its ModelService has it"
         return Problem(Reason.LINK_MISMATCH, text)
-    if holder := holder_of(world, slot):
-        return Problem(Reason.POOL_TAKEN, f"{slot} takes part in ModelService {holder}")
     return None
 
 
