@@ -67,7 +67,7 @@ def _sweep(
     from kvasir_sim.sweep import Axes, run_sweep, to_markdown
 
     if png_file is not None:
-        _need_matplotlib()
+        need_matplotlib()
     base = build(SimSettings, values)
     axes = Axes(
         policies or POLICIES,  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def _sweep(
         save_sweep(points, png_file, title=title, slo_ms=base.slo_ttft_ms)
 
 
-def _need_matplotlib() -> None:
+def need_matplotlib() -> None:
     """Before the runs, not after them."""
     try:
         import matplotlib  # noqa: F401

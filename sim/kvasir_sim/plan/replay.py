@@ -32,6 +32,7 @@ class DayResult:
     flips_per_hour: float
     flips_per_hour_max: int  # in the worst clock hour
     changes_per_hour: float
+    workers_by_minute: tuple[int, ...] = ()  # paid for at its begin
 
 
 @dataclass(slots=True)
@@ -63,6 +64,7 @@ class Replay:
     firsts: list[tuple[float, int]] = field(default_factory=list)
     next_index: int = 0
     workers_max: int = 0
+    workers_by_minute: list[int] = field(default_factory=list)
     flips_by_hour: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,6 +111,8 @@ class Replay:
             interval.attained += is_met and ttft_ms[index] <= self.settings.slo_ttft_ms
         self.fleet.pay(1.0, end_s)
         self.workers_max = max(self.workers_max, len(self.fleet.workers))
+        if second % 60 == 0:
+            self.workers_by_minute.append(len(self.fleet.workers) + len(self.fleet.drained_s))
 
     def _note_first(self, interval: _Interval, ttft_ms: float, prompt: float) -> None:
         interval.first_tokens += 1
@@ -173,4 +177,5 @@ class Replay:
             flips_per_hour=self.fleet.num_flips / hours,
             flips_per_hour_max=max(self.flips_by_hour.values(), default=0),
             changes_per_hour=self.fleet.num_changes / hours,
+            workers_by_minute=tuple(self.workers_by_minute),
         )
