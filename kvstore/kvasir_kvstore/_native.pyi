@@ -17,8 +17,15 @@ class BlockPool:
     """
 
     def __init__(
-        self, *, num_blocks: int, num_layers: int, layer_bytes: int, layout_digest: bytes
-    ) -> None: ...
+        self,
+        *,
+        num_blocks: int,
+        num_layers: int,
+        layer_bytes: int,
+        layout_digest: bytes,
+        shared: bool = False,
+    ) -> None:
+        """`shared`: in a memory file that a BlockServer with a `socket_dir` can lend out."""
     @property
     def data(self) -> NDArray[np.uint8]:
         """[num_blocks, num_layers * layer_bytes]."""
@@ -78,6 +85,7 @@ class ServerStats(TypedDict):
     connections_refused: int
     stale_refused: int
     layout_refused: int
+    unauthenticated: int
     bad_requests: int
     blocks_sent: int
     blocks_missed: int
@@ -96,8 +104,16 @@ class BlockServer:
         uid: bytes,
         epoch: int,
         connections_max: int = 256,
+        socket_dir: str = "",
+        key: bytes = b"",
     ) -> None:
-        """Listen at once; port 0 takes a free one. OSError if it cannot."""
+        """Listen at once; port 0 takes a free one. OSError if it cannot.
+
+        `socket_dir`: peers of this node find the server there by its uid and read the pool's
+        memory themselves, which must be shared; "": they use TCP like others.
+        `key`: of 32 bytes or more, that peers must hold; transfers are encrypted. RuntimeError if
+        OpenSSL's libcrypto is missing.
+        """
     @property
     def port(self) -> int: ...
     def stop(self) -> None:
@@ -117,12 +133,17 @@ class PullResult:
     def error(self) -> str:
         """Why the pull ended early, or "".
 
-        stale_peer, other_layout, timeout, refused, aborted, bad_frame, cancelled, unreachable.
+        stale_peer, other_layout, timeout, refused, aborted, bad_frame, cancelled, unreachable,
+        unauthenticated (the peer has another key, or only one of the two has any).
         A block that the peer does not have is no error.
         """
     @property
     def frames_bad(self) -> int:
         """Frames whose checksum or form was wrong; nothing of them became ready."""
+
+    @property
+    def transport(self) -> str:
+        """How the blocks came: tcp, tcp-encrypted, shm, or "" if no peer was reached."""
 
 class BlockClient:
     """Pulls blocks of peers straight into a pool. Thread-safe; pulls run in parallel.
@@ -130,7 +151,18 @@ class BlockClient:
     A pull writes to its blocks only until it returns. They must not be published (ValueError).
     """
 
-    def __init__(self, pool: BlockPool, *, connections_per_peer_max: int = 4) -> None: ...
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        connections_per_peer_max: int = 4,
+        socket_dir: str = "",
+        key: bytes = b"",
+    ) -> None:
+        """`socket_dir`: where peers of this node are looked for; others are reached by TCP.
+
+        `key`: as BlockServer's.
+        """
     def pull_session(
         self,
         *,
@@ -170,6 +202,9 @@ def crc32c(data: bytes, seed: int = 0) -> int:
 
 def crc32c_reference(data: bytes, seed: int = 0) -> int:
     """The same by table look-ups: what tests compare the fast path with."""
+
+def crc32c_copy(data: bytes) -> tuple[int, bytes]:
+    """Checksum and copy, made in one pass as pulls from shared memory do."""
 
 def chain_names(parent: bytes, data: bytes, block_bytes: int) -> list[bytes]:
     """Names of the whole blocks in `data`, each BLAKE2b-128 of the name before it and its bytes.

@@ -7,10 +7,12 @@ pulls by name, with checksums made and verified, into the destination block.
 import importlib.util
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import grpc
 import numpy as np
@@ -35,7 +37,9 @@ def make_paths(report: Callable[[str], None]) -> dict[str, Path]:
         "memcpy": _memcpy,
         "raw-tcp": _raw_tcp,
         "grpc": _grpc,
-        "tcp": _tcp,
+        "shm": partial(_pull, shared=True),
+        "tcp": _pull,
+        "tcp-encrypted": partial(_pull, key=os.urandom(32)),
     }
     for name in PEERS:
         if importlib.util.find_spec(name) is None:
@@ -111,34 +115,45 @@ def _grpc(size: int) -> Iterator[Move]:
 
 
 @contextmanager
-def _tcp(size: int) -> Iterator[Move]:
-    def make_pool() -> BlockPool:
+def _pull(size: int, *, shared: bool = False, key: bytes = b"") -> Iterator[Move]:
+    """A pull by name. A block's own checksum in shared memory is made once, before."""
+
+    def make_pool(*, shared: bool) -> BlockPool:
         return BlockPool(
-            num_blocks=1, num_layers=_LAYERS, layer_bytes=size // _LAYERS, layout_digest=bytes(16)
+            num_blocks=1,
+            num_layers=_LAYERS,
+            layer_bytes=size // _LAYERS,
+            layout_digest=bytes(16),
+            shared=shared,
         )
 
-    source, target, name, uid = make_pool(), make_pool(), bytes(16), os.urandom(16)
+    source, target = make_pool(shared=shared), make_pool(shared=False)
+    name, uid = bytes(16), os.urandom(16)
     source.data[0] = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     source.ready[0] = _LAYERS
     source.publish(name, 0)
-    server = BlockServer(source, host=_LOOPBACK, port=0, uid=uid, epoch=1)
-    client = BlockClient(target)
-
-    def move() -> None:
-        result = client.pull_named(
-            host=_LOOPBACK,
-            port=server.port,
-            uid=uid,
-            epoch=1,
-            names=[name],
-            blocks=[0],
-            timeout_ms=_TIMEOUT_MS,
+    with tempfile.TemporaryDirectory() as folder:
+        socket_dir = folder if shared else ""
+        server = BlockServer(
+            source, host=_LOOPBACK, port=0, uid=uid, epoch=1, socket_dir=socket_dir, key=key
         )
-        if result.blocks_ok != [True]:
-            raise ConnectionError(f"the pull failed: {result.error or 'block missing'}")
+        client = BlockClient(target, socket_dir=socket_dir, key=key)
 
-    try:
-        yield move
-    finally:
-        client.close()
-        server.stop()
+        def move() -> None:
+            result = client.pull_named(
+                host=_LOOPBACK,
+                port=server.port,
+                uid=uid,
+                epoch=1,
+                names=[name],
+                blocks=[0],
+                timeout_ms=_TIMEOUT_MS,
+            )
+            if result.blocks_ok != [True]:
+                raise ConnectionError(f"the pull failed: {result.error or 'block missing'}")
+
+        try:
+            yield move
+        finally:
+            client.close()
+            server.stop()

@@ -24,6 +24,7 @@ from kvasir_kvstore.core.placement import leading_runs, rank_nodes
 from kvasir_kvstore.index import Location, RedisIndex
 from kvasir_kvstore.metrics import TierMetrics
 from kvasir_kvstore.nodes import NodeSet
+from kvasir_kvstore.peers import DataPlane
 from kvasir_kvstore.pulls import NamedPuller, can_pull_from
 
 log = logging.getLogger(__name__)
@@ -66,13 +67,14 @@ class KvTier:
         nodes: Sequence[str],
         redis_url: str | None = None,
         links: Links | None = None,
+        plane: DataPlane | None = None,
         registry: CollectorRegistry | None = None,
         offer_names_waiting_max: int = OFFER_NAMES_WAITING_MAX,
     ) -> None:
         """`nodes`: HOST:PORT or dns:HOST:PORT. Raises ValueError for a malformed spec or URL."""
         self._nodes = NodeSet(nodes, links=links)
         self._index = RedisIndex(redis_url) if redis_url else None
-        self._puller = NamedPuller(pool, pulls_max=FETCHES_MAX)
+        self._puller = NamedPuller(pool, plane or DataPlane(), pulls_max=FETCHES_MAX)
         self._metrics = TierMetrics(registry or CollectorRegistry())
         self._offers: deque[_Offer] = deque()
         self._offers_changed = asyncio.Condition()
@@ -220,6 +222,7 @@ class KvTier:
             run.holder, names=names, blocks=blocks, timeout_ms=_ms_until(end_s)
         )
         self._metrics.frames_bad.inc(result.frames_bad)
+        self._metrics.bytes.labels(result.transport or "none").inc(result.bytes_moved)
         if result.error:
             log.warning("fetching KV blocks from %s: %s", run.holder.name, result.error)
         return result

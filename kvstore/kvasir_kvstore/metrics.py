@@ -33,6 +33,7 @@ NODE_COUNTERS = {
     "blocks_missed": "Blocks asked for and not held",
     "stale_refused": "Connections meant for an earlier life of this node",
     "layout_refused": "Connections of another KV layout",
+    "unauthenticated": "Data-plane connections without the key, or with another",
     "bad_requests": "Data-plane messages that were not intact",
     "connections_refused": "Data-plane connections over the limit",
 }
@@ -66,6 +67,12 @@ class NodeMetrics:
             "Event streams closed because their reader fell behind",
             registry=self.registry,
         )
+        self.transport_bytes = Counter(
+            "kvasir_kvnode_transport_bytes",
+            "KV bytes pulled from workers, by transport",
+            ["transport"],
+            registry=self.registry,
+        )
         self.pull_seconds = Histogram(
             "kvasir_kvnode_pull_seconds",
             "Time to pull one offer",
@@ -97,6 +104,12 @@ class TierMetrics:
         self.frames_bad = Counter(
             "kvasir_kvtier_frames_bad",
             "Frames whose checksum or form was wrong; their blocks were not used",
+            registry=registry,
+        )
+        self.bytes = Counter(
+            "kvasir_kvtier_fetched_bytes",
+            "KV bytes fetched from KV nodes, by transport",
+            ["transport"],
             registry=registry,
         )
         self.locate_seconds = Histogram(

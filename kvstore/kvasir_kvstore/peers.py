@@ -3,13 +3,25 @@
 Workers, KV nodes and routers share these: one syntax of addresses, one check of host and ports.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 DNS_PREFIX = "dns:"
+KEY_BYTES_MIN, KEY_BYTES_MAX = 32, 4096
+
+
+@dataclass(frozen=True, slots=True)
+class DataPlane:
+    """How KV goes to and from peers."""
+
+    socket_dir: str = ""
+    """Where peers of this node are found; "": they are reached by TCP like others."""
+    key: bytes = field(default=b"", repr=False)
+    """Encrypts KV on its way; empty: it is sent as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +99,46 @@ class PeerSettings(BaseModel):
     def peer_host(self) -> str:
         """Where peers reach this process."""
         return self.advertise_host or self.host
+
+
+class DataPeerSettings(PeerSettings):
+    """A process with KV memory: peers pull blocks from it, and it from them."""
+
+    kv_socket_dir: Path | None = None
+    """Folder that the processes of this node share: KV between them goes through shared memory."""
+
+    kv_key_file: Path | None = None
+    """Key that all workers and KV nodes share, 32 bytes or more: KV between them is encrypted, and
+    peers without it are refused; none: KV is sent as it is."""
+
+    @field_validator("kv_socket_dir")
+    @classmethod
+    def _check_kv_socket_dir(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            raise ValueError(f"{value} is not a folder")
+        return value
+
+    @field_validator("kv_key_file")
+    @classmethod
+    def _check_kv_key_file(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            _read_key(value)
+        return value
+
+    @cached_property
+    def data_plane(self) -> DataPlane:
+        """As the native data plane takes it; the key is read once."""
+        key = _read_key(self.kv_key_file) if self.kv_key_file else b""
+        return DataPlane(socket_dir=str(self.kv_socket_dir or ""), key=key)
+
+
+def _read_key(file: Path) -> bytes:
+    try:
+        key = file.read_bytes().rstrip(b"\r\n")
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from error
+    if not KEY_BYTES_MIN <= len(key) <= KEY_BYTES_MAX:
+        raise ValueError(
+            f"{file} has {len(key)} bytes; a key has from {KEY_BYTES_MIN} to {KEY_BYTES_MAX}"
+        )
+    return key

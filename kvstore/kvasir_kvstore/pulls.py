@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from kvasir_proto.v1 import common_pb2
 
 from kvasir_kvstore._native import BlockClient, BlockPool, PullResult
+from kvasir_kvstore.peers import DataPlane
 
 UID_BYTES = 16
 
@@ -26,8 +27,13 @@ def can_pull_from(source: common_pb2.PeerAddress) -> bool:
 class NamedPuller:
     """Pulls into one pool, at most `pulls_max` at a time; more wait."""
 
-    def __init__(self, pool: BlockPool, *, pulls_max: int) -> None:
-        self._client = BlockClient(pool, connections_per_peer_max=pulls_max)
+    def __init__(self, pool: BlockPool, plane: DataPlane, *, pulls_max: int) -> None:
+        self._client = BlockClient(
+            pool,
+            connections_per_peer_max=pulls_max,
+            socket_dir=plane.socket_dir,
+            key=plane.key,
+        )
         self._executor = ThreadPoolExecutor(pulls_max, thread_name_prefix="kv-pull")
         self._cancel_ids = itertools.count(1)
 

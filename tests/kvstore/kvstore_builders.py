@@ -20,10 +20,19 @@ EPOCH = 1_700_000_000_000
 
 
 def make_pool(
-    num_blocks: int = 8, *, num_layers: int = 3, layer_bytes: int = 256, digest: bytes = DIGEST
+    num_blocks: int = 8,
+    *,
+    num_layers: int = 3,
+    layer_bytes: int = 256,
+    digest: bytes = DIGEST,
+    shared: bool = False,
 ) -> BlockPool:
     return BlockPool(
-        num_blocks=num_blocks, num_layers=num_layers, layer_bytes=layer_bytes, layout_digest=digest
+        num_blocks=num_blocks,
+        num_layers=num_layers,
+        layer_bytes=layer_bytes,
+        layout_digest=digest,
+        shared=shared,
     )
 
 
@@ -108,12 +117,22 @@ class Pair:
 
 @contextlib.contextmanager
 def make_pair(
-    num_blocks: int = 8, *, num_layers: int = 3, layer_bytes: int = 256
+    num_blocks: int = 8,
+    *,
+    num_layers: int = 3,
+    layer_bytes: int = 256,
+    socket_dir: str = "",
+    key: bytes = b"",
 ) -> Iterator[Pair]:
-    source = make_pool(num_blocks, num_layers=num_layers, layer_bytes=layer_bytes)
+    """`socket_dir`: transfers go through shared memory. `key`: they are encrypted."""
+    source = make_pool(
+        num_blocks, num_layers=num_layers, layer_bytes=layer_bytes, shared=bool(socket_dir)
+    )
     target = make_pool(num_blocks, num_layers=num_layers, layer_bytes=layer_bytes)
-    server = BlockServer(source, host="127.0.0.1", port=0, uid=UID, epoch=EPOCH)
-    client = BlockClient(target)
+    server = BlockServer(
+        source, host="127.0.0.1", port=0, uid=UID, epoch=EPOCH, socket_dir=socket_dir, key=key
+    )
+    client = BlockClient(target, socket_dir=socket_dir, key=key)
     try:
         yield Pair(source, target, server, client)
     finally:

@@ -11,7 +11,9 @@ def test_every_path_is_measured_and_written(tmp_path: Path) -> None:
     target = tmp_path / "kv.json"
     rows = run_bench_kv(target, sizes_bytes=[65536], bytes_per_row=1, report=lines.append)
     written = json.loads(target.read_text())
-    assert {"memcpy", "raw-tcp", "grpc", "tcp"} <= {row["path"] for row in written}
+    assert {"memcpy", "raw-tcp", "grpc", "shm", "tcp", "tcp-encrypted"} <= {
+        row["path"] for row in written
+    }
     assert len(rows) == len(written)
     for path in ("memcpy", "nixl", "mooncake"):  # measured, or said to be absent
         assert any(line.startswith(path) for line in lines), path

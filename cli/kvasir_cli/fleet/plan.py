@@ -10,6 +10,8 @@ from pathlib import Path
 
 from kvasir_engine.formats import KvFormat
 
+from kvasir_cli.fleet.state import run_folder_for
+
 LOOPBACK = "127.0.0.1"
 TTFT_SLO_MS = 30_000
 """Above what the router assumes in a cluster: all parts share a few cores, and an answer that comes
@@ -113,12 +115,17 @@ def _redis(options: FleetOptions) -> list[str]:
     return ["--redis", options.redis] if options.redis else []
 
 
+def _socket_dir(options: FleetOptions) -> list[str]:
+    """All parts are on this machine: KV goes through shared memory."""
+    return ["--kv-socket-dir", str(run_folder_for(options.port))]
+
+
 def _kv_node(options: FleetOptions, index: int, ports: tuple[int, int, int]) -> PartPlan:
     name = f"kv-{index}"
     grpc_port, http_port, data_port = ports
     arguments = ["kvnode", "--name", name, "--memory-mb", str(options.kv_node_mb)]
     arguments += _listen(LOOPBACK, grpc_port, http_port)
-    arguments += ["--data-port", str(data_port), *_redis(options)]
+    arguments += ["--data-port", str(data_port), *_redis(options), *_socket_dir(options)]
     return PartPlan(
         name, "kvnode", LOOPBACK, http_port, grpc_port, data_port, tuple(arguments), stop_stage=2
     )
@@ -139,7 +146,7 @@ def _worker(
     arguments += ["--threads", str(options.num_threads), "--drain-timeout-ms", str(DRAIN_MS)]
     for address in kv_nodes:
         arguments += ["--kv-node", address]
-    arguments += _redis(options)
+    arguments += [*_redis(options), *_socket_dir(options)]
     return PartPlan(
         name, role, LOOPBACK, http_port, grpc_port, data_port, tuple(arguments), stop_stage=1
     )

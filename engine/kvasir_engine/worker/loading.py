@@ -59,7 +59,11 @@ async def serving(host: Host) -> AsyncIterator[Serving]:
         block_server = _new_block_server(host, pool)
         stack.callback(block_server.stop)
         puller = Puller(
-            pool, health=host.health, metrics=host.metrics, max_pulls=settings.max_running + 1
+            pool,
+            health=host.health,
+            metrics=host.metrics,
+            max_pulls=settings.max_running + 1,
+            plane=settings.data_plane,
         )
         stack.callback(puller.close)
         eos_token_ids = _eos_token_ids(settings, tokenizer)
@@ -198,6 +202,7 @@ def _new_pool(settings: WorkerSettings, layout: KvLayout) -> BlockPool:
         num_layers=layout.num_layers,
         layer_bytes=layout.layer_bytes,
         layout_digest=layout.digest,
+        shared=bool(settings.data_plane.socket_dir),
     )
 
 
@@ -210,6 +215,8 @@ def _new_block_server(host: Host, pool: BlockPool) -> BlockServer:
         uid=host.address.uid,
         epoch=host.address.epoch,
         connections_max=settings.max_requests,
+        socket_dir=settings.data_plane.socket_dir,
+        key=settings.data_plane.key,
     )
     host.address.data_port = server.port
     return server
@@ -235,6 +242,7 @@ async def _start_tier(host: Host, pool: BlockPool, stack: AsyncExitStack) -> KvT
         nodes=settings.kv_nodes,
         redis_url=settings.redis,
         links=host.links,
+        plane=settings.data_plane,
         registry=host.metrics.registry,
         offer_names_waiting_max=settings.offer_blocks_max,
     )

@@ -80,6 +80,9 @@ class WorkerMetrics:
             "KV bytes received over the data plane, by use: handoff, fetch, canary",
             "use",
         )
+        self.handoff_bytes = self._counter(
+            "handoff_bytes", "KV bytes handed off to this worker, by transport", "transport"
+        )
         self.transfers = self._counter(
             "kv_transfers", "KV transfers ended, by use and error (ok: none)", "use", "error"
         )

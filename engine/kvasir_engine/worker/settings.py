@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from kvasir_kvstore.peers import PeerSettings, parse_spec
+from kvasir_kvstore.peers import DataPeerSettings, parse_spec
 from pydantic import Field, field_validator, model_validator
 
 from kvasir_engine.formats import KvFormat
 
 
-class WorkerSettings(PeerSettings):
+class WorkerSettings(DataPeerSettings):
     """One worker."""
 
     model: Path

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from kvasir_kvstore._native import BlockClient, BlockPool
+from kvasir_kvstore._native import BlockClient, BlockPool, PullResult
+from kvasir_kvstore.peers import DataPlane
 from kvasir_proto.v1 import common_pb2
 
 from kvasir_engine.worker.metrics import WorkerMetrics
@@ -30,6 +31,7 @@ class Pulled:
     num_leading: int
     bytes_moved: int
     error: str
+    transport: str = ""
 
 
 class Pull:
@@ -80,9 +82,10 @@ class Puller:
         health: TransferHealth,
         metrics: WorkerMetrics,
         max_pulls: int,
+        plane: DataPlane,
     ) -> None:
         """`max_pulls`: more wait, behind pulls whose source may itself be waiting for its turn."""
-        self._client = BlockClient(pool)
+        self._client = BlockClient(pool, socket_dir=plane.socket_dir, key=plane.key)
         self._health = health
         self._metrics = metrics
         self._executor = ThreadPoolExecutor(max_pulls, thread_name_prefix="kv-pull")
@@ -112,7 +115,7 @@ class Puller:
                 timeout_ms=timeout_ms,
                 cancel_id=cancel_id,
             )
-            return _pulled(result.blocks_ok, result.bytes_moved, result.error)
+            return _pulled(result)
 
         return Pull(self._executor.submit(pull), lambda: self._client.cancel(cancel_id))
 
@@ -138,13 +141,14 @@ class Puller:
                 timeout_ms=timeout_ms,
                 cancel_id=cancel_id,
             )
-            return _pulled(result.blocks_ok, result.bytes_moved, result.error)
+            return _pulled(result)
 
         return Pull(self._executor.submit(pull), lambda: self._client.cancel(cancel_id))
 
     def ended(self, pulled: Pulled, *, source: common_pb2.PeerAddress) -> None:
         """Counts a hand-off's end; one of the path's failures also counts against its health."""
         self._metrics.kv_bytes.labels("handoff").inc(pulled.bytes_moved)
+        self._metrics.handoff_bytes.labels(pulled.transport or "none").inc(pulled.bytes_moved)
         self._metrics.transfers.labels("handoff", pulled.error or "ok").inc()
         if not pulled.error:
             self._health.crossed()
@@ -168,6 +172,7 @@ class Puller:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _pulled(blocks_ok: Sequence[bool], bytes_moved: int, error: str) -> Pulled:
-    num_leading = next((i for i, ok in enumerate(blocks_ok) if not ok), len(blocks_ok))
-    return Pulled(num_leading, bytes_moved, error)
+def _pulled(result: PullResult) -> Pulled:
+    ok = result.blocks_ok
+    num_leading = next((i for i, is_ok in enumerate(ok) if not is_ok), len(ok))
+    return Pulled(num_leading, result.bytes_moved, result.error, result.transport)

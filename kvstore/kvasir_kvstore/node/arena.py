@@ -65,12 +65,14 @@ class Arena:
                 f" into {settings.memory_mb} MiB with layers of at most {LAYER_BYTES_MAX} bytes",
                 param="layout",
             )
+        plane = settings.data_plane
         self.cache = BlockCache(num_slots)
         self.pool = BlockPool(
             num_blocks=num_slots,
             num_layers=layout.num_layers,
             layer_bytes=layout.block_bytes // layout.num_layers,
             layout_digest=layout.digest,
+            shared=bool(plane.socket_dir),
         )
         port_holder.close()
         self.server = BlockServer(
@@ -80,8 +82,10 @@ class Arena:
             uid=address.uid,
             epoch=address.epoch,
             connections_max=settings.connections_max,
+            socket_dir=plane.socket_dir,
+            key=plane.key,
         )
-        self._puller = NamedPuller(self.pool, pulls_max=settings.offers_running_max)
+        self._puller = NamedPuller(self.pool, plane, pulls_max=settings.offers_running_max)
 
     async def fill(
         self, source: common_pb2.PeerAddress, names: Sequence[bytes], *, timeout_ms: int

@@ -2,10 +2,10 @@
 
 from pydantic import Field, field_validator
 
-from kvasir_kvstore.peers import PeerSettings
+from kvasir_kvstore.peers import DataPeerSettings
 
 
-class KvNodeSettings(PeerSettings):
+class KvNodeSettings(DataPeerSettings):
     """One KV node."""
 
     memory_mb: int = Field(default=1024, ge=1)

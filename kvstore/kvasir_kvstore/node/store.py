@@ -234,6 +234,8 @@ class NodeStore:
         counts.blocks_unavailable += num_missing - len(filled.committed)
         counts.blocks_evicted += len(filled.evicted)
         if filled.result is not None:
+            transport = filled.result.transport or "none"
+            self.metrics.transport_bytes.labels(transport).inc(filled.result.bytes_moved)
             counts.bytes_pulled += filled.result.bytes_moved
             counts.frames_quarantined += filled.result.frames_bad
 
@@ -284,6 +286,7 @@ class NodeStore:
             "connections": stats["connections"],
             "stale_refused": stats["stale_refused"],
             "layout_refused": stats["layout_refused"],
+            "unauthenticated": stats["unauthenticated"],
             "bad_requests": stats["bad_requests"],
             "connections_refused": stats["connections_refused"],
         }

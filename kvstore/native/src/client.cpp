@@ -5,6 +5,8 @@
 #include <unordered_set>
 
 #include "crc32c.h"
+#include "handshake.h"
+#include "local_socket.h"
 
 namespace kvasir {
 namespace {
@@ -12,8 +14,34 @@ namespace {
 constexpr int64_t kConnectMs = 3'000;  // a peer that does not answer so long is unreachable
 constexpr int64_t kHelloMs = 5'000;
 constexpr int64_t kIdleMs = 30'000;  // below the server's limit, so that it rarely closes first
+constexpr auto kWatchEvery = std::chrono::seconds(1);
 constexpr size_t kIdlePeersMax = 256;
 constexpr size_t kCancelledEarlyMax = 1024;
+
+// Fills in what all requests of the pull have in common; names go with the types that take them.
+Code send_request(const Pull& pull, const Stream& stream, Request request, Deadline deadline,
+                  const Signal* ended) {
+  const bool has_names = request.type == RequestType::kNamed || request.type == RequestType::kUsed;
+  const size_t body_bytes = has_names ? pull.names.size() * sizeof(Name) : 0;
+  request.session_id = pull.session_id;
+  request.count = static_cast<uint32_t>(pull.blocks.size());
+  request.timeout_ms = static_cast<uint32_t>(deadline.left_ms());
+  request.body_crc = crc32c(pull.names.data(), body_bytes);
+  seal(request);
+  std::vector<Name> names(has_names ? pull.names : std::vector<Name>());
+  auto* body = reinterpret_cast<uint8_t*>(names.data());
+  Tag tag;
+  SecureChannel* const secure = stream.secure();
+  if (secure != nullptr && !secure->sending.run(as_bytes(request), body, body, body_bytes, tag)) {
+    return Code::kRefused;
+  }
+  iovec parts[3] = {
+      {.iov_base = &request, .iov_len = sizeof request},
+      {.iov_base = body, .iov_len = body_bytes},
+      {.iov_base = &tag, .iov_len = secure != nullptr ? sizeof tag : 0},
+  };
+  return stream.send_all(parts, 3, deadline, ended);
+}
 
 }  // namespace
 
@@ -47,6 +75,12 @@ class BlockClient::Registration {
   Signal ended_;
 };
 
+BlockClient::BlockClient(BlockPool& pool, Options options)
+    : pool_(pool), options_(std::move(options)) {
+  if (!options_.secret.empty()) require_crypto();
+  if (!options_.socket_dir.empty()) watcher_ = std::thread([this] { watch_peers(); });
+}
+
 void BlockClient::cancel(uint64_t cancel_id) {
   if (cancel_id == 0) return;
   const std::lock_guard lock(mutex_);
@@ -62,12 +96,17 @@ void BlockClient::cancel(uint64_t cancel_id) {
 
 void BlockClient::close() {
   std::map<Peer, PeerState> dropped;
-  std::unique_lock lock(mutex_);
-  closed_ = true;
-  for (const auto& [id, ended] : running_) ended->raise();
-  changed_.notify_all();
-  changed_.wait(lock, [this] { return running_.empty(); });  // each ends within 50 ms
-  dropped.swap(peers_);
+  std::thread watcher;
+  {
+    std::unique_lock lock(mutex_);
+    closed_ = true;
+    for (const auto& [id, ended] : running_) ended->raise();
+    changed_.notify_all();
+    changed_.wait(lock, [this] { return running_.empty(); });  // each ends within 50 ms
+    dropped.swap(peers_);
+    watcher.swap(watcher_);
+  }
+  if (watcher.joinable()) watcher.join();
 }
 
 void BlockClient::claim_blocks(const std::vector<uint32_t>& blocks) {
@@ -97,64 +136,109 @@ PullResult BlockClient::pull(const Pull& pull) {
 Code BlockClient::attempt(const Pull& pull, Receiver& receiver, Deadline deadline,
                           const Signal* ended) {
   for (;;) {
-    Stream stream = take_idle(pull.peer);
-    const bool kept = static_cast<bool>(stream);
+    Link link = take_idle(pull.peer);
+    const bool kept = static_cast<bool>(link.stream);
     if (!kept) {
-      const Code code = connect(pull.peer, deadline, ended, stream);
+      const Code code = connect(pull.peer, deadline, ended, link);
       if (code != Code::kOk) return code;
     }
-    const Code code = run(pull, stream, receiver, deadline, ended);
+    receiver.read_from(link.view.get(), link.transport());
+    const bool in_place = link.view != nullptr && !pull.is_session();
+    const Code code = in_place ? read_shared(pull, link, receiver, deadline, ended)
+                               : run(pull, link, receiver, deadline, ended);
     if (code == Code::kUnreachable && kept && !receiver.has_received()) continue;
-    if (code == Code::kOk) keep(pull.peer, std::move(stream));
+    if (code == Code::kOk) keep(pull.peer, std::move(link));
     return code;
   }
 }
 
-Code BlockClient::run(const Pull& pull, const Stream& stream, Receiver& receiver, Deadline deadline,
+// Most blocks are found and checked without a word to their owner.
+Code BlockClient::read_shared(const Pull& pull, const Link& link, Receiver& receiver,
+                              Deadline deadline, const Signal* ended) {
+  Code code = Code::kOk;
+  if (receiver.copy_listed(deadline, ended) > 0) code = run(pull, link, receiver, deadline, ended);
+  if (ended->is_raised()) return Code::kCancelled;
+  if (deadline.is_past()) return Code::kTimeout;
+  if (code != Code::kOk) return code;
+  Request used{};
+  used.type = RequestType::kUsed;
+  return send_request(pull, link.stream, used, deadline, ended);
+}
+
+Code BlockClient::run(const Pull& pull, const Link& link, Receiver& receiver, Deadline deadline,
                       const Signal* ended) {
+  const RequestType type = pull.is_session() ? RequestType::kSession : RequestType::kNamed;
   Request request{};
-  request.type = pull.is_session() ? RequestType::kSession : RequestType::kNamed;
+  request.type = type;
   request.request_id = next_request_id_++;
-  request.session_id = pull.session_id;
-  request.count = static_cast<uint32_t>(pull.blocks.size());
-  request.timeout_ms = static_cast<uint32_t>(deadline.left_ms());
-  const size_t body_bytes = pull.names.size() * sizeof(Name);
-  request.body_crc = crc32c(pull.names.data(), body_bytes);
-  seal(request);
-  iovec parts[2] = {
-      {.iov_base = &request, .iov_len = sizeof request},
-      {.iov_base = const_cast<Name*>(pull.names.data()), .iov_len = body_bytes},
-  };
-  Code code = stream.send_all(parts, 2, deadline, ended);
-  if (code == Code::kOk) code = receiver.run(stream, request.request_id, deadline, ended);
+  Code code = send_request(pull, link.stream, request, deadline, ended);
+  if (code == Code::kOk) code = receiver.run(link.stream, request.request_id, deadline, ended);
   if (code != Code::kOk || !pull.is_session()) return code;
   if (!receiver.all_whole()) return Code::kAborted;  // the source ended with fewer blocks, or bad
   request.type = RequestType::kAcknowledge;
-  seal(request);
-  stream.send_all(&request, sizeof request, deadline, ended);  // all is here: a loss is harmless
+  send_request(pull, link.stream, request, deadline, ended);  // all is here: a loss is harmless
   return Code::kOk;
 }
 
-Code BlockClient::connect(const Peer& peer, Deadline deadline, const Signal* ended,
-                          Stream& stream) const {
-  Code code = Stream::connect(peer.host, peer.port, deadline.at_most(kConnectMs), ended, stream);
-  if (code != Code::kOk) return code;
-  Hello hello{};
+// A peer of this node is read from its memory, where it offers that; others by TCP.
+Code BlockClient::connect(const Peer& peer, Deadline deadline, const Signal* ended, Link& link) {
+  const bool is_local = !options_.socket_dir.empty() &&
+                        connect_local(options_.socket_dir, peer.life.uid, link.stream);
+  Code code = Code::kOk;
+  if (!is_local) {
+    const Deadline soon = deadline.at_most(kConnectMs);
+    code = Stream::connect(peer.host, peer.port, soon, ended, link.stream);
+  }
+  const Deadline soon = deadline.at_most(kHelloMs);
+  if (code == Code::kOk) code = greet(peer, link.stream, soon, ended);
+  if (code == Code::kOk && is_local) code = map_memory(peer, soon, ended, link);
+  return code;
+}
+
+Code BlockClient::greet(const Peer& peer, Stream& stream, Deadline deadline,
+                        const Signal* ended) const {
+  Greeting greeting{};
+  Hello& hello = greeting.hello;
+  hello.is_secured = !options_.secret.empty();
   hello.layout_digest = pool_.shape().layout_digest;
   hello.uid = peer.life.uid;
   hello.epoch = peer.life.epoch;
   hello.num_layers = pool_.shape().num_layers;
   hello.layer_bytes = pool_.shape().layer_bytes;
   seal(hello);
-  const Deadline soon = deadline.at_most(kHelloMs);
-  HelloReply reply;
-  code = stream.send_all(&hello, sizeof hello, soon, ended);
-  if (code == Code::kOk) code = stream.recv_all(&reply, sizeof reply, soon, ended);
+  if (hello.is_secured) greeting.client_nonce = random_key();
+  Key& nonce = greeting.client_nonce;
+  HelloReply& reply = greeting.reply;
+  iovec parts[2] = {{.iov_base = &hello, .iov_len = sizeof hello},
+                    {.iov_base = &nonce, .iov_len = hello.is_secured ? sizeof nonce : 0}};
+  Code code = stream.send_all(parts, 2, deadline, ended);
+  if (code == Code::kOk) code = stream.recv_all(&reply, sizeof reply, deadline, ended);
   if (code != Code::kOk) return code;
   if (!is_intact(reply)) return Code::kRefused;
   if (reply.code != Code::kOk) return reply.code;
   const bool is_same_life = reply.uid == peer.life.uid && reply.epoch == peer.life.epoch;
-  return is_same_life ? Code::kOk : Code::kStalePeer;
+  if (!is_same_life) return Code::kStalePeer;
+  if (!hello.is_secured) return Code::kOk;
+  return prove_as_client(stream, options_.secret, greeting, deadline, ended);
+}
+
+Code BlockClient::map_memory(const Peer& peer, Deadline deadline, const Signal* ended, Link& link) {
+  SharedMemory memory;
+  const Code code = recv_shared_memory(link.stream, memory, deadline, ended);
+  if (code != Code::kOk) return code;
+  const std::lock_guard lock(mutex_);
+  PeerState& state = peers_[peer];
+  link.view = state.view.lock();
+  if (link.view) return Code::kOk;
+  PoolShape shape = pool_.shape();
+  shape.num_blocks = memory.num_blocks;
+  try {
+    link.view = std::make_shared<const SharedView>(memory.fd.get(), shape);
+  } catch (const std::runtime_error&) {
+    return Code::kRefused;
+  }
+  state.view = link.view;
+  return Code::kOk;
 }
 
 // Named pulls wait for one of the peer's connections. Sessions do not: one that waits for its turn
@@ -166,7 +250,7 @@ Code BlockClient::enter(const Pull& pull, Deadline deadline, const Signal* ended
     if (deadline.is_past()) return Code::kTimeout;
     if (pull.is_session()) return Code::kOk;
     PeerState& state = peers_[pull.peer];
-    if (state.num_named < connections_per_peer_max_) {
+    if (state.num_named < options_.connections_per_peer_max) {
       ++state.num_named;
       return Code::kOk;
     }
@@ -181,34 +265,52 @@ void BlockClient::leave(const Pull& pull) {
   changed_.notify_all();
 }
 
-Stream BlockClient::take_idle(const Peer& peer) {
+BlockClient::Link BlockClient::take_idle(const Peer& peer) {
   const std::lock_guard lock(mutex_);
   const auto it = peers_.find(peer);
-  if (it == peers_.end()) return Stream();
+  if (it == peers_.end()) return {};
   const int64_t oldest_ms = monotonic_ms() - kIdleMs;
   while (!it->second.idle.empty()) {
     Idle idle = std::move(it->second.idle.back());
     it->second.idle.pop_back();
-    if (idle.since_ms >= oldest_ms && !idle.stream.is_disturbed()) return std::move(idle.stream);
+    if (idle.since_ms >= oldest_ms && !idle.link.stream.is_disturbed()) return std::move(idle.link);
   }
-  return Stream();
+  return {};
 }
 
-// Keeps the connection for the next pull, and drops those that nobody has used for long.
-void BlockClient::keep(const Peer& peer, Stream stream) {
+// Keeps the connection for the next pull.
+void BlockClient::keep(const Peer& peer, Link link) {
   const std::lock_guard lock(mutex_);
-  const int64_t now_ms = monotonic_ms();
-  if (closed_) return;
+  const bool is_worn = link.stream.secure() != nullptr && link.stream.secure()->is_worn();
+  if (closed_ || is_worn) return;
+  drop_unused();
+  if (peers_.size() >= kIdlePeersMax && !peers_.contains(peer)) return;
+  PeerState& state = peers_[peer];
+  if (state.idle.size() >= options_.connections_per_peer_max) return;
+  state.idle.push_back({.link = std::move(link), .since_ms = monotonic_ms()});
+}
+
+// Connections that nobody has used for long, or whose peer has gone. The mutex is held.
+void BlockClient::drop_unused() {
+  const int64_t oldest_ms = monotonic_ms() - kIdleMs;
   for (auto it = peers_.begin(); it != peers_.end();) {
     PeerState& state = it->second;
-    std::erase_if(state.idle, [&](const Idle& idle) { return idle.since_ms < now_ms - kIdleMs; });
+    std::erase_if(state.idle, [&](const Idle& idle) {
+      return idle.since_ms < oldest_ms || idle.link.stream.is_disturbed();
+    });
     const bool is_unused = state.idle.empty() && state.num_named == 0;
     it = is_unused ? peers_.erase(it) : std::next(it);
   }
-  if (peers_.size() >= kIdlePeersMax && !peers_.contains(peer)) return;
-  PeerState& state = peers_[peer];
-  if (state.idle.size() >= connections_per_peer_max_) return;
-  state.idle.push_back({.stream = std::move(stream), .since_ms = now_ms});
+}
+
+// Mapped memory stays with the system for as long as it is mapped: a peer that has gone must not
+// keep its own until the next pull.
+void BlockClient::watch_peers() {
+  std::unique_lock lock(mutex_);
+  while (!closed_) {
+    drop_unused();
+    changed_.wait_for(lock, kWatchEvery, [this] { return closed_; });
+  }
 }
 
 }  // namespace kvasir

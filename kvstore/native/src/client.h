@@ -12,12 +12,14 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <unordered_map>
 #include <vector>
 
 #include "pool.h"
 #include "receiver.h"
+#include "shared_view.h"
 #include "stream.h"
 #include "wire.h"
 
@@ -45,8 +47,14 @@ struct Pull {
 
 class BlockClient {
  public:
-  BlockClient(BlockPool& pool, uint32_t connections_per_peer_max)
-      : pool_(pool), connections_per_peer_max_(connections_per_peer_max) {}
+  struct Options {
+    uint32_t connections_per_peer_max;
+    std::string socket_dir;  // where peers of this node are looked for; "": all by TCP
+    std::string secret;      // that all peers hold; "": connections are not encrypted
+  };
+
+  // Throws std::runtime_error if it cannot encrypt.
+  BlockClient(BlockPool& pool, Options options);
   ~BlockClient() { close(); }
   BlockClient(const BlockClient&) = delete;
   BlockClient& operator=(const BlockClient&) = delete;
@@ -58,28 +66,45 @@ class BlockClient {
   void close();
 
  private:
-  struct Idle {
+  // A connection, greeted. `view`: of the peer's memory, if it is of this node.
+  struct Link {
     Stream stream;
+    std::shared_ptr<const SharedView> view;
+
+    Transport transport() const {
+      if (view) return Transport::kShared;
+      return stream.secure() != nullptr ? Transport::kEncrypted : Transport::kTcp;
+    }
+  };
+  struct Idle {
+    Link link;
     int64_t since_ms;
   };
   struct PeerState {
     std::vector<Idle> idle;
-    uint32_t num_named = 0;  // named pulls that hold one of the peer's connections
+    std::weak_ptr<const SharedView> view;  // one for all connections
+    uint32_t num_named = 0;                // named pulls that hold one of the peer's connections
   };
   class Registration;
 
   void claim_blocks(const std::vector<uint32_t>& blocks);
   Code attempt(const Pull& pull, Receiver& receiver, Deadline deadline, const Signal* ended);
-  Code run(const Pull& pull, const Stream& stream, Receiver& receiver, Deadline deadline,
+  Code run(const Pull& pull, const Link& link, Receiver& receiver, Deadline deadline,
            const Signal* ended);
-  Code connect(const Peer& peer, Deadline deadline, const Signal* ended, Stream& stream) const;
+  Code read_shared(const Pull& pull, const Link& link, Receiver& receiver, Deadline deadline,
+                   const Signal* ended);
+  Code connect(const Peer& peer, Deadline deadline, const Signal* ended, Link& link);
+  Code greet(const Peer& peer, Stream& stream, Deadline deadline, const Signal* ended) const;
+  Code map_memory(const Peer& peer, Deadline deadline, const Signal* ended, Link& link);
   Code enter(const Pull& pull, Deadline deadline, const Signal* ended);
   void leave(const Pull& pull);
-  Stream take_idle(const Peer& peer);
-  void keep(const Peer& peer, Stream stream);
+  Link take_idle(const Peer& peer);
+  void keep(const Peer& peer, Link link);
+  void drop_unused();
+  void watch_peers();
 
   BlockPool& pool_;
-  const uint32_t connections_per_peer_max_;
+  const Options options_;
   std::atomic<uint64_t> next_request_id_ = 1;
   std::mutex mutex_;
   std::condition_variable changed_;
@@ -89,6 +114,7 @@ class BlockClient {
   std::unordered_map<uint64_t, uint64_t> cancellable_;  // cancel id -> pull
   std::deque<uint64_t> cancelled_early_;                // before their pull began
   bool closed_ = false;
+  std::thread watcher_;  // lets go of the memory of peers that have gone
 };
 
 }  // namespace kvasir

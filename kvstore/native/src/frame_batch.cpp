@@ -15,22 +15,63 @@ FrameBatch::~FrameBatch() {
   for (const Name& name : pins_) pool_.unpin(name);
 }
 
-Code FrameBatch::add(Frame frame, const uint8_t* payload, size_t size) {
+Code FrameBatch::add(Frame frame, const uint8_t* payload) {
   if (code_ != Code::kOk) return code_;
-  if (num_frames_ == kFrames || (bytes_ > 0 && bytes_ + size > kBatchBytes)) {
+  if (num_frames_ == kFrames || (bytes_ > 0 && bytes_ + frame.payload_bytes > kBatchBytes)) {
     if (flush() != Code::kOk) return code_;
   }
   frame.request_id = request_id_;
-  frame.payload_bytes = size;
-  frame.payload_crc = crc32c(payload, size);
   seal(frame);
-  Frame& header = frames_[num_frames_++] = frame;
-  parts_[num_parts_++] = {.iov_base = &header, .iov_len = sizeof header};
-  if (size > 0) {
-    parts_[num_parts_++] = {.iov_base = const_cast<uint8_t*>(payload), .iov_len = size};
+  const Frame& header = frames_[num_frames_++] = frame;
+  add_part(&header, sizeof header);
+  if (stream_.secure() != nullptr) {
+    if (add_sealed(header, payload) != Code::kOk) return code_;
+  } else if (payload != nullptr) {
+    add_part(payload, header.payload_bytes);
   }
-  bytes_ += size;
+  bytes_ += frame.payload_bytes;
   return code_;
+}
+
+void FrameBatch::add_part(const void* data, size_t size) {
+  parts_[num_parts_++] = {.iov_base = const_cast<void*>(data), .iov_len = size};
+}
+
+Code FrameBatch::add_sealed(const Frame& header, const uint8_t* payload) {
+  Tag& tag = tags_[num_frames_ - 1];
+  uint8_t* target = nullptr;
+  const size_t size = payload != nullptr ? header.payload_bytes : 0;
+  if (size > 0) {
+    if (bytes_ == 0) sealed_.resize(std::max(kBatchBytes, size));  // the batch takes no more
+    target = sealed_.data() + bytes_;
+    add_part(target, size);
+  }
+  if (!stream_.secure()->sending.run(as_bytes(header), payload, target, size, tag)) {
+    code_ = Code::kRefused;
+  }
+  add_part(&tag, sizeof tag);
+  return code_;
+}
+
+Code FrameBatch::add_payload(Frame frame, const uint8_t* payload) {
+  frame.kind = FrameKind::kData;
+  frame.codec = codec_;
+  const bool has_tag = stream_.secure() != nullptr && codec_ == Codec::kRaw;
+  frame.payload_crc = has_tag ? 0 : crc32c(payload, frame.payload_bytes);
+  return add(frame, codec_ == Codec::kShared ? nullptr : payload);
+}
+
+Code FrameBatch::add_block(uint32_t ordinal, uint32_t block, const Name& name, uint32_t checksum) {
+  Frame frame{};
+  frame.kind = FrameKind::kData;
+  frame.codec = Codec::kShared;
+  frame.ordinal = ordinal;
+  frame.source_block = block;
+  frame.layer_count = static_cast<uint16_t>(pool_.shape().num_layers);
+  frame.name = name;
+  frame.payload_bytes = pool_.shape().block_bytes();
+  frame.payload_crc = checksum;
+  return add(frame, nullptr);
 }
 
 Code FrameBatch::add_layers(const Slice& slice, const Name& name) {
@@ -38,13 +79,13 @@ Code FrameBatch::add_layers(const Slice& slice, const Name& name) {
   const auto step = std::max<uint32_t>(1, kFramePayloadBytes / layer_bytes);
   for (uint32_t first = slice.layer_first; first < slice.layer_end; first += step) {
     Frame frame{};
-    frame.kind = FrameKind::kData;
     frame.ordinal = slice.ordinal;
-    frame.layer_first = first;
-    frame.layer_count = std::min(step, slice.layer_end - first);
+    frame.source_block = slice.block;
+    frame.layer_first = static_cast<uint16_t>(first);
+    frame.layer_count = static_cast<uint16_t>(std::min(step, slice.layer_end - first));
     frame.name = name;
-    const size_t size = size_t{frame.layer_count} * layer_bytes;
-    if (add(frame, pool_.layer(slice.block, first), size) != Code::kOk) break;
+    frame.payload_bytes = uint64_t{frame.layer_count} * layer_bytes;
+    if (add_payload(frame, pool_.layer(slice.block, first)) != Code::kOk) break;
   }
   return code_;
 }
@@ -54,7 +95,7 @@ Code FrameBatch::add_miss(uint32_t ordinal, const Name& name) {
   frame.kind = FrameKind::kMiss;
   frame.ordinal = ordinal;
   frame.name = name;
-  return add(frame, nullptr, 0);
+  return add(frame, nullptr);
 }
 
 Code FrameBatch::add_end(Code reason, uint32_t count) {
@@ -62,7 +103,7 @@ Code FrameBatch::add_end(Code reason, uint32_t count) {
   frame.kind = FrameKind::kEnd;
   frame.ordinal = count;
   frame.code = reason;
-  add(frame, nullptr, 0);
+  add(frame, nullptr);
   return flush();
 }
 

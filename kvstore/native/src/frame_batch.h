@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "crypto.h"
 #include "pool.h"
 #include "stream.h"
 #include "wire.h"
@@ -13,8 +14,10 @@ namespace kvasir {
 
 class FrameBatch {
  public:
-  FrameBatch(BlockPool& pool, const Stream& stream, const Signal& stopped, uint64_t request_id)
-      : pool_(pool), stream_(stream), stopped_(stopped), request_id_(request_id) {}
+  // Codec kShared: the peer reads the payloads from the pool itself.
+  FrameBatch(BlockPool& pool, const Stream& stream, const Signal& stopped, uint64_t request_id,
+             Codec codec)
+      : pool_(pool), stream_(stream), stopped_(stopped), request_id_(request_id), codec_(codec) {}
   ~FrameBatch();
   FrameBatch(const FrameBatch&) = delete;
   FrameBatch& operator=(const FrameBatch&) = delete;
@@ -28,6 +31,8 @@ class FrameBatch {
 
   // Each sends what is full; the code is sticky.
   Code add_layers(const Slice& slice, const Name& name);
+  // A whole block whose checksum is known (kShared).
+  Code add_block(uint32_t ordinal, uint32_t block, const Name& name, uint32_t checksum);
   Code add_miss(uint32_t ordinal, const Name& name);
   Code add_end(Code reason, uint32_t count);
   Code flush();
@@ -41,14 +46,23 @@ class FrameBatch {
   static constexpr size_t kFrames = 64;
   static constexpr size_t kBatchBytes = 2 * kFramePayloadBytes;
 
-  Code add(Frame frame, const uint8_t* payload, size_t size);
+  void add_part(const void* data, size_t size);
+  // Encrypts the frame's payload, if it carries one, and adds what is sent after the header.
+  Code add_sealed(const Frame& header, const uint8_t* payload);
+
+  Code add_payload(Frame frame, const uint8_t* payload);
+  // Seals the frame; makes room for it before if need be.
+  Code add(Frame frame, const uint8_t* payload);
 
   BlockPool& pool_;
   const Stream& stream_;
   const Signal& stopped_;
   const uint64_t request_id_;
+  const Codec codec_;
   std::array<Frame, kFrames> frames_;
-  std::array<iovec, 2 * kFrames> parts_;
+  std::array<Tag, kFrames> tags_;
+  std::array<iovec, 3 * kFrames> parts_;
+  std::vector<uint8_t> sealed_;  // payloads, encrypted
   size_t num_frames_ = 0;
   size_t num_parts_ = 0;
   size_t bytes_ = 0;

@@ -11,6 +11,7 @@
 #include "block_names.h"
 #include "client.h"
 #include "crc32c.h"
+#include "crypto.h"
 #include "pool.h"
 #include "server.h"
 
@@ -30,8 +31,15 @@ Name to_name(const nb::bytes& value, const char* what) {
   return name;
 }
 
+std::string to_secret(const nb::bytes& key) {
+  if (key.size() > 0 && key.size() < kSecretBytesMin) {
+    throw std::invalid_argument("key must have at least 32 bytes");
+  }
+  return std::string(key.c_str(), key.size());
+}
+
 void construct_pool(BlockPool* self, int64_t num_blocks, int64_t num_layers, int64_t layer_bytes,
-                    const nb::bytes& layout_digest) {
+                    const nb::bytes& layout_digest, bool is_shared) {
   const auto check = [](int64_t value, int64_t max, const char* what) {
     if (value < 1 || value > max) {
       throw std::invalid_argument(std::string(what) + " must be from 1 to " + std::to_string(max) +
@@ -39,10 +47,11 @@ void construct_pool(BlockPool* self, int64_t num_blocks, int64_t num_layers, int
     }
     return static_cast<uint32_t>(value);
   };
-  new (self) BlockPool({.num_blocks = check(num_blocks, INT32_MAX, "num_blocks"),
+  const PoolShape shape{.num_blocks = check(num_blocks, INT32_MAX, "num_blocks"),
                         .num_layers = check(num_layers, 4096, "num_layers"),
                         .layer_bytes = check(layer_bytes, 1 << 28, "layer_bytes"),
-                        .layout_digest = to_name(layout_digest, "layout_digest")});
+                        .layout_digest = to_name(layout_digest, "layout_digest")};
+  new (self) BlockPool(shape, is_shared);
 }
 
 using Bytes2d = nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>>;
@@ -75,7 +84,7 @@ nb::bytes pool_digest(const BlockPool& pool) {
 void bind_pool(nb::module_& m) {
   nb::class_<BlockPool>(m, "BlockPool")
       .def("__init__", &construct_pool, nb::kw_only(), "num_blocks"_a, "num_layers"_a,
-           "layer_bytes"_a, "layout_digest"_a)
+           "layer_bytes"_a, "layout_digest"_a, "shared"_a = false)
       .def_prop_ro("data", &pool_data)
       .def_prop_ro("ready", &pool_ready)
       .def_prop_ro("progress", &pool_progress)
@@ -110,12 +119,19 @@ void bind_pool(nb::module_& m) {
 }
 
 void construct_server(BlockServer* self, BlockPool& pool, const std::string& host, uint16_t port,
-                      const nb::bytes& uid, uint64_t epoch, uint32_t connections_max) {
+                      const nb::bytes& uid, uint64_t epoch, uint32_t connections_max,
+                      const std::string& socket_dir, const nb::bytes& key) {
   const ServerOptions options{.host = host,
                               .port = port,
                               .self = {.uid = to_name(uid, "uid"), .epoch = epoch},
-                              .connections_max = connections_max};
+                              .connections_max = connections_max,
+                              .secret = to_secret(key),
+                              .socket_dir = socket_dir};
   if (connections_max < 1) throw std::invalid_argument("connections_max must be at least 1");
+  if (!socket_dir.empty() && !pool.is_shared()) {
+    throw std::invalid_argument("socket_dir: the pool's memory is not shared");
+  }
+  if (!options.secret.empty()) require_crypto();
   try {
     new (self) BlockServer(pool, options);
   } catch (const std::system_error& error) {
@@ -131,6 +147,7 @@ nb::dict server_stats(const BlockServer& server) {
   stats["connections_refused"] = counters.connections_refused.load();
   stats["stale_refused"] = counters.stale_refused.load();
   stats["layout_refused"] = counters.layout_refused.load();
+  stats["unauthenticated"] = counters.unauthenticated.load();
   stats["bad_requests"] = counters.bad_requests.load();
   stats["blocks_sent"] = counters.blocks_sent.load();
   stats["blocks_missed"] = counters.blocks_missed.load();
@@ -142,7 +159,8 @@ nb::dict server_stats(const BlockServer& server) {
 void bind_server(nb::module_& m) {
   nb::class_<BlockServer>(m, "BlockServer")
       .def("__init__", &construct_server, "pool"_a, nb::kw_only(), "host"_a, "port"_a, "uid"_a,
-           "epoch"_a, "connections_max"_a = 256, nb::keep_alive<1, 2>())
+           "epoch"_a, "connections_max"_a = 256, "socket_dir"_a = "", "key"_a = nb::bytes("", 0),
+           nb::keep_alive<1, 2>())
       .def_prop_ro("port", &BlockServer::port)
       .def("stop", &BlockServer::stop, nb::call_guard<nb::gil_scoped_release>())
       .def("stats", &server_stats);
@@ -190,14 +208,21 @@ void bind_client(nb::module_& m) {
       .def_ro("blocks_ok", &PullResult::blocks_ok)
       .def_ro("bytes_moved", &PullResult::bytes_moved)
       .def_prop_ro("error", [](const PullResult& result) { return code_name(result.error); })
-      .def_ro("frames_bad", &PullResult::frames_bad);
+      .def_ro("frames_bad", &PullResult::frames_bad)
+      .def_prop_ro("transport",
+                   [](const PullResult& result) { return transport_name(result.transport); });
   nb::class_<BlockClient>(m, "BlockClient")
       .def(
           "__init__",
-          [](BlockClient* self, BlockPool& pool, uint32_t connections_per_peer_max) {
-            new (self) BlockClient(pool, std::max<uint32_t>(1, connections_per_peer_max));
+          [](BlockClient* self, BlockPool& pool, uint32_t connections_per_peer_max,
+             const std::string& socket_dir, const nb::bytes& key) {
+            new (self) BlockClient(
+                pool, {.connections_per_peer_max = std::max<uint32_t>(1, connections_per_peer_max),
+                       .socket_dir = socket_dir,
+                       .secret = to_secret(key)});
           },
-          "pool"_a, nb::kw_only(), "connections_per_peer_max"_a = 4, nb::keep_alive<1, 2>())
+          "pool"_a, nb::kw_only(), "connections_per_peer_max"_a = 4, "socket_dir"_a = "",
+          "key"_a = nb::bytes("", 0), nb::keep_alive<1, 2>())
       .def("pull_session", &pull_session, nb::kw_only(), "host"_a, "port"_a, "uid"_a, "epoch"_a,
            "session_id"_a, "blocks"_a, "timeout_ms"_a, "cancel_id"_a = 0)
       .def("pull_named", &pull_named, nb::kw_only(), "host"_a, "port"_a, "uid"_a, "epoch"_a,
@@ -217,6 +242,14 @@ void bind_checksums(nb::module_& m) {
   };
   bind("crc32c", crc32c);
   bind("crc32c_reference", crc32c_reference);
+  m.def(
+      "crc32c_copy",
+      [](const nb::bytes& data) {
+        std::string copy(data.size(), '\0');
+        const uint32_t checksum = crc32c_copy(copy.data(), data.data(), data.size());
+        return nb::make_tuple(checksum, nb::bytes(copy.data(), copy.size()));
+      },
+      "data"_a);
 }
 
 nb::list chain_names(const nb::bytes& parent, const nb::bytes& data, int64_t block_bytes) {

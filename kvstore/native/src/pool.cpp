@@ -1,10 +1,7 @@
 #include "pool.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <stdexcept>
 #include <string>
 
@@ -14,6 +11,7 @@ namespace kvasir {
 namespace {
 
 constexpr size_t kLine = 128;  // two cache lines: the prefetcher takes them in pairs
+constexpr size_t kHugePage = 2 << 20;
 constexpr size_t kClosedMax = 1024;
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
@@ -24,23 +22,18 @@ size_t words_bytes(const PoolShape& shape) {
 
 }  // namespace
 
-Mapping::Mapping(size_t bytes, bool huge) : bytes_(std::max<size_t>(bytes, 1)) {
-  void* data = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (data == MAP_FAILED) {
-    throw std::runtime_error("cannot map " + std::to_string(bytes) +
-                             " bytes of KV memory: " + std::strerror(errno));
-  }
-  data_ = static_cast<uint8_t*>(data);
-  if (huge) madvise(data_, bytes_, MADV_HUGEPAGE);  // advice: the pool works without
+size_t PoolShape::shared_data_offset() const {
+  return round_up(Directory::bytes(num_blocks), kHugePage);
 }
 
-Mapping::~Mapping() { munmap(data_, bytes_); }
-
-BlockPool::BlockPool(const PoolShape& shape)
+BlockPool::BlockPool(const PoolShape& shape, bool is_shared)
     : shape_(shape),
-      data_(shape.num_blocks * shape.block_bytes(), true),
-      counters_(2 * words_bytes(shape) + kLine, false) {}
+      memory_(is_shared ? Mapping::make_shared(shape.shared_bytes(), descriptor_)
+                        : Mapping::make_private(shape.data_bytes(), true)),
+      data_(memory_.data() + (is_shared ? shape.shared_data_offset() : 0)),
+      counters_(Mapping::make_private(2 * words_bytes(shape) + kLine, false)) {
+  if (is_shared) directory_.emplace(memory_.data(), shape.num_blocks);
+}
 
 uint32_t* BlockPool::progress() const {
   return reinterpret_cast<uint32_t*>(counters_.data() + 2 * words_bytes(shape_));
@@ -93,6 +86,7 @@ bool BlockPool::publish(const Name& name, uint32_t block) {
   }
   names_.emplace(name, Entry{.block = block, .pins = 0});
   published_.emplace(block, name);
+  if (directory_) directory_->add(name, block);
   return true;
 }
 
@@ -101,6 +95,7 @@ bool BlockPool::unpublish(const Name& name) {
   const auto it = names_.find(name);
   if (it == names_.end()) return true;
   if (it->second.pins > 0) return false;
+  if (directory_) directory_->remove(it->second.block);
   published_.erase(it->second.block);
   names_.erase(it);
   return true;
@@ -122,13 +117,25 @@ std::optional<uint32_t> BlockPool::pin(const Name& name) {
   const auto it = names_.find(name);
   if (it == names_.end()) return std::nullopt;
   ++it->second.pins;
-  std::atomic_ref<uint32_t>(uses()[it->second.block]).fetch_add(1, std::memory_order_relaxed);
   return it->second.block;
+}
+
+bool BlockPool::count_use(const Name& name) {
+  const std::lock_guard lock(mutex_);
+  const auto it = names_.find(name);
+  if (it == names_.end()) return false;
+  std::atomic_ref<uint32_t>(uses()[it->second.block]).fetch_add(1, std::memory_order_relaxed);
+  return true;
 }
 
 void BlockPool::unpin(const Name& name) {
   const std::lock_guard lock(mutex_);
   --names_.at(name).pins;
+}
+
+void BlockPool::share_checksum(uint32_t block, uint32_t checksum) {
+  const std::lock_guard lock(mutex_);
+  directory_->set_checksum(block, checksum);
 }
 
 BlockPool::Session& BlockPool::session(uint64_t id) {

@@ -7,42 +7,19 @@
 // call blocks, while it is held). `ready` and `progress` are atomics outside of it.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <deque>
 #include <mutex>
 #include <optional>
 #include <unordered_map>
 #include <vector>
 
+#include "directory.h"
+#include "mapping.h"
+#include "name.h"
+
 namespace kvasir {
-
-inline constexpr size_t kNameBytes = 16;
-using Name = std::array<uint8_t, kNameBytes>;  // also digests and uids
-
-struct NameHash {
-  size_t operator()(const Name& name) const {
-    size_t value;
-    std::memcpy(&value, name.data(), sizeof value);
-    return value;
-  }
-};
-
-// An anonymous private mapping, zeroed when first touched.
-class Mapping {
- public:
-  Mapping(size_t bytes, bool huge);
-  ~Mapping();
-  Mapping(const Mapping&) = delete;
-  Mapping& operator=(const Mapping&) = delete;
-  uint8_t* data() const { return data_; }
-
- private:
-  uint8_t* data_;
-  size_t bytes_;
-};
 
 struct PoolShape {
   uint32_t num_blocks;
@@ -51,16 +28,23 @@ struct PoolShape {
   Name layout_digest;
 
   size_t block_bytes() const { return size_t{num_layers} * layer_bytes; }
+  size_t data_bytes() const { return num_blocks * block_bytes(); }
+  // Of the memory file of a shared pool: its directory, then its blocks.
+  size_t shared_data_offset() const;
+  size_t shared_bytes() const { return shared_data_offset() + data_bytes(); }
 };
 
 class BlockPool {
  public:
   enum class SessionStatus { kUnknown, kOpen, kFinished, kAborted };
 
-  explicit BlockPool(const PoolShape& shape);
+  // `is_shared`: processes of this node that are given the memory's descriptor may read it.
+  BlockPool(const PoolShape& shape, bool is_shared);
 
   const PoolShape& shape() const { return shape_; }
-  uint8_t* data() const { return data_.data(); }
+  bool is_shared() const { return directory_.has_value(); }
+  int descriptor() const { return descriptor_.get(); }
+  uint8_t* data() const { return data_; }
   uint32_t* ready() const { return reinterpret_cast<uint32_t*>(counters_.data()); }
   uint32_t* progress() const;
   uint32_t* uses() const;
@@ -83,7 +67,11 @@ class BlockPool {
 
   // A pinned name stays published, so its block is not reused.
   std::optional<uint32_t> pin(const Name& name);
+  // Counts a pull of the block by name; false: it is not published.
+  bool count_use(const Name& name);
   void unpin(const Name& name);
+  // Lets readers of the shared memory check what they copy; the block must be pinned.
+  void share_checksum(uint32_t block, uint32_t checksum);
 
   void open_session(uint64_t id);
   void extend_session(uint64_t id, const std::vector<uint32_t>& blocks);
@@ -116,10 +104,13 @@ class BlockPool {
   Session& session(uint64_t id);
 
   const PoolShape shape_;
-  Mapping data_;
+  Fd descriptor_;
+  Mapping memory_;
+  uint8_t* const data_;
   Mapping counters_;  // ready[num_blocks], uses[num_blocks], progress, on cache lines of their own
 
   mutable std::mutex mutex_;
+  std::optional<Directory> directory_;  // of a shared pool: names_, for other processes
   std::unordered_map<Name, Entry, NameHash> names_;
   std::unordered_map<uint32_t, Name> published_;  // block -> its name
   std::unordered_map<uint64_t, Session> sessions_;

@@ -6,6 +6,20 @@
 
 namespace kvasir {
 
+const char* transport_name(Transport transport) {
+  switch (transport) {
+    case Transport::kNone:
+      return "";
+    case Transport::kTcp:
+      return "tcp";
+    case Transport::kEncrypted:
+      return "tcp-encrypted";
+    case Transport::kShared:
+      return "shm";
+  }
+  return "";
+}
+
 Receiver::Receiver(BlockPool& pool, const std::vector<uint32_t>& blocks,
                    const std::vector<Name>& names, uint64_t session_id)
     : pool_(pool),
@@ -30,20 +44,91 @@ Code Receiver::run(const Stream& stream, uint64_t request_id, Deadline deadline,
     if (code != Code::kOk) return code;
     has_received_ = true;
     if (!is_expected(frame)) return bad_frame();
-    if (frame.kind == FrameKind::kEnd) return next_bytes_ == 0 ? frame.code : bad_frame();
-    if (frame.kind == FrameKind::kMiss) continue;
-    code = receive_payload(frame);
+    if (frame.kind == FrameKind::kData && frame.codec == Codec::kRaw) {
+      code = receive_payload(frame);
+      if (code != Code::kOk) return code;
+      continue;
+    }
+    bool is_right = true;
+    code = open(frame, nullptr, 0, next_bytes_, is_right);
     if (code != Code::kOk) return code;
+    if (!is_right) return bad_frame();
+    if (frame.kind == FrameKind::kEnd) return next_bytes_ == 0 ? frame.code : bad_frame();
+    if (frame.kind == FrameKind::kData) copy_payload(frame);
   }
 }
 
+void Receiver::read_from(const SharedView* view, Transport transport) {
+  view_ = view;
+  result_.transport = transport;
+}
+
+size_t Receiver::copy_listed(Deadline deadline, const Signal* ended) {
+  size_t num_unknown = 0;
+  for (size_t i = 0; i < names_.size(); ++i) {
+    if (ended->is_raised() || deadline.is_past()) break;
+    num_unknown += !copy_named(i);
+  }
+  return num_unknown;
+}
+
+bool Receiver::copy_named(size_t ordinal) {
+  if (layers_[ordinal] > 0) return true;  // by an earlier attempt
+  const auto found = view_->directory().find(names_[ordinal]);
+  if (!found) return true;
+  if (!found->checksum) return false;
+  const uint32_t checksum = crc32c_copy(pool_.layer(blocks_[ordinal], 0),
+                                        view_->layer(found->block, 0), pool_.shape().block_bytes());
+  if (!view_->directory().is_unchanged(*found)) return true;  // evicted meanwhile: a miss
+  take_layers(ordinal, pool_.shape().num_layers, checksum == *found->checksum);
+  return true;
+}
+
+void Receiver::copy_payload(const Frame& frame) {
+  if (!names_.empty()) {
+    copy_named(frame.ordinal);
+    return;
+  }
+  const uint32_t checksum =
+      crc32c_copy(pool_.layer(blocks_[frame.ordinal], frame.layer_first),
+                  view_->layer(frame.source_block, frame.layer_first), frame.payload_bytes);
+  take_layers(frame.ordinal, frame.layer_count, checksum == frame.payload_crc);
+}
+
+// Layers that have landed; they become final if they are what was sent.
+void Receiver::take_layers(size_t ordinal, uint32_t count, bool is_right) {
+  layers_[ordinal] += count;
+  if (!is_right) {
+    spoilt_[ordinal] = true;
+    result_.frames_bad += 1;
+  }
+  if (spoilt_[ordinal]) return;
+  result_.bytes_moved += size_t{count} * pool_.shape().layer_bytes;
+  pool_.raise_ready(blocks_[ordinal], layers_[ordinal]);
+}
+
 Code Receiver::receive_header(Frame& frame) {
-  auto* header = reinterpret_cast<uint8_t*>(&next_);
+  auto* header = reinterpret_cast<uint8_t*>(&ahead_.frame);
   const Code code =
       stream_->recv_all(header + next_bytes_, sizeof(Frame) - next_bytes_, deadline_, ended_);
   next_bytes_ = 0;
-  frame = next_;
+  frame = ahead_.frame;
   return code;
+}
+
+Code Receiver::open(const Frame& frame, uint8_t* payload, size_t size, size_t received,
+                    bool& is_right) {
+  SecureChannel* const secure = stream_->secure();
+  if (secure == nullptr) return Code::kOk;
+  if (received < sizeof(Tag)) {
+    const Code code =
+        stream_->recv_all(ahead_.tag.data() + received, sizeof(Tag) - received, deadline_, ended_);
+    if (code != Code::kOk) return code;
+    received = sizeof(Tag);
+  }
+  next_bytes_ = received - sizeof(Tag);
+  is_right = secure->receiving.run(as_bytes(frame), payload, payload, size, ahead_.tag);
+  return Code::kOk;
 }
 
 bool Receiver::is_expected(const Frame& frame) const {
@@ -55,22 +140,31 @@ bool Receiver::is_expected(const Frame& frame) const {
   if (frame.ordinal >= blocks_.size()) return false;
   if (frame.name != (names_.empty() ? session_ : names_[frame.ordinal])) return false;
   if (frame.kind == FrameKind::kMiss) return frame.payload_bytes == 0 && !names_.empty();
-  const uint32_t num_layers = pool_.shape().num_layers;
-  return frame.kind == FrameKind::kData && frame.codec == Codec::kRaw &&
-         frame.layer_first == layers_[frame.ordinal] && frame.layer_count > 0 &&
-         frame.layer_count <= num_layers - frame.layer_first &&
-         frame.payload_bytes == uint64_t{frame.layer_count} * pool_.shape().layer_bytes;
+  const PoolShape& shape = pool_.shape();
+  if (frame.kind != FrameKind::kData || frame.layer_count == 0 ||
+      frame.layer_first + frame.layer_count > shape.num_layers ||
+      frame.payload_bytes != uint64_t{frame.layer_count} * shape.layer_bytes) {
+    return false;
+  }
+  const bool is_next = frame.layer_first == layers_[frame.ordinal];
+  if (view_ == nullptr) return frame.codec == Codec::kRaw && is_next;
+  // A named block that had a checksum before we asked has been copied before.
+  return frame.codec == Codec::kShared && frame.source_block < view_->shape().num_blocks &&
+         (is_next || !names_.empty());
 }
 
-// Straight into the block. Receives ahead into the next header, which saves a call per frame.
+// Straight into the block, and decrypted there. Receives ahead into the next header, which saves a
+// call per frame.
 Code Receiver::receive_payload(const Frame& frame) {
-  const uint32_t block = blocks_[frame.ordinal];
-  uint8_t* const start = pool_.layer(block, frame.layer_first);
+  uint8_t* const start = pool_.layer(blocks_[frame.ordinal], frame.layer_first);
+  const bool is_sealed = stream_->secure() != nullptr;
+  void* const ahead = is_sealed ? static_cast<void*>(&ahead_) : &ahead_.frame;
+  const size_t ahead_bytes = is_sealed ? sizeof ahead_ : sizeof ahead_.frame;
   size_t done = 0;
   while (done < frame.payload_bytes) {
     iovec parts[2] = {
         {.iov_base = start + done, .iov_len = frame.payload_bytes - done},
-        {.iov_base = &next_, .iov_len = sizeof next_},
+        {.iov_base = ahead, .iov_len = ahead_bytes},
     };
     size_t received = 0;
     const Code code = stream_->recv_some(parts, received, deadline_, ended_);
@@ -78,15 +172,16 @@ Code Receiver::receive_payload(const Frame& frame) {
     done += received;
   }
   next_bytes_ = done - frame.payload_bytes;
-  layers_[frame.ordinal] += frame.layer_count;
-  if (crc32c(start, frame.payload_bytes) != frame.payload_crc) {
-    spoilt_[frame.ordinal] = true;
-    result_.frames_bad += 1;
+  if (!is_sealed) {
+    const bool is_right = crc32c(start, frame.payload_bytes) == frame.payload_crc;
+    take_layers(frame.ordinal, frame.layer_count, is_right);
+    return Code::kOk;
   }
-  if (!spoilt_[frame.ordinal]) {
-    result_.bytes_moved += frame.payload_bytes;
-    pool_.raise_ready(block, layers_[frame.ordinal]);
-  }
+  bool is_right = false;
+  const Code code = open(frame, start, frame.payload_bytes, next_bytes_, is_right);
+  if (code != Code::kOk) return code;
+  if (!is_right) return bad_frame();  // somebody changed it: nothing after it can be trusted
+  take_layers(frame.ordinal, frame.layer_count, true);
   return Code::kOk;
 }
 

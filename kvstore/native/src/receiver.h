@@ -8,17 +8,25 @@
 #include <cstdint>
 #include <vector>
 
+#include "crypto.h"
 #include "pool.h"
+#include "shared_view.h"
 #include "stream.h"
 #include "wire.h"
 
 namespace kvasir {
+
+enum class Transport { kNone, kTcp, kEncrypted, kShared };
+
+// "" for kNone.
+const char* transport_name(Transport transport);
 
 struct PullResult {
   std::vector<bool> blocks_ok;
   uint64_t bytes_moved = 0;
   Code error = Code::kOk;
   uint64_t frames_bad = 0;
+  Transport transport = Transport::kNone;  // that of the last attempt
 };
 
 class Receiver {
@@ -31,6 +39,12 @@ class Receiver {
   // everything as it was, so that the caller may ask again.
   Code run(const Stream& stream, uint64_t request_id, Deadline deadline, const Signal* ended);
 
+  // From now on, frames may say where in this memory their payload lies; null: none may.
+  void read_from(const SharedView* view, Transport transport);
+  // Copies the named blocks that the memory lists with a checksum; returns how many it lists
+  // without, which the owner has yet to make.
+  size_t copy_listed(Deadline deadline, const Signal* ended);
+
   bool has_received() const { return has_received_; }
   bool all_whole() const;
   // Blocks that are not whole are set back to `ready` 0.
@@ -38,11 +52,18 @@ class Receiver {
 
  private:
   Code receive_header(Frame& frame);
+  // Whether the frame's tag, of which `received` bytes are in ahead_, is right for it.
+  Code open(const Frame& frame, uint8_t* payload, size_t size, size_t received, bool& is_right);
   Code receive_payload(const Frame& frame);
+  void copy_payload(const Frame& frame);
+  // False: listed, but without a checksum.
+  bool copy_named(size_t ordinal);
+  void take_layers(size_t ordinal, uint32_t count, bool is_right);
   bool is_expected(const Frame& frame) const;
   Code bad_frame();
 
   BlockPool& pool_;
+  const SharedView* view_ = nullptr;
   const std::vector<uint32_t>& blocks_;
   const std::vector<Name>& names_;
   const Name session_;
@@ -53,7 +74,11 @@ class Receiver {
 
   std::vector<uint32_t> layers_;  // verified, per block
   std::vector<bool> spoilt_;      // a payload of the block was wrong
-  Frame next_{};                  // header read ahead together with the last payload
+  struct Ahead {
+    Tag tag;  // of the last frame, where messages are sealed
+    Frame frame;
+  };
+  Ahead ahead_{};  // read together with the last payload
   size_t next_bytes_ = 0;
   bool has_received_ = false;
   PullResult result_;

@@ -7,6 +7,8 @@
 #include "crc32c.h"
 #include "frame_batch.h"
 #include "futex.h"
+#include "handshake.h"
+#include "local_socket.h"
 
 namespace kvasir {
 namespace {
@@ -21,31 +23,62 @@ using Status = BlockPool::SessionStatus;
 
 Code check_hello(const SenderContext& context, const Hello& hello) {
   if (!is_intact(hello)) return Code::kRefused;
-  if (hello.uid != context.self.uid || hello.epoch != context.self.epoch) {
-    context.counters.stale_refused += 1;
-    return Code::kStalePeer;
-  }
+  if (hello.uid != context.self.uid || hello.epoch != context.self.epoch) return Code::kStalePeer;
+  if (hello.is_secured == context.secret.empty()) return Code::kUnauthenticated;
   const PoolShape& shape = context.pool.shape();
   if (hello.layout_digest != shape.layout_digest || hello.num_layers != shape.num_layers ||
       hello.layer_bytes != shape.layer_bytes) {
-    context.counters.layout_refused += 1;
     return Code::kOtherLayout;
   }
   return Code::kOk;
 }
 
-bool greet(const SenderContext& context, const Stream& stream) {
+void count_refusal(ServerCounters& counters, Code code) {
+  counters.bad_requests += code == Code::kRefused;
+  counters.stale_refused += code == Code::kStalePeer;
+  counters.layout_refused += code == Code::kOtherLayout;
+  counters.unauthenticated += code == Code::kUnauthenticated;
+}
+
+bool greet(const SenderContext& context, Stream& stream) {
   const Deadline deadline = Deadline::in(kHelloMs);
-  Hello hello;
-  if (stream.recv_all(&hello, sizeof hello, deadline, &context.stopped) != Code::kOk) return false;
-  HelloReply reply{};
+  const Signal* stopped = &context.stopped;
+  Greeting greeting{};
+  Hello& hello = greeting.hello;
+  if (stream.recv_all(&hello, sizeof hello, deadline, stopped) != Code::kOk) return false;
+  Key& nonce = greeting.client_nonce;
+  const bool is_secured = is_intact(hello) && hello.is_secured;
+  if (is_secured && stream.recv_all(&nonce, sizeof nonce, deadline, stopped) != Code::kOk) {
+    return false;
+  }
+  HelloReply& reply = greeting.reply;
   reply.code = check_hello(context, hello);
   reply.uid = context.self.uid;
   reply.epoch = context.self.epoch;
   seal(reply);
-  if (reply.code == Code::kRefused) context.counters.bad_requests += 1;
-  const Code sent = stream.send_all(&reply, sizeof reply, deadline, &context.stopped);
-  return sent == Code::kOk && reply.code == Code::kOk;
+  count_refusal(context.counters, reply.code);
+  Code code = stream.send_all(&reply, sizeof reply, deadline, stopped);
+  if (code != Code::kOk || reply.code != Code::kOk) return false;
+  if (is_secured) {
+    code = prove_as_server(stream, context.secret, greeting, deadline, stopped);
+    count_refusal(context.counters, code);
+  }
+  if (code == Code::kOk && context.is_local) {
+    code = send_shared_memory(stream, context.pool.descriptor(), context.pool.shape().num_blocks,
+                              deadline, stopped);
+  }
+  return code == Code::kOk;
+}
+
+// Opens a request that has arrived whole; without encryption, its checksum tells.
+bool open_request(const Stream& stream, const Request& request, std::vector<Name>& names,
+                  Deadline deadline, const Signal* stopped) {
+  auto* body = reinterpret_cast<uint8_t*>(names.data());
+  const size_t size = names.size() * sizeof(Name);
+  if (stream.secure() == nullptr) return crc32c(body, size) == request.body_crc;
+  Tag tag;
+  return stream.recv_all(&tag, sizeof tag, deadline, stopped) == Code::kOk &&
+         stream.secure()->receiving.run(as_bytes(request), body, body, size, tag);
 }
 
 // False: not a request, or the client has gone.
@@ -55,14 +88,14 @@ bool receive_request(const SenderContext& context, const Stream& stream, Request
   if (stream.recv_all(&request, sizeof request, deadline, &context.stopped) != Code::kOk) {
     return false;
   }
+  const bool has_names = request.type == RequestType::kNamed || request.type == RequestType::kUsed;
   bool good = is_intact(request) && request.count <= kNamesMax;
-  names.clear();
-  if (good && request.type == RequestType::kNamed) {
-    names.resize(request.count);
+  if (good) {
+    names.resize(has_names ? request.count : 0);
     const size_t size = names.size() * sizeof(Name);
     const Code code = stream.recv_all(names.data(), size, deadline, &context.stopped);
     if (code != Code::kOk) return false;
-    good = crc32c(names.data(), size) == request.body_crc;
+    good = open_request(stream, request, names, deadline, &context.stopped);
   }
   if (!good) context.counters.bad_requests += 1;
   return good;
@@ -73,7 +106,7 @@ bool serve_named(const SenderContext& context, const Stream& stream, const Reque
                  const std::vector<Name>& names) {
   const Deadline deadline = Deadline::in(std::min<int64_t>(request.timeout_ms, kRequestMsMax));
   const uint32_t num_layers = context.pool.shape().num_layers;
-  FrameBatch batch(context.pool, stream, context.stopped, request.request_id);
+  FrameBatch batch(context.pool, stream, context.stopped, request.request_id, Codec::kRaw);
   uint64_t blocks_sent = 0;
   Code reason = Code::kOk;
   uint32_t ordinal = 0;
@@ -83,6 +116,7 @@ bool serve_named(const SenderContext& context, const Stream& stream, const Reque
       reason = Code::kTimeout;
     } else if (const auto block = context.pool.pin(name)) {
       batch.own_pin(name);
+      context.pool.count_use(name);
       ++blocks_sent;
       const FrameBatch::Slice whole{
           .ordinal = ordinal, .block = *block, .layer_first = 0, .layer_end = num_layers};
@@ -98,6 +132,42 @@ bool serve_named(const SenderContext& context, const Stream& stream, const Reque
   return true;
 }
 
+// Makes the blocks' checksums, so that the peer can check what it copies from the memory. Frames
+// say how far this has come: the peer copies one block while the next one's checksum is made.
+bool share_named(const SenderContext& context, const Stream& stream, const Request& request,
+                 const std::vector<Name>& names) {
+  const Deadline deadline = Deadline::in(std::min<int64_t>(request.timeout_ms, kRequestMsMax));
+  FrameBatch batch(context.pool, stream, context.stopped, request.request_id, Codec::kShared);
+  Code reason = Code::kOk;
+  uint32_t ordinal = 0;
+  for (; ordinal < names.size() && reason == Code::kOk; ++ordinal) {
+    const Name& name = names[ordinal];
+    Code sent = Code::kOk;
+    if (deadline.is_past()) {
+      reason = Code::kTimeout;
+    } else if (const auto block = context.pool.pin(name)) {
+      const uint32_t checksum =
+          crc32c(context.pool.layer(*block, 0), context.pool.shape().block_bytes());
+      context.pool.share_checksum(*block, checksum);
+      context.pool.unpin(name);
+      sent = batch.add_block(ordinal, *block, name, checksum);
+    } else {
+      sent = batch.add_miss(ordinal, name);
+    }
+    if (sent != Code::kOk) return false;
+  }
+  return batch.add_end(reason, ordinal) == Code::kOk;
+}
+
+// The peer has looked for these in the memory: counted here as if they had been sent.
+void count_used(const SenderContext& context, const std::vector<Name>& names) {
+  uint64_t blocks_sent = 0;
+  for (const Name& name : names) blocks_sent += context.pool.count_use(name);
+  context.counters.blocks_sent += blocks_sent;
+  context.counters.blocks_missed += names.size() - blocks_sent;
+  context.counters.bytes_sent += blocks_sent * context.pool.shape().block_bytes();
+}
+
 // One hand-off: sends each block's layers as they become final.
 class SessionSender {
  public:
@@ -107,7 +177,7 @@ class SessionSender {
         request_(request),
         name_(session_name(request.session_id)),
         deadline_(Deadline::in(std::min<int64_t>(request.timeout_ms, kRequestMsMax))),
-        batch_(context.pool, stream, context.stopped, request.request_id) {}
+        batch_(context.pool, stream, context.stopped, request.request_id, context.codec()) {}
 
   bool run() {
     const Code opened = wait_for_open();
@@ -207,7 +277,7 @@ class SessionSender {
 
 }  // namespace
 
-void serve_connection(const SenderContext& context, const Stream& stream,
+void serve_connection(const SenderContext& context, Stream& stream,
                       std::atomic<int64_t>& idle_since_ms) {
   if (!greet(context, stream)) return;
   Request request;
@@ -219,7 +289,11 @@ void serve_connection(const SenderContext& context, const Stream& stream,
     if (code != Code::kOk || !receive_request(context, stream, request, names)) return;
     bool usable = false;
     if (request.type == RequestType::kNamed) {
-      usable = serve_named(context, stream, request, names);
+      usable = context.is_local ? share_named(context, stream, request, names)
+                                : serve_named(context, stream, request, names);
+    } else if (request.type == RequestType::kUsed) {
+      count_used(context, names);
+      usable = true;
     } else if (request.type == RequestType::kSession) {
       usable = SessionSender(context, stream, request).run();
     } else {

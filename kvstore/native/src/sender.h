@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <string>
 
 #include "pool.h"
 #include "stream.h"
@@ -14,6 +15,7 @@ struct ServerCounters {
   std::atomic<uint64_t> connections_refused = 0;
   std::atomic<uint64_t> stale_refused = 0;
   std::atomic<uint64_t> layout_refused = 0;
+  std::atomic<uint64_t> unauthenticated = 0;
   std::atomic<uint64_t> bad_requests = 0;
   std::atomic<uint64_t> blocks_sent = 0;
   std::atomic<uint64_t> blocks_missed = 0;
@@ -26,11 +28,15 @@ struct SenderContext {
   Identity self;
   ServerCounters& counters;
   const Signal& stopped;
+  const std::string& secret;  // "": connections are not encrypted
+  bool is_local = false;      // the peer reads the pool's memory itself
+
+  Codec codec() const { return is_local ? Codec::kShared : Codec::kRaw; }
 };
 
 // Returns when the connection should be closed. `idle_since_ms` is nonzero while the connection
 // waits for a request, so that the server may close the one that has been idle longest.
-void serve_connection(const SenderContext& context, const Stream& stream,
+void serve_connection(const SenderContext& context, Stream& stream,
                       std::atomic<int64_t>& idle_since_ms);
 
 }  // namespace kvasir

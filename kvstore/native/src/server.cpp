@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <system_error>
 
+#include "local_socket.h"
+
 namespace kvasir {
 namespace {
 
@@ -20,8 +22,11 @@ BlockServer::BlockServer(BlockPool& pool, const ServerOptions& options)
     : pool_(pool),
       self_(options.self),
       connections_max_(options.connections_max),
+      secret_(options.secret),
+      socket_dir_(options.socket_dir),
       listener_(listen_on(options.host, options.port, kBacklog)),
       port_(bound_port(listener_.get())),
+      local_listener_(socket_dir_.empty() ? Fd() : listen_local(socket_dir_, self_.uid, kBacklog)),
       acceptor_([this] { accept_loop(); }) {}
 
 void BlockServer::stop() {
@@ -37,6 +42,8 @@ void BlockServer::stop() {
   }
   for (const auto& [id, connection] : connections) connection->thread.join();
   listener_ = Fd();
+  if (local_listener_) unlink_local(socket_dir_, self_.uid);
+  local_listener_ = Fd();
 }
 
 size_t BlockServer::num_connections() const {
@@ -47,23 +54,29 @@ size_t BlockServer::num_connections() const {
 
 void BlockServer::accept_loop() {
   while (!stopped_.is_raised()) {
-    pollfd entries[2] = {{.fd = listener_.get(), .events = POLLIN, .revents = 0},
+    pollfd entries[3] = {{.fd = listener_.get(), .events = POLLIN, .revents = 0},
+                         {.fd = local_listener_.get(), .events = POLLIN, .revents = 0},
                          {.fd = stopped_.fd(), .events = POLLIN, .revents = 0}};
-    poll(entries, 2, kReapMs);
+    poll(entries, 3, kReapMs);
     reap();
-    if (stopped_.is_raised() || entries[0].revents == 0) continue;
-    Stream stream(Fd(accept4(listener_.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC)));
-    if (stream) {
-      admit(std::move(stream));
-    } else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
-      pollfd stop_only{.fd = stopped_.fd(), .events = POLLIN, .revents = 0};
-      poll(&stop_only, 1, 100);  // out of descriptors: wait for some to be freed
-    }
+    if (stopped_.is_raised()) return;
+    if (entries[0].revents != 0) accept_from(listener_, false);
+    if (entries[1].revents != 0) accept_from(local_listener_, true);
   }
 }
 
-void BlockServer::admit(Stream stream) {
-  tune(stream.fd());
+void BlockServer::accept_from(const Fd& listener, bool is_local) {
+  Stream stream(Fd(accept4(listener.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC)));
+  if (stream) {
+    admit(std::move(stream), is_local);
+  } else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+    pollfd stop_only{.fd = stopped_.fd(), .events = POLLIN, .revents = 0};
+    poll(&stop_only, 1, 100);  // out of descriptors: wait for some to be freed
+  }
+}
+
+void BlockServer::admit(Stream stream, bool is_local) {
+  if (!is_local) tune(stream.fd());
   if (num_connections() >= connections_max_) close_idlest();
   const std::lock_guard lock(mutex_);
   const auto is_open = [](const auto& entry) { return !entry.second->done; };
@@ -72,7 +85,7 @@ void BlockServer::admit(Stream stream) {
     refuse(stream);
     return;
   }
-  auto connection = std::make_unique<Connection>(std::move(stream));
+  auto connection = std::make_unique<Connection>(std::move(stream), is_local);
   try {
     connection->thread = std::thread(&BlockServer::serve, this, connection.get());
   } catch (const std::system_error&) {  // the process may have no more threads
@@ -83,8 +96,12 @@ void BlockServer::admit(Stream stream) {
 }
 
 void BlockServer::serve(Connection* connection) {
-  const SenderContext context{
-      .pool = pool_, .self = self_, .counters = counters_, .stopped = stopped_};
+  const SenderContext context{.pool = pool_,
+                              .self = self_,
+                              .counters = counters_,
+                              .stopped = stopped_,
+                              .secret = secret_,
+                              .is_local = connection->is_local};
   serve_connection(context, connection->stream, connection->idle_since_ms);
   connection->stream.shut();
   const std::lock_guard lock(mutex_);

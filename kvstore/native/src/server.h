@@ -24,6 +24,8 @@ struct ServerOptions {
   uint16_t port;
   Identity self;
   uint32_t connections_max;
+  std::string secret;      // "": connections are not encrypted
+  std::string socket_dir;  // peers of this node read the (shared) pool's memory; "": none does
 };
 
 class BlockServer {
@@ -41,15 +43,17 @@ class BlockServer {
 
  private:
   struct Connection {
-    explicit Connection(Stream taken) : stream(std::move(taken)) {}
+    Connection(Stream taken, bool local) : stream(std::move(taken)), is_local(local) {}
     Stream stream;
+    const bool is_local;
     std::atomic<int64_t> idle_since_ms = 0;
     std::thread thread;
     bool done = false;  // guarded by mutex_
   };
 
   void accept_loop();
-  void admit(Stream stream);
+  void accept_from(const Fd& listener, bool is_local);
+  void admit(Stream stream, bool is_local);
   void serve(Connection* connection);
   void refuse(const Stream& stream);
   void close_idlest();
@@ -58,8 +62,11 @@ class BlockServer {
   BlockPool& pool_;
   const Identity self_;
   const uint32_t connections_max_;
+  const std::string secret_;
+  const std::string socket_dir_;
   Fd listener_;
   const uint16_t port_;
+  Fd local_listener_;
   Signal stopped_;
   ServerCounters counters_;
   mutable std::mutex mutex_;

@@ -54,15 +54,6 @@ Deadline Deadline::at_most(int64_t timeout_ms) const {
   return Deadline(std::min(at_ms_, monotonic_ms() + timeout_ms));
 }
 
-Fd& Fd::operator=(Fd&& other) noexcept {
-  std::swap(fd_, other.fd_);
-  return *this;
-}
-
-Fd::~Fd() {
-  if (fd_ >= 0) ::close(fd_);
-}
-
 Signal::Signal() : fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
   if (!fd_) throw std::system_error(errno, std::generic_category(), "eventfd");
 }

@@ -1,13 +1,16 @@
-// Non-blocking TCP with a deadline on every wait and a file descriptor that ends it early.
+// Non-blocking sockets with a deadline on every wait and a file descriptor that ends it early.
 #pragma once
 
+#include <poll.h>
 #include <sys/uio.h>
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 
+#include "mapping.h"
 #include "wire.h"
 
 namespace kvasir {
@@ -28,21 +31,6 @@ class Deadline {
   int64_t at_ms_;
 };
 
-// Owns a file descriptor.
-class Fd {
- public:
-  Fd() = default;
-  explicit Fd(int fd) : fd_(fd) {}
-  Fd(Fd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  Fd& operator=(Fd&& other) noexcept;
-  ~Fd();
-  int get() const { return fd_; }
-  explicit operator bool() const { return fd_ >= 0; }
-
- private:
-  int fd_ = -1;
-};
-
 // An event that, once raised, stays raised: every wait that watches it ends with kCancelled.
 class Signal {
  public:
@@ -55,6 +43,8 @@ class Signal {
   Fd fd_;
   std::atomic<bool> raised_ = false;
 };
+
+struct SecureChannel;
 
 class Stream {
  public:
@@ -70,19 +60,24 @@ class Stream {
   Code recv_all(void* data, size_t size, Deadline deadline, const Signal* ended) const;
   // One receive into two spans; at least one byte unless it fails.
   Code recv_some(iovec (&parts)[2], size_t& received, Deadline deadline, const Signal* ended) const;
+  // Until the socket is ready for `events` (POLLIN, POLLOUT).
+  Code wait(short events, Deadline deadline, const Signal* ended) const;
   Code wait_readable(Deadline deadline, const Signal* ended) const;
 
   // The peer closed, or sent something though it is our turn.
   bool is_disturbed() const;
   void shut() const;  // both ways: ends the waits of other threads
 
+  // What seals and opens this connection's messages; null: they are sent as they are.
+  SecureChannel* secure() const { return secure_.get(); }
+  void secure(std::shared_ptr<SecureChannel> channel) { secure_ = std::move(channel); }
+
   int fd() const { return fd_.get(); }
   explicit operator bool() const { return static_cast<bool>(fd_); }
 
  private:
-  Code wait(short events, Deadline deadline, const Signal* ended) const;
-
   Fd fd_;
+  std::shared_ptr<SecureChannel> secure_;
 };
 
 // No delay; a peer that vanished without a word is noticed within about ten seconds.

@@ -26,6 +26,8 @@ const char* code_name(Code code) {
       return "cancelled";
     case Code::kUnreachable:
       return "unreachable";
+    case Code::kUnauthenticated:
+      return "unauthenticated";
   }
   return "refused";  // a code of a later version
 }

@@ -8,22 +8,31 @@
 //   Request session                 ->
 //                                   <-    Frame data* as layers become final, Frame end
 //   Request acknowledge             ->    (all blocks are verified: the source may let go)
+//   Request used + names            ->    (over a local socket: these were looked for in the
+//   memory)
 //
-// Every message ends in a CRC-32C of its header. A frame's header holds its payload's CRC-32C, so
+// Over a local socket the server's kOk is followed by the descriptor of its pool, and frames have
+// no payload: they say where in the pool it lies.
+//
+// With a key, the greeting is longer (handshake.h), and every message after it is sealed: names and
+// payloads are encrypted, headers are authenticated, and a tag of 16 bytes follows. It takes the
+// place of the payload's checksum.
+//
+// Every header ends in a CRC-32C of its own. A frame's header holds its payload's CRC-32C, so
 // the header is trusted before the payload lands anywhere, and a payload cannot change frames.
 #pragma once
 
 #include <bit>
 #include <cstdint>
 
-#include "pool.h"
+#include "name.h"
 
 namespace kvasir {
 
 static_assert(std::endian::native == std::endian::little, "the wire is little-endian");
 
 inline constexpr uint32_t kMagic = 0x5256534b;  // "KSVR"
-inline constexpr uint16_t kVersion = 1;
+inline constexpr uint16_t kVersion = 2;
 inline constexpr uint32_t kNamesMax = 16384;             // per request
 inline constexpr size_t kFramePayloadBytes = 256 << 10;  // aim: stays in the L2 cache
 
@@ -38,6 +47,7 @@ enum class Code : uint16_t {
   kBadFrame = 6,
   kCancelled = 7,
   kUnreachable = 8,
+  kUnauthenticated = 9,
 };
 
 // "" for kOk.
@@ -52,7 +62,7 @@ struct Identity {
 struct Hello {
   uint32_t magic;
   uint16_t version;
-  uint16_t reserved;
+  uint16_t is_secured;  // the client's nonce follows
   Name layout_digest;
   Name uid;  // (uid, epoch): the life of the process that the client means to talk to
   uint64_t epoch;
@@ -74,7 +84,7 @@ struct HelloReply {
 };
 static_assert(sizeof(HelloReply) == 40);
 
-enum class RequestType : uint16_t { kNamed = 1, kSession = 2, kAcknowledge = 3 };
+enum class RequestType : uint16_t { kNamed = 1, kSession = 2, kAcknowledge = 3, kUsed = 4 };
 
 struct Request {
   uint32_t magic;
@@ -90,16 +100,17 @@ struct Request {
 static_assert(sizeof(Request) == 40);
 
 enum class FrameKind : uint8_t { kData = 1, kMiss = 2, kEnd = 3 };
-enum class Codec : uint8_t { kRaw = 0 };
+enum class Codec : uint8_t { kRaw = 0, kShared = 1 };
 
 struct Frame {
   uint32_t magic;
   uint16_t version;
   FrameKind kind;
   Codec codec;
-  uint32_t ordinal;  // of the block within the request; kEnd: number of blocks
-  uint32_t layer_first;
-  uint32_t layer_count;
+  uint32_t ordinal;       // of the block within the request; kEnd: number of blocks
+  uint32_t source_block;  // kShared: of the server's pool
+  uint16_t layer_first;
+  uint16_t layer_count;
   uint16_t reserved;
   Code code;  // kEnd: kOk, or why it ended early
   uint64_t payload_bytes;
