@@ -1,8 +1,8 @@
 """Figures of the data plane beside those of the machine and of peers, all in one run.
 
-Each row is one path and one block size; which paths there are is told in bench_paths.py. The paths
-take turns, round by round, so that a busy machine slows all of them; a row's rate is the median of
-its rounds. CPU seconds are of both ends together, which run in this process.
+Each row is one path and one block size; the paths are those of bench_paths.py and bench_peers.py.
+They take turns, round by round, so that a busy machine slows all of them; a row's rate is the
+median of its rounds. CPU seconds are of both ends together, which run in this process.
 """
 
 import contextlib
@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from kvasir_kvstore.bench_paths import Move, make_paths
+from kvasir_kvstore.bench_paths import make_paths
+from kvasir_kvstore.bench_peers import Move
 
 log = logging.getLogger(__name__)
 

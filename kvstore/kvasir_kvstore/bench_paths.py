@@ -4,26 +4,21 @@
 pulls by name, with checksums made and verified, into the destination block.
 """
 
-import importlib.util
 import os
 import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 
 import grpc
 import numpy as np
 
 from kvasir_kvstore._native import BlockClient, BlockPool, BlockServer
+from kvasir_kvstore.bench_peers import Move, Path, make_peer_paths
 
-Move = Callable[[], None]
-Path = Callable[[int], AbstractContextManager[Move]]
-
-PEERS = ("nixl", "mooncake")
-"""Transfer libraries that are measured where they are installed."""
 _LAYERS = 16
 _TIMEOUT_MS = 30_000
 _GRPC_CHUNK_BYTES = 1 << 20
@@ -41,10 +36,7 @@ def make_paths(report: Callable[[str], None]) -> dict[str, Path]:
         "tcp": _pull,
         "tcp-encrypted": partial(_pull, key=os.urandom(32)),
     }
-    for name in PEERS:
-        if importlib.util.find_spec(name) is None:
-            report(f"{name:13} is not installed: not measured")
-    return paths
+    return paths | make_peer_paths(report)
 
 
 @contextmanager

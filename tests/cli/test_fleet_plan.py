@@ -57,6 +57,8 @@ def test_router_knows_every_worker_and_workers_know_every_kv_node() -> None:
         assert flag_values(part.arguments, "--kv-node") == kv_addresses
         assert flag_values(part.arguments, "--role") == [part.role]
         assert flag_values(part.arguments, "--redis") == ["redis://r"]
+    for part in [*workers, *by_role["kvnode"]]:
+        assert len(flag_values(part.arguments, "--kv-socket-dir")) == 1
     router = plan[-1]
     assert flag_values(router.arguments, "--ttft-slo-ms") == ["30000"]
     assert all(flag_values(worker.arguments, "--kv") == ["bf16"] for worker in workers)

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from fleet_process import FleetProcess, fleet_process, kvasir, wait_gone
@@ -67,6 +68,11 @@ def test_chat_is_answered_and_handed_off(fleet: FleetProcess) -> None:
     assert stats["prefill_worker"].startswith("prefill-")
     assert stats["decode_worker"] == "decode-0"
     assert stats["kv_bytes_moved"] > 0
+    decoder = next(part for part in fleet.state()["parts"] if part["name"] == "decode-0")
+    with urlopen(f"http://127.0.0.1:{decoder['http_port']}/metrics", timeout=10) as answer:
+        lines = [line for line in answer.read().decode().splitlines() if "handoff_bytes" in line]
+    moved = [line for line in lines if 'transport="shm"' in line and not line.endswith(" 0.0")]
+    assert moved, f"KV did not go through shared memory: {lines}"
 
 
 def test_killed_prefill_worker_is_restarted_and_requests_go_on(fleet: FleetProcess) -> None:

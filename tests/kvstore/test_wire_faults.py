@@ -134,8 +134,8 @@ def test_random_corruption_never_yields_a_wrong_ready_block(part: int, shape: Sh
         for seed in range(part * 250, part * 250 + 250):
             error = run_fault(pair, seed, shape)
             errors[error] = errors.get(error, 0) + 1
-    assert errors.get("bad_frame", 0) > 50
-    assert errors.get("unreachable", 0) > 10
+    assert errors.get("bad_frame", 0) > 20
+    assert errors.get("unreachable", 0) > 5
 
 
 def test_a_wrong_payload_costs_its_block_only() -> None:

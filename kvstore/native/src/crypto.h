@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "wire.h"
 
@@ -65,6 +66,7 @@ struct SecureChannel {
   bool is_worn() const { return sending.is_worn() || receiving.is_worn(); }
   Aead sending;
   Aead receiving;
+  std::vector<uint8_t> outgoing;  // payloads, encrypted; kept from one answer to the next
 };
 
 template <typename Message>

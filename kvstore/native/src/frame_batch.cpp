@@ -38,17 +38,18 @@ void FrameBatch::add_part(const void* data, size_t size) {
 }
 
 Code FrameBatch::add_sealed(const Frame& header, const uint8_t* payload) {
+  SecureChannel& secure = *stream_.secure();
   Tag& tag = tags_[num_frames_ - 1];
   uint8_t* target = nullptr;
   const size_t size = payload != nullptr ? header.payload_bytes : 0;
   if (size > 0) {
-    if (bytes_ == 0) sealed_.resize(std::max(kBatchBytes, size));  // the batch takes no more
-    target = sealed_.data() + bytes_;
+    if (bytes_ == 0 && secure.outgoing.size() < std::max(kBatchBytes, size)) {
+      secure.outgoing.resize(std::max(kBatchBytes, size));  // a batch takes no more
+    }
+    target = secure.outgoing.data() + bytes_;
     add_part(target, size);
   }
-  if (!stream_.secure()->sending.run(as_bytes(header), payload, target, size, tag)) {
-    code_ = Code::kRefused;
-  }
+  if (!secure.sending.run(as_bytes(header), payload, target, size, tag)) code_ = Code::kRefused;
   add_part(&tag, sizeof tag);
   return code_;
 }

@@ -62,7 +62,6 @@ class FrameBatch {
   std::array<Frame, kFrames> frames_;
   std::array<Tag, kFrames> tags_;
   std::array<iovec, 3 * kFrames> parts_;
-  std::vector<uint8_t> sealed_;  // payloads, encrypted
   size_t num_frames_ = 0;
   size_t num_parts_ = 0;
   size_t bytes_ = 0;
