@@ -164,7 +164,12 @@ def collect(kubectl: Kubectl) -> None:
         "events": ("get", "events", "--sort-by=.lastTimestamp"),
         "describe": ("describe", kinds),
     }
-    for pod in kubectl.names("pods"):
+    try:
+        pods = kubectl.names("pods")
+    except CommandError as error:
+        say(f"the cluster says nothing: {error}")
+        return
+    for pod in pods:
         name = pod.removeprefix("pod/")
         asked[f"log-{name}"] = ("logs", name, "--all-containers", "--tail=200")
         asked[f"log-before-{name}"] = ("logs", name, "--previous", "--tail=100")

@@ -14,7 +14,9 @@ from typing import Any
 
 POLL_INTERVAL_S = 0.5
 OUTPUT_LINES_MAX = 60
-PORT_FORWARD_LIMIT_S = 30
+PORT_FORWARD_LIMIT_S = 60
+UNREACHED_LIMIT_S = 60
+UNREACHED = ("did you specify the right host or port?", "TLS handshake timeout")
 ROOT = Path(__file__).parents[1]
 
 
@@ -92,10 +94,25 @@ class Kubectl:
         """Run one command."""
         if not options.get("quiet"):
             say("$ kubectl " + " ".join(args))
-        text = run(*self.prefix, *args, **{**options, "quiet": True})
+        text = self._run_when_reached(*args, **{**options, "quiet": True})
         if not options.get("quiet"):
             show(text)
         return text
+
+    def _run_when_reached(self, *args: str, **options: Any) -> str:
+        """A busy machine may keep the API server from answering for a while: nothing was done."""
+        until_s = time.monotonic() + UNREACHED_LIMIT_S
+        while True:
+            error: CommandError | None = None
+            try:
+                said = run(*self.prefix, *args, **options)
+            except CommandError as failure:
+                said, error = str(failure), failure
+            if time.monotonic() > until_s or not any(word in said for word in UNREACHED):
+                if error is not None:
+                    raise error
+                return said
+            time.sleep(POLL_INTERVAL_S)
 
     def json(self, *args: str) -> Any:
         """The output of a `get` as JSON; not printed."""
