@@ -47,13 +47,15 @@ def operator(api: KubeApi, name: str, *more: str) -> Iterator[OperatorProcess]:
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file)
         try:
-            yield OperatorProcess(process, port, name, log)
+            started = OperatorProcess(process, port, name, log)
+            wait_for(f"operator {name}", lambda: started.metric("kvasir_operator_leading") >= 0)
+            yield started
         finally:
             process.terminate()
             process.wait(30)
 
 
-def wait_for(what: str, found: Callable[[], T], *, limit_s: float = 30) -> T:
+def wait_for(what: str, found: Callable[[], T], *, limit_s: float = 90) -> T:
     """Ask until the answer is true."""
     deadline_s, problem = time.monotonic() + limit_s, "not so"
     while time.monotonic() < deadline_s:
