@@ -17,6 +17,7 @@ from kvasir_kvstore._native import BlockPool, BlockServer
 from kvasir_kvstore.client import KvTier
 from kvasir_kvstore.core.block import KvLayout
 from kvasir_kvstore.node.settings import KvNodeSettings
+from kvasir_kvstore.peers import DataPlane
 from kvasir_proto.v1 import common_pb2, kvnode_pb2, kvnode_pb2_grpc
 from kvstore_builders import fill, free_port, make_pool, random_uid, wait_until
 
@@ -147,20 +148,34 @@ class Holder:
 
 @contextlib.asynccontextmanager
 async def make_holder(
-    nodes: list[str], *, redis_url: str | None = None, num_blocks: int = 64
+    nodes: list[str],
+    *,
+    redis_url: str | None = None,
+    num_blocks: int = 64,
+    plane: DataPlane | None = None,
 ) -> AsyncIterator[Holder]:
+    plane = plane or DataPlane()
     pool = make_pool(
         num_blocks,
         num_layers=LAYOUT.num_layers,
         layer_bytes=LAYOUT.layer_bytes,
         digest=LAYOUT.digest,
+        shared=bool(plane.socket_dir),
     )
     uid = random_uid()
-    server = BlockServer(pool, host="127.0.0.1", port=0, uid=uid, epoch=1)
+    server = BlockServer(
+        pool,
+        host="127.0.0.1",
+        port=0,
+        uid=uid,
+        epoch=1,
+        socket_dir=plane.socket_dir,
+        key=plane.key,
+    )
     address = common_pb2.PeerAddress(
         name="w", uid=uid, epoch=1, host="127.0.0.1", data_port=server.port
     )
-    tier = KvTier(pool, nodes=nodes, redis_url=redis_url)
+    tier = KvTier(pool, nodes=nodes, redis_url=redis_url, plane=plane)
     await tier.start()
     try:
         yield Holder(pool, server, address, tier)

@@ -1,9 +1,11 @@
 """Transfers between peers that share a key: secret, authenticated both ways, never replayed."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from kv_fleet import LAYOUT, make_holder, running_node
 from kvasir_kvstore._native import BlockClient, BlockServer, crc32c
 from kvasir_kvstore.node.settings import KvNodeSettings
 from kvasir_kvstore.peers import DataPlane
@@ -130,6 +132,29 @@ def test_a_recorded_connection_cannot_be_played_again() -> None:
         with Wire(pair.server.port, replay) as wire:
             pair.port = wire.port
             assert pair.pull_named().error == "unauthenticated"
+
+
+@pytest.mark.parametrize("is_local", [False, True], ids=["tcp", "shared memory"])
+async def test_a_kv_node_serves_those_who_hold_its_key(tmp_path: Path, is_local: bool) -> None:
+    (tmp_path / "key").write_bytes(KEY + b"\n")
+    (tmp_path / "kv").mkdir()
+    folder = str(tmp_path / "kv") if is_local else ""
+    ours, theirs = DataPlane(folder, KEY), DataPlane(folder, b"w" * 32)
+    names = [os.urandom(16) for _ in range(3)]
+    with running_node(kv_key_file=tmp_path / "key", kv_socket_dir=folder or None) as node:
+        async with make_holder([node.spec], plane=ours) as a:
+            a.publish(names)
+            await a.offer(names)
+            fetched = await a.tier.locate_and_fetch(names, [9, 8, 7], timeout_ms=20_000)
+            assert (fetched.num_fetched_leading, fetched.problem) == (3, "")
+        async with make_holder([node.spec], plane=theirs) as b:
+            fetched = await b.tier.locate_and_fetch(names, [9, 8, 7], timeout_ms=20_000)
+            assert (fetched.num_fetched_leading, fetched.problem) == (0, "unauthenticated")
+            assert not b.pool.ready.any()
+        transport = "shm" if is_local else "tcp-encrypted"
+        moved = f'kvasir_kvnode_transport_bytes_total{{transport="{transport}"}}'
+        assert node.metric(moved) == 3 * LAYOUT.block_bytes
+        assert node.metric("kvasir_kvnode_unauthenticated_total") == 1
 
 
 def test_a_short_key_is_refused(tmp_path: Path) -> None:
