@@ -111,19 +111,19 @@ class Crossing:
             self._host.hub.description_changed()
 
     async def _check(self, serving: Serving, peer: common_pb2.PeerAddress) -> Check:
-        error = ""
+        error = kind = ""
         try:
             async with asyncio.timeout(CHECK_TIMEOUT_S), reserved_block(serving) as block:
-                error = await self._pull(serving, peer, block)
+                error = kind = await self._pull(serving, peer, block)
         except TimeoutError:
-            error = "timeout"
+            error = kind = "timeout"
         except KvasirError as refusal:
             if refusal.reason in _OF_BUSY_PEERS:
                 return Check(outcome=Check.OUTCOME_BUSY, error=f"{peer.name}: {refusal.message}")
             if refusal.reason is Reason.UNSUPPORTED:
                 return Check(outcome=Check.OUTCOME_UNSUPPORTED, error=f"{peer.name}: no canaries")
-            error = refusal.message
-        self._host.metrics.transfers.labels("canary", error.split(":")[0] or "ok").inc()
+            error, kind = refusal.message, refusal.reason.value
+        self._host.metrics.transfers.labels("canary", kind or "ok").inc()
         if error == "stale_peer":
             return Check(outcome=Check.OUTCOME_BUSY, error=f"{peer.name} has restarted")
         if error:
@@ -143,7 +143,7 @@ class Crossing:
         try:
             lent = await _next(call)
             if lent is None:
-                return "the peer ended the call"
+                return "ended_early"
             pull = serving.puller.session(
                 peer,
                 session_id=session_id,
