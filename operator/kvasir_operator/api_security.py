@@ -16,11 +16,17 @@ class SecuritySettings(ApiModel):
             "!has(self.secretName) || self.mtls",
             "secretName needs mtls: set mtls or remove secretName",
         ),
+        Rule("!self.encryptKv || self.mtls", "encryptKv needs mtls: set mtls or remove encryptKv"),
     )
     mtls: bool = Field(
         default=False,
         description="Router, workers and KV nodes talk over TLS and show one another certificates. "
         "A change replaces all pods; until they are replaced, fewer of them serve together.",
+    )
+    encrypt_kv: bool = Field(
+        default=False,
+        description="KV blocks are encrypted, too, and move between parts that hold the same key "
+        "only: the operator makes it, Secret NAME-kv-key. A change replaces workers and KV nodes.",
     )
     secret_name: str | None = Field(
         default=None,
@@ -40,4 +46,11 @@ class LinkSettings(ApiModel):
         max_length=253,
         description="Secret with tls.crt, tls.key and ca.crt: the pods talk to other parts over "
         "TLS and demand certificates of these authorities. Absent: links are plain.",
+    )
+    kv_key_secret: str | None = Field(
+        default=None,
+        pattern=SECRET_PATTERN,
+        max_length=253,
+        description="Secret with kv.key, 32 bytes or more that parts which exchange KV have in "
+        "common: KV blocks are encrypted with it. Absent: they are not.",
     )

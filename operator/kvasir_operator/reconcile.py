@@ -37,7 +37,7 @@ from kvasir_operator.core.plan import (
     planned_pools,
     planner_settings,
     pod_labels,
-    secret_of,
+    secrets_of,
     service_of,
     with_fleet,
 )
@@ -111,17 +111,16 @@ class Reconciler:
 
     async def _keep_secret(self, world: World) -> tuple[World, int]:
         """The certificate of a service's parts, before there are pods that wait for it."""
-        wanted = secret_of(world.obj)
+        wanted = secrets_of(world.obj)
         if wanted is None:
             return world, 0
-        name, is_own = wanted
         try:
-            problems, num_writes = await self._secrets.keep(world.owner, name, is_own=is_own)
+            problems, num_writes = await self._secrets.keep(world.owner, wanted)
         except ClusterError as error:
             if not error.is_refusal:
                 raise
-            logger.warning("Secret %s/%s: %s", world.owner.namespace, name, error)
-            text = f"Secret {name} cannot be read or made: {error.message}"
+            logger.warning("Secrets of %s: %s", world.owner.ref, error)
+            text = f"Secret {wanted.certificate} cannot be read or made: {error.message}"
             problems, num_writes = [Problem(Reason.APPLY_FAILED, text)], 0
         return replace(world, problems=(*world.problems, *problems)), num_writes
 

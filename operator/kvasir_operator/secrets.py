@@ -6,6 +6,7 @@ cert-manager, is only looked at.
 
 import base64
 import logging
+import secrets
 from collections.abc import Callable
 from datetime import datetime
 
@@ -15,12 +16,15 @@ from kvasir_operator.certificates import make_bundle, read_authorities, read_lea
 from kvasir_operator.cluster import Cluster
 from kvasir_operator.core.conditions import Problem, Reason
 from kvasir_operator.core.manifests import Manifest, Owner, Ref, child, is_owned_by
+from kvasir_operator.core.plan import LinkSecrets
+from kvasir_operator.core.pods import KV_KEY_FILE
 from kvasir_operator.core.secrets import SecretView, Step, next_step
 from kvasir_operator.core.service import service_pod_labels
 
 logger = logging.getLogger(__name__)
 
 NEXT_CERTIFICATE, NEXT_KEY = "next.crt", "next.key"  # not mounted into pods
+KV_KEY_BYTES = 32
 STEP_ANNOTATION = "kvasir.dev/certificate-step"  # when the latest step was taken
 Data = dict[str, bytes]
 
@@ -31,26 +35,47 @@ class SecretKeeper:
     def __init__(self, cluster: Cluster, *, clock: Callable[[], datetime] = utc_now) -> None:
         self._cluster, self._clock = cluster, clock
 
-    async def keep(self, owner: Owner, name: str, *, is_own: bool) -> tuple[list[Problem], int]:
-        """Take the step that is due; what is wrong, and the number of writes.
+    async def keep(self, owner: Owner, wanted: LinkSecrets) -> tuple[list[Problem], int]:
+        """Take the steps that are due; what is wrong, and the number of writes."""
+        name, is_own = wanted.certificate, wanted.is_own
+        problems, num_writes = await self._keep_certificate(owner, name, is_own=is_own)
+        if wanted.kv_key:
+            more, num_more = await self._keep_key(owner, wanted.kv_key)
+            problems, num_writes = [*problems, *more], num_writes + num_more
+        return problems, num_writes
 
-        Args:
-            is_own: the operator makes the Secret; else its owner does.
-        """
+    async def _keep_key(self, owner: Owner, name: str) -> tuple[list[Problem], int]:
+        """A key stays: parts read it when they start, and those of two keys exchange no KV."""
+        live = await self._cluster.fetch(Ref("Secret", owner.namespace, name))
+        if live is not None and not is_owned_by(live, owner.uid):
+            return [_taken_name(owner, name)], 0
+        if len(_data(live).get(KV_KEY_FILE, b"")) >= KV_KEY_BYTES:
+            return [], 0
+        data = {KV_KEY_FILE: base64.b64encode(secrets.token_bytes(KV_KEY_BYTES))}
+        await self._cluster.apply(_manifest(owner, name, data, live, kind="Opaque"))
+        logger.info("made the key of the KV of %s/%s", owner.namespace, owner.name)
+        return [], 1
+
+    async def _keep_certificate(
+        self, owner: Owner, name: str, *, is_own: bool
+    ) -> tuple[list[Problem], int]:
+        """`is_own`: the operator makes the Secret; else its owner does."""
         ref = Ref("Secret", owner.namespace, name)
         live = await self._cluster.fetch(ref)
         if not is_own:
             return _problems_of_foreign(ref, live, now=self._clock()), 0
         if live is not None and not is_owned_by(live, owner.uid):
-            text = f"Secret {name} exists and does not belong to {owner.kind} {owner.name}"
-            return [Problem(Reason.NAME_CONFLICT, text)], 0
+            return [_taken_name(owner, name)], 0
         now, data = self._clock(), _data(live)
         dns_name = f"{owner.name}.{owner.namespace}.kvasir.internal"
         view = view_of(data, stepped=_annotation(live))
         step = next_step(view, name=dns_name, now_ms=int(now.timestamp() * 1000))
         if step is Step.KEEP:
             return [], 0
-        manifest = _manifest(owner, name, taken(step, data, dns_name, now=now), live, now=now)
+        data = taken(step, data, dns_name, now=now)
+        manifest = _manifest(owner, name, data, live, kind="kubernetes.io/tls")
+        stepped = now.isoformat(timespec="seconds")
+        manifest["metadata"]["annotations"] = {STEP_ANNOTATION: stepped}
         await self._cluster.apply(manifest)
         logger.info("certificate of %s/%s: %s", owner.namespace, name, step.name.lower())
         return [], 1
@@ -120,20 +145,21 @@ def _time_ms(text: str) -> int:
         return 0
 
 
-def _manifest(
-    owner: Owner, name: str, data: Data, live: Manifest | None, *, now: datetime
-) -> Manifest:
+def _taken_name(owner: Owner, name: str) -> Problem:
+    text = f"Secret {name} exists and does not belong to {owner.kind} {owner.name}"
+    return Problem(Reason.NAME_CONFLICT, text)
+
+
+def _manifest(owner: Owner, name: str, data: Data, live: Manifest | None, *, kind: str) -> Manifest:
     manifest = child(
         owner,
         "v1",
         "Secret",
         name=name,
         labels=service_pod_labels(owner),
-        type="kubernetes.io/tls",
+        type=kind,
         data={key: base64.b64encode(value).decode() for key, value in data.items()},
     )
-    metadata = manifest["metadata"]
-    metadata["annotations"] = {STEP_ANNOTATION: now.isoformat(timespec="seconds")}
     if live is not None:  # nobody has changed it since it was read
-        metadata["resourceVersion"] = live["metadata"]["resourceVersion"]
+        manifest["metadata"]["resourceVersion"] = live["metadata"]["resourceVersion"]
     return manifest

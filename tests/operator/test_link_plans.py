@@ -14,7 +14,7 @@ from kvasir_operator import roles as roles_module
 from kvasir_operator.api_security import ROUTER_PEER_PORT
 from kvasir_operator.certificates import Bundle, make_bundle
 from kvasir_operator.core.manifests import TLS_ANNOTATION, WORKER_STREAM_PORT, Manifest, Ref
-from kvasir_operator.core.plan import secret_of
+from kvasir_operator.core.plan import LinkSecrets, secrets_of
 from kvasir_operator.core.views import Door, pod_view
 from kvasir_operator.roles import RoleSetter
 from kvasir_operator.routers import Routers, router_doors
@@ -120,12 +120,31 @@ def test_plain_pods_know_nothing_of_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("security", "secret"),
-    [(OFF, None), (ON, ("chat-tls", True)), ({"mtls": True, "secretName": "own"}, ("own", False))],
-    ids=["off", "made", "of somebody else"],
+    ("security", "secrets"),
+    {
+        "off": (OFF, None),
+        "made": (ON, LinkSecrets("chat-tls", True, "")),
+        "of somebody else": ({**ON, "secretName": "own"}, LinkSecrets("own", False, "")),
+        "with a key": ({**ON, "encryptKv": True}, LinkSecrets("chat-tls", True, "chat-kv-key")),
+    }.values(),
+    ids=["off", "made", "of somebody else", "with a key"],
 )
-def test_secret_of_a_service(security: Manifest, secret: object) -> None:
-    assert secret_of(make_service(security=security)) == secret
+def test_secrets_of_a_service(security: Manifest, secrets: object) -> None:
+    assert secrets_of(make_service(security=security)) == secrets
+
+
+def test_workers_and_kv_nodes_get_the_key_of_kv_and_routers_do_not() -> None:
+    plan = plan_for(make_service(security={**ON, "encryptKv": True}))
+    router = pod_of(child_of(plan, "Deployment", "chat-router"))
+    assert flag(router, "--kv-key-file") is None
+    for kind, name in (("PrefillPool", "prefill"), ("DecodePool", "decode"), ("KVCachePool", "kv")):
+        assert child_of(plan, kind, f"chat-{name}")["spec"]["kvKeySecret"] == "chat-kv-key"
+    keyed = {"tlsSecret": "chat-tls", "kvKeySecret": "chat-kv-key"}
+    for pod in (worker_pod(**keyed), kv_pod(**keyed)):
+        assert flag(pod, "--kv-key-file") == "/kv-key/kv.key"
+        secret = volumes(pod)["kvasir-kv-key"]["secret"]
+        assert secret["secretName"] == "chat-kv-key"
+        assert [item["key"] for item in secret["items"]] == ["kv.key"]
 
 
 def test_door_of_a_pod_is_as_the_pod_was_made() -> None:

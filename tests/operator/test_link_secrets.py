@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kvasir_operator.certificates import make_bundle
 from kvasir_operator.core.conditions import Problem, Reason
 from kvasir_operator.core.manifests import Manifest, Owner, Ref
+from kvasir_operator.core.plan import LinkSecrets
 from kvasir_operator.core.secrets import (
     DAY_MS,
     ROTATE_BEFORE_MS,
@@ -33,6 +34,7 @@ NAME = "chat.default.kvasir.internal"
 LIFETIME_MS = 90 * DAY_MS
 NOW_MS = 1_000 * DAY_MS
 OWNER = Owner("kvasir.dev/v1alpha1", "ModelService", "default", "chat", "uid-of-chat")
+OWN, THEIRS = LinkSecrets("chat-tls", True, ""), LinkSecrets("chat-tls", False, "")
 REF = Ref("Secret", "default", "chat-tls")
 GOOD = SecretView(
     leaf=Leaf(NAME, "a", NOW_MS + LIFETIME_MS), authorities=frozenset("a"), stepped_ms=0
@@ -132,8 +134,8 @@ def data_of(secret: Manifest) -> dict[str, bytes]:
 async def test_secret_is_made_once_and_belongs_to_its_service() -> None:
     cluster = FakeCluster()
     keeper = SecretKeeper(cluster)
-    assert await keeper.keep(OWNER, "chat-tls", is_own=True) == ([], 1)
-    assert await keeper.keep(OWNER, "chat-tls", is_own=True) == ([], 0)
+    assert await keeper.keep(OWNER, OWN) == ([], 1)
+    assert await keeper.keep(OWNER, OWN) == ([], 0)
     secret = cluster.objects[REF]
     assert secret["type"] == "kubernetes.io/tls"
     assert secret["metadata"]["ownerReferences"][0]["uid"] == OWNER.uid
@@ -147,15 +149,15 @@ async def test_secret_is_made_once_and_belongs_to_its_service() -> None:
 async def test_rotation_takes_three_steps_between_which_all_pods_talk(tmp_path: Path) -> None:
     cluster, clock = FakeCluster(), Clock()
     keeper = SecretKeeper(cluster, clock=clock)
-    await keeper.keep(OWNER, "chat-tls", is_own=True)
+    await keeper.keep(OWNER, OWN)
     versions = [data_of(cluster.objects[REF])]
     clock.now += timedelta(days=60, minutes=1)
     for _ in range(3):
-        assert (await keeper.keep(OWNER, "chat-tls", is_own=True))[1] == 1
-        assert (await keeper.keep(OWNER, "chat-tls", is_own=True))[1] == 0
+        assert (await keeper.keep(OWNER, OWN))[1] == 1
+        assert (await keeper.keep(OWNER, OWN))[1] == 0
         versions.append(data_of(cluster.objects[REF]))
         clock.now += timedelta(milliseconds=SETTLE_MS)
-    assert (await keeper.keep(OWNER, "chat-tls", is_own=True))[1] == 0
+    assert (await keeper.keep(OWNER, OWN))[1] == 0
     assert [sorted(set(v) - {CERTIFICATE, KEY, AUTHORITIES}) for v in versions] == [
         [],
         ["next.crt", "next.key"],
@@ -204,9 +206,9 @@ def shakes_hands(client: Links, server: Links) -> bool:
 async def test_secret_that_cannot_serve_is_made_anew(broken: str) -> None:
     cluster = FakeCluster()
     keeper = SecretKeeper(cluster)
-    await keeper.keep(OWNER, "chat-tls", is_own=True)
+    await keeper.keep(OWNER, OWN)
     cluster.objects[REF]["data"][broken] = base64.b64encode(b"nonsense").decode()
-    assert await keeper.keep(OWNER, "chat-tls", is_own=True) == ([], 1)
+    assert await keeper.keep(OWNER, OWN) == ([], 1)
     view = view_of(data_of(cluster.objects[REF]), stepped="")
     assert view.leaf is not None
     assert view.leaf.authority in view.authorities
@@ -221,7 +223,7 @@ def foreign(**data: bytes) -> Manifest:
 async def test_secret_of_somebody_else_is_never_overwritten() -> None:
     cluster = FakeCluster()
     cluster.add(foreign())
-    [problem], num_writes = await SecretKeeper(cluster).keep(OWNER, "chat-tls", is_own=True)
+    [problem], num_writes = await SecretKeeper(cluster).keep(OWNER, OWN)
     assert (problem.reason, num_writes) == (Reason.NAME_CONFLICT, 0)
     assert cluster.writes == []
 
@@ -249,9 +251,7 @@ async def test_secret_of_a_certificate_manager_is_checked(
     cluster = FakeCluster()
     if files is not None:
         cluster.add(foreign(**files))
-    found: tuple[list[Problem], int] = await SecretKeeper(cluster).keep(
-        OWNER, "chat-tls", is_own=False
-    )
+    found: tuple[list[Problem], int] = await SecretKeeper(cluster).keep(OWNER, THEIRS)
     problems, num_writes = found
     assert num_writes == 0
     assert cluster.writes == []
@@ -274,3 +274,29 @@ async def test_secret_that_the_api_server_refuses_is_a_condition() -> None:
     degraded = condition_of(status, "Degraded")
     assert (degraded["status"], degraded["reason"]) == ("True", "ApplyFailed")
     assert "Secret chat-tls cannot be read or made" in degraded["message"]
+
+
+async def test_key_of_kv_is_made_once_and_stays() -> None:
+    cluster = FakeCluster()
+    keeper = SecretKeeper(cluster)
+    wanted = LinkSecrets("chat-tls", True, "chat-kv-key")
+    assert await keeper.keep(OWNER, wanted) == ([], 2)
+    key = Ref("Secret", "default", "chat-kv-key")
+    made = data_of(cluster.objects[key])
+    assert len(base64.b64decode(made["kv.key"])) == 32
+    assert await keeper.keep(OWNER, wanted) == ([], 0)
+    assert cluster.objects[key]["metadata"]["ownerReferences"][0]["uid"] == OWNER.uid
+    cluster.objects[key]["data"]["kv.key"] = base64.b64encode(b"short").decode()
+    assert await keeper.keep(OWNER, wanted) == ([], 1)
+    assert data_of(cluster.objects[key])["kv.key"] not in (made["kv.key"], b"short")
+
+
+async def test_key_of_somebody_else_is_never_overwritten() -> None:
+    cluster = FakeCluster()
+    theirs = foreign()
+    theirs["metadata"]["name"] = "chat-kv-key"
+    cluster.add(theirs)
+    wanted = LinkSecrets("chat-tls", True, "chat-kv-key")
+    [problem], num_writes = await SecretKeeper(cluster).keep(OWNER, wanted)
+    assert (problem.reason, num_writes) == (Reason.NAME_CONFLICT, 1)
+    assert [ref.name for _, ref in cluster.writes] == ["chat-tls"]

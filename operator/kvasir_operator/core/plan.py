@@ -1,7 +1,7 @@
 """From a world to a plan, whatever the kind: the one door into the core."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
@@ -19,7 +19,7 @@ from kvasir_operator.core.manifests import Manifest, Owner, Ref, ref_of
 from kvasir_operator.core.planning import plan_fleet
 from kvasir_operator.core.pool import SPECS, plan_pool, pool_children, pool_labels
 from kvasir_operator.core.service import plan_service, service_children, service_pod_labels
-from kvasir_operator.core.slots import link_secret, selecting, slots_of
+from kvasir_operator.core.slots import kv_key_secret, link_secret, selecting, slots_of
 from kvasir_operator.core.world import Plan, World
 
 WORKER_POOLS = ("PrefillPool", "DecodePool")
@@ -52,16 +52,27 @@ def planned_pools(obj: Manifest, owner: Owner) -> dict[str, str]:
     return {slot.key: slot.name for slot in slots if slot.part != "kv"}
 
 
-def secret_of(obj: Manifest) -> tuple[str, bool] | None:
-    """The Secret of a ModelService's links, and whether the operator makes it; None: no Secret."""
+@dataclass(frozen=True, slots=True)
+class LinkSecrets:
+    """The Secrets of a ModelService's links by name; "": there is none."""
+
+    certificate: str
+    is_own: bool  # the operator makes the certificate
+    kv_key: str
+
+
+def secrets_of(obj: Manifest) -> LinkSecrets | None:
+    """The Secrets of a ModelService; None: nobody asks for any."""
     if obj["kind"] != MODEL_SERVICE.kind:
         return None
     try:
         spec = ModelServiceSpec.model_validate(obj.get("spec", {}))
     except ValidationError:
         return None  # `make_plan` tells
-    name = link_secret(obj["metadata"]["name"], spec)
-    return (name, spec.security.secret_name is None) if name else None
+    service = obj["metadata"]["name"]
+    certificate = link_secret(service, spec)
+    is_own = spec.security.secret_name is None
+    return LinkSecrets(certificate, is_own, kv_key_secret(service, spec)) if certificate else None
 
 
 def with_fleet(world: World) -> World:

@@ -17,8 +17,9 @@ from kvasir_operator.core.problems import MODEL_CONTAINER, MODEL_VOLUME
 USER_ID = 10001
 MODEL_FOLDER = "/model"
 TLS_FOLDER, TLS_VOLUME = "/tls", "kvasir-tls"
+KV_KEY_FOLDER, KV_KEY_VOLUME, KV_KEY_FILE = "/kv-key", "kvasir-kv-key", "kv.key"
 TLS_FILES = ("tls.crt", "tls.key", "ca.crt")
-TLS_FILE_MODE = 0o440  # by fsGroup, the pod's user reads it
+SECRET_FILE_MODE = 0o440  # by fsGroup, the pod's user reads it
 NEAR_WEIGHT = 100  # of 100: other preferences of the scheduler count less
 GRACE_MARGIN_S = 15  # after a drain: closing connections and leaving
 START_PERIOD_S, START_FAILURES_MAX = 2, 450  # a large model may take 15 minutes to load
@@ -69,6 +70,7 @@ class Part:
     engine: Engine | None = None
     near: tuple[str, str] | None = None  # a pool to be near to, and the label of the domains
     tls_secret: str = ""  # whose certificate it shows to other parts; "" for plain links
+    kv_key_secret: str = ""  # whose key encrypts KV blocks; "": they are not encrypted
 
 
 def pod_template(part: Part, labels: dict[str, str]) -> Manifest:
@@ -107,7 +109,7 @@ def pod_template(part: Part, labels: dict[str, str]) -> Manifest:
                 "volumes": [
                     {"name": "tmp", "emptyDir": {}},
                     *([_model_volume(source)] if source else []),
-                    *([_tls_volume(part.tls_secret)] if part.tls_secret else []),
+                    *_secret_volumes(part),
                     *(_as_written(volume) for volume in part.settings.volumes),
                 ],
             }
@@ -129,7 +131,9 @@ def _container(part: Part) -> Manifest:
     settings = part.settings
     if part.engine is not None:
         settings = PodSettings(resources=part.engine.part_resources)
-    secure = ("--tls-dir", TLS_FOLDER) if part.tls_secret else ()
+    secure = ["--tls-dir", TLS_FOLDER] if part.tls_secret else []
+    if part.kv_key_secret:
+        secure += ["--kv-key-file", f"{KV_KEY_FOLDER}/{KV_KEY_FILE}"]
     return without_empty(
         {
             "name": part.name,
@@ -145,7 +149,7 @@ def _container(part: Part) -> Manifest:
             "resources": settings.resources.model_dump(exclude_defaults=True),
             "securityContext": _locked_down(),
             "terminationMessagePolicy": "FallbackToLogsOnError",
-            "volumeMounts": [*_mounts(part, settings), *_tls_mount(part)],
+            "volumeMounts": [*_mounts(part, settings), *_secret_mounts(part)],
             **_probes(part),
         }
     )
@@ -269,17 +273,29 @@ def _model_volume(source: ModelSource) -> Manifest:
     return {"name": MODEL_VOLUME, **volume}
 
 
-def _tls_mount(part: Part) -> list[Manifest]:
-    if not part.tls_secret:
-        return []
-    return [{"name": TLS_VOLUME, "mountPath": TLS_FOLDER, "readOnly": True}]
+def _secret_mounts(part: Part) -> list[Manifest]:
+    mounts = []
+    if part.tls_secret:
+        mounts.append({"name": TLS_VOLUME, "mountPath": TLS_FOLDER, "readOnly": True})
+    if part.kv_key_secret:
+        mounts.append({"name": KV_KEY_VOLUME, "mountPath": KV_KEY_FOLDER, "readOnly": True})
+    return mounts
 
 
-def _tls_volume(secret: str) -> Manifest:
-    """What parts read of a service's Secret: not the certificate that is still to come."""
-    items = [{"key": name, "path": name} for name in TLS_FILES]
-    body = {"secretName": secret, "items": items, "defaultMode": TLS_FILE_MODE}
-    return {"name": TLS_VOLUME, "secret": body}
+def _secret_volumes(part: Part) -> list[Manifest]:
+    """What parts read of Secrets: not the certificate that is still to come."""
+    volumes = []
+    if part.tls_secret:
+        volumes.append(_secret_volume(TLS_VOLUME, part.tls_secret, TLS_FILES))
+    if part.kv_key_secret:
+        volumes.append(_secret_volume(KV_KEY_VOLUME, part.kv_key_secret, (KV_KEY_FILE,)))
+    return volumes
+
+
+def _secret_volume(name: str, secret: str, files: Sequence[str]) -> Manifest:
+    items = [{"key": file, "path": file} for file in files]
+    body = {"secretName": secret, "items": items, "defaultMode": SECRET_FILE_MODE}
+    return {"name": name, "secret": body}
 
 
 def _model_mount(source: ModelSource) -> Manifest:

@@ -310,6 +310,7 @@ def _part(world: World, spec: PoolSpec) -> Part:
         args=args,
         ports=_ports(spec),
         tls_secret=spec.tls_secret or "",
+        kv_key_secret=spec.kv_key_secret or "",
         settings=spec,
         image=spec,
         default_image=world.default_image,

@@ -45,6 +45,7 @@ from kvasir_operator.core.slots import (
     PARTS,
     Slot,
     holder_of,
+    kv_key_secret,
     link_secret,
     selected_refs,
     selection_problems,
@@ -185,6 +186,8 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
     common = image | _index(owner, spec)
     if secret := link_secret(owner.name, spec):
         common |= {"tlsSecret": secret}
+    if key := kv_key_secret(owner.name, spec):
+        common |= {"kvKeySecret": key}
     engine = spec.model_dump(
         mode="json", by_alias=True, exclude_none=True, include={"model", "engine", "vllm"}
     )

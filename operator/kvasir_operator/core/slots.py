@@ -54,6 +54,11 @@ def link_secret(service: str, spec: ModelServiceSpec) -> str:
     return (security.secret_name or f"{service}-tls") if security.mtls else ""
 
 
+def kv_key_secret(service: str, spec: ModelServiceSpec) -> str:
+    """The Secret with the key of a service's KV blocks; "": they are not encrypted."""
+    return f"{service}-kv-key" if spec.security.encrypt_kv else ""
+
+
 def slots_of(owner: Owner, spec: ModelServiceSpec) -> tuple[Slot, ...]:
     """All pools of a service, prefill first."""
     found: list[Slot] = []
@@ -116,10 +121,14 @@ def selection_problem(world: "World", slot: Slot, spec: ModelServiceSpec) -> Pro
         return Problem(Reason.MODEL_MISMATCH, text)
     if holder := holder_of(world, slot):
         return Problem(Reason.POOL_TAKEN, f"{slot} takes part in ModelService {holder}")
-    own, wanted = pool["spec"].get("tlsSecret") or "", link_secret(world.owner.name, spec)
-    if own != wanted:
-        text = f"{slot}: tlsSecret must be {wanted or 'absent'}, as its ModelService has it"
-        return Problem(Reason.LINK_MISMATCH, text)
+    secrets = {
+        "tlsSecret": link_secret(world.owner.name, spec),
+        "kvKeySecret": kv_key_secret(world.owner.name, spec),
+    }
+    for field, wanted in secrets.items():
+        if (pool["spec"].get(field) or "") != wanted:
+            text = f"{slot}: {field} must be {wanted or 'absent'}, as its ModelService has it"
+            return Problem(Reason.LINK_MISMATCH, text)
     return None
 
 
