@@ -124,7 +124,7 @@ def _age_certificate(operator: Kubectl) -> str:
     made = make_bundle(name, now=utc_now() - LIFETIME + ROTATE_BEFORE / 2)
     parts = {"tls.crt": made.certificate, "tls.key": made.key, "ca.crt": made.ca}
     data = {key: base64.b64encode(pem).decode() for key, pem in parts.items()}
-    patch(operator, f"secret/{WEBHOOK}", {"data": data})
+    patch(operator, f"secret/{WEBHOOK}", {"data": data}, quiet=True)
     return data["tls.crt"]
 
 
