@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvasir_operator.core.store import Entry, Key, Store, encode, with_labels
 
@@ -67,10 +67,12 @@ STEPS = st.lists(
         st.sampled_from(NAMES),
         st.integers(1, 3),
     ),
+    min_size=5,
     max_size=40,
 )
 
 
+@settings(max_examples=150, deadline=None)
 @given(steps=STEPS)
 def test_store_never_goes_back_and_agrees_in_the_end(steps: list[tuple[str, str, int]]) -> None:
     server, store, at = Server(), Store(), 0
@@ -114,6 +116,27 @@ def test_answer_to_a_write_that_the_watch_has_overtaken_is_old() -> None:
     store.drop(make_entry("a", 6))
     assert not store.written(entry)
     assert store.get(entry.key) is None
+
+
+def test_late_news_about_an_earlier_version_change_nothing() -> None:
+    store = Store()
+    own = make_entry("a", 9, spec="own")
+    assert store.written(own)
+    assert not store.put(make_entry("a", 5, spec="earlier"))
+    assert not store.drop(make_entry("a", 4, uid="of an earlier one of this name"))
+    assert store.replace({}, 6) == []
+    assert store.get(own.key) == own
+
+
+def test_what_we_deleted_does_not_come_back_by_earlier_news() -> None:
+    store = Store()
+    entry = make_entry("a", 5)
+    store.put(entry)
+    assert store.deleted(entry.key, entry.uid)
+    assert not store.put(make_entry("a", 6, spec="a change just before"))
+    assert store.get(entry.key) is None
+    store.drop(make_entry("a", 7))
+    assert store.put(make_entry("a", 8, uid="of the next one"))
 
 
 def test_change_of_what_is_not_kept_is_no_news() -> None:
