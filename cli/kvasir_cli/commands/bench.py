@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,41 @@ def engine(model: Path, num_threads: int, json_file: Path | None, **values: Any)
         click.echo(f"  {name:<16} {rate:>10.1f} tokens/s")
     if json_file is not None:
         _write(json_file, {"bench": "engine", "machine": machine(), **result})
+
+
+@bench.command()
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="Model folder.")
+@click.option(
+    "--text",
+    "files",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    multiple=True,
+    help="English text, repeatable.  [default: /usr/share/common-licenses]",
+)
+@click.option("--tokens", "num_tokens", type=COUNT, default=20_000, show_default=True)
+@click.option(
+    "--threads", "num_threads", type=click.IntRange(min=0), default=0, help="0: one per core."
+)
+@JSON_FILE
+def quality(
+    model: Path, files: tuple[Path, ...], num_tokens: int, num_threads: int, json_file: Path | None
+) -> None:
+    """Perplexity of a text under each format of KV, beside that of bf16."""
+    from kvasir_engine.quality import licence_files, run_quality, text_ids
+
+    from kvasir_cli.progress import stages
+
+    ids = text_ids(model, files or licence_files(), num_tokens)
+    if not len(ids):
+        raise click.UsageError("the text is shorter than one window of 512 tokens: give --text")
+    threads = num_threads or len(os.sched_getaffinity(0))
+    with stages() as report:
+        rows = run_quality(model, ids, num_threads=threads, progress=report)
+    for row in rows:
+        click.echo(f"  KV {row.kv:<5} perplexity {row.perplexity:8.4f} {row.change:+8.3%}")
+    if json_file is not None:
+        result = {"model": str(model), "tokens": len(ids), "rows": [asdict(row) for row in rows]}
+        _write(json_file, {"bench": "quality", **result})
 
 
 @bench.command()

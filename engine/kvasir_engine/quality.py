@@ -1,0 +1,93 @@
+"""What quantisation costs: perplexity of one text under formats of KV.
+
+Decides how a text is cut and scored. Invariant: every format scores the same tokens after the same
+contexts, so that differences are the format's. Texts and how results are shown are the caller's.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from kvasir_engine.formats import KvFormat
+from kvasir_engine.logits import sequence_logits
+from kvasir_engine.model import LoadedModel, load_model
+from kvasir_engine.text import Tokenizer
+from kvasir_engine.weights import Progress
+
+WINDOW_TOKENS = 512
+"""Each window is a sequence of its own; its first token is not scored."""
+LICENCES = Path("/usr/share/common-licenses")
+"""English text that every Debian carries."""
+
+
+@dataclass(frozen=True, slots=True)
+class QualityRow:
+    """Perplexity under one format of KV, and its change against bf16."""
+
+    kv: KvFormat
+    perplexity: float
+    change: float
+    """0.01: one per cent more than bf16."""
+
+
+def run_quality(
+    model_dir: Path, ids: np.ndarray, *, num_threads: int, progress: Progress | None = None
+) -> list[QualityRow]:
+    """A row for bf16, then one for each of the other formats.
+
+    `progress` is called with ("measure", tokens done, tokens in all). Raises KvasirError for a
+    model that cannot be loaded.
+    """
+    formats: tuple[KvFormat, ...] = get_args(KvFormat)
+    values = []
+    for index, kv in enumerate(formats):
+        model = load_model(model_dir, num_threads=num_threads, kv=kv)
+
+        def report(done: int, start: int = index * len(ids)) -> None:
+            if progress is not None:
+                progress("measure", start + done, len(formats) * len(ids))
+
+        values.append(perplexity(model, ids, report))
+    return [
+        QualityRow(kv, value, value / values[0] - 1)
+        for kv, value in zip(formats, values, strict=True)
+    ]
+
+
+def perplexity(
+    model: LoadedModel, ids: np.ndarray, progress: Callable[[int], None] = lambda _: None
+) -> float:
+    """exp of the mean negative log-likelihood of all tokens but the first of each window."""
+    loss, num_scored = 0.0, 0
+    for start in range(0, len(ids), WINDOW_TOKENS):
+        window = ids[start : start + WINDOW_TOKENS]
+        logits = sequence_logits(model, window, chunk=len(window))[:-1]
+        top = logits.max(axis=1)
+        totals = np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)) + top
+        loss += float((totals - logits[np.arange(len(window) - 1), window[1:]]).sum())
+        num_scored += len(window) - 1
+        progress(start + len(window))
+    return float(np.exp(loss / num_scored))
+
+
+def text_ids(model_dir: Path, files: Sequence[Path], num_tokens: int) -> np.ndarray:
+    """Whole windows from everywhere in the files, `num_tokens` of them or all there are."""
+    tokenizer = Tokenizer.load(model_dir)
+    ids = [
+        i
+        for path in files
+        for i in tokenizer.encode(path.read_text(errors="replace"), add_special_tokens=False)
+    ]
+    windows = np.array(ids[: len(ids) // WINDOW_TOKENS * WINDOW_TOKENS], np.int32)
+    windows = windows.reshape(-1, WINDOW_TOKENS)
+    count = min(len(windows), -(-num_tokens // WINDOW_TOKENS))
+    chosen = np.linspace(0, len(windows) - 1, count).astype(int)
+    return np.concatenate([windows[:0].ravel(), *windows[chosen]])
+
+
+def licence_files() -> list[Path]:
+    """Debian's licences, each once."""
+    return sorted({path.resolve() for path in LICENCES.glob("*") if path.is_file()})
