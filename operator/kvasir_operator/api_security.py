@@ -19,7 +19,7 @@ class SecuritySettings(ApiModel):
         Rule("!self.encryptKv || self.mtls", "encryptKv needs mtls: set mtls or remove encryptKv"),
     )
     mtls: bool = Field(
-        default=False,
+        default=True,
         description="Router, workers and KV nodes talk over TLS and show one another certificates. "
         "A change replaces all pods; until they are replaced, fewer of them serve together.",
     )
