@@ -83,7 +83,7 @@ def test_parts_find_one_another() -> None:
     assert "--worker dns:chat-prefill.default.svc:50051" in args
     assert "--worker dns:chat-decode.default.svc:50051" in args
     assert "--kv-node dns:chat-kv.default.svc:50051" in args
-    assert "--peer dns:chat-router-peers.default.svc:9000" in args
+    assert "--peer dns:chat-router-peers.default.svc:50054" in args
     assert plan.status["endpoint"] == "http://chat-router.default.svc:8000/v1"
 
 

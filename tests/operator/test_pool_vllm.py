@@ -119,7 +119,7 @@ def test_a_service_with_vllm_has_decode_workers_alone() -> None:
     workers = [arg for arg in router["containers"][0]["args"] if arg.startswith("dns:chat-")]
     assert workers == [
         "dns:chat-decode.default.svc:50051",
-        "dns:chat-router-peers.default.svc:9000",
+        "dns:chat-router-peers.default.svc:50054",
     ]
     again = plan_for(make_object("DecodePool", "chat-decode", decode))
     [replica_set] = [c for c in again.children if c["kind"] == "ReplicaSet"]

@@ -28,7 +28,7 @@ FAST = Speed(80.0, 20.0, 0.5, kv_tokens=500_000)
 
 def make_pool(name: str, *, kind: str = "PrefillPool", ready: int = 2, **spec: Any) -> Manifest:
     """A pool that stands alone, of two workers."""
-    pool = make_object(kind, name, {"model": MODEL, "replicas": 2, **spec})
+    pool = make_object(kind, name, {"model": MODEL, "replicas": 2, "tlsSecret": "chat-tls", **spec})
     is_true = "True" if ready else "False"
     pool["status"] = {
         "observedGeneration": 1,
@@ -253,3 +253,12 @@ def test_a_service_without_templates_makes_its_own_pools() -> None:
     assert (spec.prefill, spec.decode) == (None, None)
     plan = plan_for(make_service())
     assert child_of(plan, "PrefillPool", "chat-prefill")["spec"]["replicas"] == 1
+
+
+def test_a_selected_pool_must_show_the_certificate_of_its_service() -> None:
+    service = make_selecting("gpu", security={"mtls": True})
+    assert problems_of(plan_for(service, make_pool("gpu", tlsSecret="chat-tls"))) == []
+    for pool in (make_pool("gpu", tlsSecret="other"), make_pool("gpu", tlsSecret=None)):
+        [(reason, text)] = problems_of(plan_for(service, pool))
+        assert reason == "LinkMismatch"
+        assert "tlsSecret must be chat-tls" in text
