@@ -16,17 +16,21 @@ class SecuritySettings(ApiModel):
             "!has(self.secretName) || self.mtls",
             "secretName needs mtls: set mtls or remove secretName",
         ),
-        Rule("!self.encryptKv || self.mtls", "encryptKv needs mtls: set mtls or remove encryptKv"),
+        Rule(
+            "!has(self.encryptKv) || !self.encryptKv || self.mtls",
+            "encryptKv needs mtls: set mtls or remove encryptKv",
+        ),
     )
     mtls: bool = Field(
         default=True,
         description="Router, workers and KV nodes talk over TLS and show one another certificates. "
         "A change replaces all pods; until they are replaced, fewer of them serve together.",
     )
-    encrypt_kv: bool = Field(
-        default=False,
+    encrypt_kv: bool | None = Field(
+        default=None,
         description="KV blocks are encrypted, too, and move between parts that hold the same key "
-        "only: the operator makes it, Secret NAME-kv-key. A change replaces workers and KV nodes.",
+        "only: the operator makes it, Secret NAME-kv-key. A change replaces workers and KV nodes. "
+        "Absent: as mtls.",
     )
     secret_name: str | None = Field(
         default=None,
@@ -35,6 +39,11 @@ class SecuritySettings(ApiModel):
         description="An existing Secret with tls.crt, tls.key and ca.crt, as cert-manager makes; "
         "its owner renews it. Absent: the operator makes NAME-tls and renews it.",
     )
+
+    @property
+    def has_kv_key(self) -> bool:
+        """Whether KV blocks are encrypted."""
+        return self.mtls if self.encrypt_kv is None else self.encrypt_kv
 
 
 class LinkSettings(ApiModel):

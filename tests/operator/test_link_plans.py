@@ -123,18 +123,21 @@ def test_plain_pods_know_nothing_of_it() -> None:
     ("security", "secrets"),
     {
         "off": (OFF, None),
-        "made": (ON, LinkSecrets("chat-tls", True, "")),
-        "of somebody else": ({**ON, "secretName": "own"}, LinkSecrets("own", False, "")),
-        "with a key": ({**ON, "encryptKv": True}, LinkSecrets("chat-tls", True, "chat-kv-key")),
+        "made": (ON, LinkSecrets("chat-tls", True, "chat-kv-key")),
+        "of somebody else": (
+            {**ON, "secretName": "own"},
+            LinkSecrets("own", False, "chat-kv-key"),
+        ),
+        "without a key": ({**ON, "encryptKv": False}, LinkSecrets("chat-tls", True, "")),
     }.values(),
-    ids=["off", "made", "of somebody else", "with a key"],
+    ids=["off", "made", "of somebody else", "without a key"],
 )
 def test_secrets_of_a_service(security: Manifest, secrets: object) -> None:
     assert secrets_of(make_service(security=security)) == secrets
 
 
 def test_workers_and_kv_nodes_get_the_key_of_kv_and_routers_do_not() -> None:
-    plan = plan_for(make_service(security={**ON, "encryptKv": True}))
+    plan = plan_for(make_service(security=ON))
     router = pod_of(child_of(plan, "Deployment", "chat-router"))
     assert flag(router, "--kv-key-file") is None
     for kind, name in (("PrefillPool", "prefill"), ("DecodePool", "decode"), ("KVCachePool", "kv")):

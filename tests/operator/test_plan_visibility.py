@@ -15,7 +15,8 @@ from kvasir_operator.plan_metrics import PlanMetrics
 from kvasir_operator.reconcile import Reconciler
 from kvasir_operator.roles import RoleSetter
 from kvasir_operator.routers import Routers
-from operator_builders import NOW_MS, FakeCluster, make_service
+from kvasir_operator.secrets import SecretKeeper
+from operator_builders import NOW_MS, FakeCluster, make_channels, make_service
 from planner_builders import SPEED, make_load
 from test_planning import make_planned_world
 from test_reconcile import FakeDrainer
@@ -148,13 +149,14 @@ async def test_the_live_planner_follows_a_step_of_the_load_and_writes_nothing_af
     cluster, collector = FakeCluster(), FakeCollector()
     planner = {"mode": "Apply", "roleFlips": False}
     cluster.add(make_service(planner=planner, kvCache=None, slo={"ttftMs": 2000, "tpotMs": 50}))
-    setter = RoleSetter(on_progress=lambda _: None)
+    setter = RoleSetter(make_channels(), on_progress=lambda _: None)
     reconciler = Reconciler(
         cluster,
         FakeDrainer(),
         setter,
-        Routers(),
+        Routers(make_channels()),
         collector,  # type: ignore[arg-type]
+        SecretKeeper(cluster),
         default_image="kvasir:test",
     )
 

@@ -87,7 +87,7 @@ async def test_second_reconcile_of_a_service_writes_nothing() -> None:
     cluster = FakeCluster()
     cluster.add(make_service())
     reconciler = make_reconciler(cluster)
-    assert (await reconciler.reconcile(SERVICE)).num_writes == 13
+    assert (await reconciler.reconcile(SERVICE)).num_writes == 14
     cluster.writes.clear()
     assert (await reconciler.reconcile(SERVICE)).num_writes == 0
     assert cluster.writes == []

@@ -23,12 +23,13 @@ from operator_builders import (
 )
 from planner_builders import SPEED, make_load
 
+SECRETS = {"tlsSecret": "chat-tls", "kvKeySecret": "chat-kv-key"}
 FAST = Speed(80.0, 20.0, 0.5, kv_tokens=500_000)
 
 
 def make_pool(name: str, *, kind: str = "PrefillPool", ready: int = 2, **spec: Any) -> Manifest:
     """A pool that stands alone, of two workers."""
-    pool = make_object(kind, name, {"model": MODEL, "replicas": 2, "tlsSecret": "chat-tls", **spec})
+    pool = make_object(kind, name, {"model": MODEL, "replicas": 2, **SECRETS, **spec})
     is_true = "True" if ready else "False"
     pool["status"] = {
         "observedGeneration": 1,

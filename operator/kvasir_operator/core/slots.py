@@ -56,7 +56,7 @@ def link_secret(service: str, spec: ModelServiceSpec) -> str:
 
 def kv_key_secret(service: str, spec: ModelServiceSpec) -> str:
     """The Secret with the key of a service's KV blocks; "": they are not encrypted."""
-    return f"{service}-kv-key" if spec.security.encrypt_kv else ""
+    return f"{service}-kv-key" if spec.security.has_kv_key else ""
 
 
 def slots_of(owner: Owner, spec: ModelServiceSpec) -> tuple[Slot, ...]:
