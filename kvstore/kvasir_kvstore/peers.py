@@ -133,8 +133,9 @@ class DataPeerSettings(PeerSettings):
 
 
 def _read_key(file: Path) -> bytes:
+    """The key: the whole file, as a key of random bytes may end in what looks like a line's end."""
     try:
-        key = file.read_bytes().rstrip(b"\r\n")
+        key = file.read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror}") from error
     if not KEY_BYTES_MIN <= len(key) <= KEY_BYTES_MAX:

@@ -216,11 +216,13 @@ class ModelServiceSpec(EngineSettings, ImageSettings):
         ),
         Rule(
             "!has(self.prefill) || !has(self.prefillPools) || size(self.prefillPools) == 0",
-            "only one of prefill and prefillPools may be set: make a pool or select some",
+            "only one of prefill and prefillPools may be set: make a pool or select some "
+            "(an older release may have set prefill: null removes it)",
         ),
         Rule(
             "!has(self.decode) || !has(self.decodePools) || size(self.decodePools) == 0",
-            "only one of decode and decodePools may be set: make a pool or select some",
+            "only one of decode and decodePools may be set: make a pool or select some "
+            "(an older release may have set decode: null removes it)",
         ),
     )
     model: Model = Field(description="The model that is served. It cannot be changed later.")

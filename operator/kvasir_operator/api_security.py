@@ -13,37 +13,43 @@ class SecuritySettings(ApiModel):
 
     RULES = (
         Rule(
-            "!has(self.secretName) || self.mtls",
+            "!has(self.secretName) || !has(self.mtls) || self.mtls",
             "secretName needs mtls: set mtls or remove secretName",
         ),
         Rule(
-            "!has(self.encryptKv) || !self.encryptKv || self.mtls",
+            "!has(self.encryptKv) || !self.encryptKv || !has(self.mtls) || self.mtls",
             "encryptKv needs mtls: set mtls or remove encryptKv",
         ),
     )
-    mtls: bool = Field(
-        default=True,
+    mtls: bool | None = Field(
+        default=None,
         description="Router, workers and KV nodes talk over TLS and show one another certificates. "
-        "A change replaces all pods; until they are replaced, fewer of them serve together.",
+        "A change replaces all pods; until they are replaced, fewer of them serve together. "
+        "Absent: on, but a service that runs without stays so.",
     )
     encrypt_kv: bool | None = Field(
         default=None,
         description="KV blocks are encrypted, too, and move between parts that hold the same key "
-        "only: the operator makes it, Secret NAME-kv-key. A change replaces workers and KV nodes. "
-        "Absent: as mtls.",
+        "only: the operator makes it, Secret NAME-kvasir-kv-key. A change replaces workers and KV "
+        "nodes. Absent: as mtls.",
     )
     secret_name: str | None = Field(
         default=None,
         pattern=SECRET_PATTERN,
         max_length=253,
         description="An existing Secret with tls.crt, tls.key and ca.crt, as cert-manager makes; "
-        "its owner renews it. Absent: the operator makes NAME-tls and renews it.",
+        "its owner renews it. Absent: the operator makes NAME-kvasir-tls and renews it.",
     )
 
     @property
     def has_kv_key(self) -> bool:
         """Whether KV blocks are encrypted."""
-        return self.mtls if self.encrypt_kv is None else self.encrypt_kv
+        return self.has_certificates and self.encrypt_kv is not False
+
+    @property
+    def has_certificates(self) -> bool:
+        """Whether the parts show certificates."""
+        return self.mtls is not False
 
 
 class LinkSettings(ApiModel):

@@ -108,7 +108,11 @@ class CachedCluster:
     async def apply_status(self, ref: Ref, status: Manifest) -> Manifest:
         """See Cluster."""
         written = await self._kube.apply_status(ref, status)
-        return self._written(written, by=ref)  # who wrote it knows it, and planned by it
+        # Who wrote it knows it, unless somebody changed the spec just before.
+        metadata = written["metadata"]
+        is_known = metadata.get("generation") == status.get("observedGeneration")
+        is_known = is_known and "deletionTimestamp" not in metadata
+        return self._written(written, by=ref if is_known else None)
 
     async def annotate(self, ref: Ref, uid: str, annotations: Mapping[str, str]) -> Manifest:
         """See Cluster."""

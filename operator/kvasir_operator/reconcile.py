@@ -41,7 +41,7 @@ from kvasir_operator.core.plan import (
     service_of,
     with_fleet,
 )
-from kvasir_operator.core.slots import selected_refs
+from kvasir_operator.core.slots import selected_refs, with_links_kept
 from kvasir_operator.core.views import PodView, WorkerFacts
 from kvasir_operator.core.world import Plan, World
 from kvasir_operator.drain import Drainer
@@ -97,8 +97,11 @@ class Reconciler:
         world = await self._observe(obj)
         # 2. Plan and apply, the Secret first; the plan after the writes gives the status.
         world, num_steps = await self._keep_secret(world)
-        world, plan = await self._with_taken_names(world, make_plan(world))
-        world, num_writes = await self._carry_out(world, plan)
+        if any(problem.reason is Reason.NAME_CONFLICT for problem in world.problems):
+            plan, num_writes = make_plan(world), 0  # pods would take somebody else's certificate
+        else:
+            world, plan = await self._with_taken_names(world, make_plan(world))
+            world, num_writes = await self._carry_out(world, plan)
         num_writes += num_steps
         plan = make_plan(world) if num_writes or world.problems else plan
         # 3. One write of the status.
@@ -156,8 +159,10 @@ class Reconciler:
         autoscalers = []
         if is_scalable(world.owner):
             autoscalers = await self._cluster.list(AUTOSCALER_KIND, world.owner.namespace)
+        router = live.get(Ref("Deployment", world.owner.namespace, f"{world.owner.name}-router"))
         observed = replace(
             world,
+            obj=with_links_kept(obj, router),
             live=live,
             pods=pods,
             warnings=await self._warnings(world.owner.namespace, [*live.values(), *pods]),
@@ -235,8 +240,8 @@ class Reconciler:
                 text = f"{ref.kind} {ref.name} was refused: {error.message}"
                 problems.append(Problem(Reason.APPLY_FAILED, text))
         for ref in plan.deletions:
-            await self._cluster.delete(ref)
-            live.pop(ref, None)
+            gone = live.pop(ref, None)
+            await self._cluster.delete(ref, uid=gone["metadata"]["uid"] if gone else "")
             num_writes += 1
             logger.info("deleted %s %s/%s", *ref)
         num_writes += await self._move_workers(world, plan)

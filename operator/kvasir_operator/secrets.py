@@ -51,7 +51,7 @@ class SecretKeeper:
             return [_taken_name(owner, name)], 0
         if len(_data(live).get(KV_KEY_FILE, b"")) >= KV_KEY_BYTES:
             return [], 0
-        data = {KV_KEY_FILE: base64.b64encode(secrets.token_bytes(KV_KEY_BYTES))}
+        data = {KV_KEY_FILE: base64.b64encode(secrets.token_hex(KV_KEY_BYTES).encode())}
         await self._cluster.apply(_manifest(owner, name, data, live, kind="Opaque"))
         logger.info("made the key of the KV of %s/%s", owner.namespace, owner.name)
         return [], 1

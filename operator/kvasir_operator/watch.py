@@ -149,6 +149,7 @@ class Reflector:
     async def run(self) -> None:
         """List and watch for ever."""
         failures, must_list = 0, True
+        self.alive_s = self._now_s()
         while True:
             started_s = self._now_s()
             try:
@@ -205,7 +206,10 @@ class Reflector:
             return
         entry = self.entry_of(event.object)
         if entry is None:
-            self.store.saw(int(event.object["metadata"]["resourceVersion"]))
+            metadata = event.object["metadata"]
+            key = Key(metadata.get("namespace", ""), metadata["name"])
+            if (old := self.store.let_go(key, int(metadata["resourceVersion"]))) is not None:
+                self._on_news(old)
             return
         is_news = self.store.drop(entry) if event.type == "DELETED" else self.store.put(entry)
         if is_news:

@@ -15,6 +15,7 @@ from kvasir_operator.api_security import ROUTER_PEER_PORT
 from kvasir_operator.certificates import Bundle, make_bundle
 from kvasir_operator.core.manifests import TLS_ANNOTATION, WORKER_STREAM_PORT, Manifest, Ref
 from kvasir_operator.core.plan import LinkSecrets, secrets_of
+from kvasir_operator.core.slots import with_links_kept
 from kvasir_operator.core.views import Door, pod_view
 from kvasir_operator.roles import RoleSetter
 from kvasir_operator.routers import Routers, router_doors
@@ -70,9 +71,9 @@ def test_service_gives_its_secret_to_router_and_pools() -> None:
     assert flag(router, "--peer-port") == str(ROUTER_PEER_PORT)
     assert flag(router, "--peer") == f"dns:chat-router-peers.default.svc:{ROUTER_PEER_PORT}"
     assert port_names(router) == {"http", "grpc", "peer"}
-    assert router["metadata"]["annotations"] == {TLS_ANNOTATION: "chat-tls"}
+    assert router["metadata"]["annotations"] == {TLS_ANNOTATION: "chat-kvasir-tls"}
     for kind, name in (("PrefillPool", "prefill"), ("DecodePool", "decode"), ("KVCachePool", "kv")):
-        assert child_of(plan, kind, f"chat-{name}")["spec"]["tlsSecret"] == "chat-tls"
+        assert child_of(plan, kind, f"chat-{name}")["spec"]["tlsSecret"] == "chat-kvasir-tls"
     redis = pod_of(child_of(plan, "Deployment", "chat-redis"))
     assert "kvasir-tls" not in volumes(redis)
 
@@ -87,9 +88,9 @@ def test_peers_are_not_offered_to_clients() -> None:
 
 
 def test_pods_see_what_they_need_of_the_secret_and_no_more() -> None:
-    for pod in (worker_pod(tlsSecret="chat-tls"), kv_pod(tlsSecret="chat-tls")):
+    for pod in (worker_pod(tlsSecret="chat-kvasir-tls"), kv_pod(tlsSecret="chat-kvasir-tls")):
         secret = volumes(pod)["kvasir-tls"]["secret"]
-        assert secret["secretName"] == "chat-tls"
+        assert secret["secretName"] == "chat-kvasir-tls"
         assert [item["key"] for item in secret["items"]] == ["tls.crt", "tls.key", "ca.crt"]
         assert secret["defaultMode"] == 0o440
         [mount] = [
@@ -99,11 +100,11 @@ def test_pods_see_what_they_need_of_the_secret_and_no_more() -> None:
 
 
 def test_streams_of_workers_have_a_port_of_their_own() -> None:
-    pod = worker_pod(tlsSecret="chat-tls")
+    pod = worker_pod(tlsSecret="chat-kvasir-tls")
     assert flag(pod, "--stream-port") == str(WORKER_STREAM_PORT)
     assert port_names(pod) == {"grpc", "http", "data", "stream"}
-    assert "stream" not in port_names(kv_pod(tlsSecret="chat-tls"))
-    plan = plan_for(make_decode_pool(tlsSecret="chat-tls", networkPolicy=True))
+    assert "stream" not in port_names(kv_pod(tlsSecret="chat-kvasir-tls"))
+    plan = plan_for(make_decode_pool(tlsSecret="chat-kvasir-tls", networkPolicy=True))
     policy = child_of(plan, "NetworkPolicy", "chat-decode")["spec"]["ingress"]
     assert [port["port"] for port in policy[0]["ports"]] == ["grpc", "data", "stream"]
     assert [port["port"] for port in policy[1]["ports"]] == ["http"]
@@ -123,12 +124,12 @@ def test_plain_pods_know_nothing_of_it() -> None:
     ("security", "secrets"),
     {
         "off": (OFF, None),
-        "made": (ON, LinkSecrets("chat-tls", True, "chat-kv-key")),
+        "made": (ON, LinkSecrets("chat-kvasir-tls", True, "chat-kvasir-kv-key")),
         "of somebody else": (
             {**ON, "secretName": "own"},
-            LinkSecrets("own", False, "chat-kv-key"),
+            LinkSecrets("own", False, "chat-kvasir-kv-key"),
         ),
-        "without a key": ({**ON, "encryptKv": False}, LinkSecrets("chat-tls", True, "")),
+        "without a key": ({**ON, "encryptKv": False}, LinkSecrets("chat-kvasir-tls", True, "")),
     }.values(),
     ids=["off", "made", "of somebody else", "without a key"],
 )
@@ -141,12 +142,12 @@ def test_workers_and_kv_nodes_get_the_key_of_kv_and_routers_do_not() -> None:
     router = pod_of(child_of(plan, "Deployment", "chat-router"))
     assert flag(router, "--kv-key-file") is None
     for kind, name in (("PrefillPool", "prefill"), ("DecodePool", "decode"), ("KVCachePool", "kv")):
-        assert child_of(plan, kind, f"chat-{name}")["spec"]["kvKeySecret"] == "chat-kv-key"
-    keyed = {"tlsSecret": "chat-tls", "kvKeySecret": "chat-kv-key"}
+        assert child_of(plan, kind, f"chat-{name}")["spec"]["kvKeySecret"] == "chat-kvasir-kv-key"
+    keyed = {"tlsSecret": "chat-kvasir-tls", "kvKeySecret": "chat-kvasir-kv-key"}
     for pod in (worker_pod(**keyed), kv_pod(**keyed)):
         assert flag(pod, "--kv-key-file") == "/kv-key/kv.key"
         secret = volumes(pod)["kvasir-kv-key"]["secret"]
-        assert secret["secretName"] == "chat-kv-key"
+        assert secret["secretName"] == "chat-kvasir-kv-key"
         assert [item["key"] for item in secret["items"]] == ["kv.key"]
 
 
@@ -155,12 +156,12 @@ def test_door_of_a_pod_is_as_the_pod_was_made() -> None:
     ports = [{"name": "grpc", "containerPort": 1}, {"name": "peer", "containerPort": 2}]
     body = {"spec": {"containers": [{"ports": ports}]}}
     plain, secure = make_pod("a"), make_pod("b", podIP="10.0.0.2")
-    secure["metadata"]["annotations"] = {TLS_ANNOTATION: "chat-tls"}
+    secure["metadata"]["annotations"] = {TLS_ANNOTATION: "chat-kvasir-tls"}
     assert router_doors([plain | body, secure | body]) == [
         Door("10.0.0.1:1", "default", ""),
-        Door("10.0.0.2:2", "default", "chat-tls"),
+        Door("10.0.0.2:2", "default", "chat-kvasir-tls"),
     ]
-    assert [pod_view(pod, "").tls_secret for pod in (plain, secure)] == ["", "chat-tls"]
+    assert [pod_view(pod, "").tls_secret for pod in (plain, secure)] == ["", "chat-kvasir-tls"]
 
 
 class FakeRouter(inference_pb2_grpc.InferenceServicer):
@@ -180,7 +181,7 @@ FOREIGN = make_bundle("chat.default.kvasir.internal", now=datetime.now(UTC))
 def made_secret(bundle: Bundle, *, trust: bytes) -> Manifest:
     files = {CERTIFICATE: bundle.certificate, KEY: bundle.key, AUTHORITIES: trust}
     data = {name: base64.b64encode(value).decode() for name, value in files.items()}
-    metadata = {"name": "chat-tls", "namespace": "default", "uid": "s"}
+    metadata = {"name": "chat-kvasir-tls", "namespace": "default", "uid": "s"}
     return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": data}
 
 
@@ -201,7 +202,7 @@ async def port(tmp_path: Path) -> AsyncIterator[int]:
 
 def router_pod(port: int) -> Manifest:
     pod = make_pod("chat-router-x", podIP="127.0.0.1")
-    pod["metadata"]["annotations"] = {TLS_ANNOTATION: "chat-tls"}
+    pod["metadata"]["annotations"] = {TLS_ANNOTATION: "chat-kvasir-tls"}
     return pod | {"spec": {"containers": [{"ports": [{"name": "peer", "containerPort": port}]}]}}
 
 
@@ -232,8 +233,21 @@ async def test_role_is_told_over_tls(
     setter = RoleSetter(channels, on_progress=lambda _: None)
     counted = metrics.ROLE_FLIPS.labels("flipped" if has_secret else "failed")
     before = counted._value.get()
-    pod = make_pod_view("w", ip="127.0.0.1", tls_secret="chat-tls")
+    pod = make_pod_view("w", ip="127.0.0.1", tls_secret="chat-kvasir-tls")
     assert setter.start(Ref("DecodePool", "default", "chat-decode"), pod, "prefill")
     await asyncio.gather(*setter._calls.values())
     assert counted._value.get() == before + 1
     assert setter.told() == ({"uid-of-w": "prefill"} if has_secret else {})
+
+
+def test_a_service_of_an_earlier_release_stays_plain_until_told() -> None:
+    """Its old and new pods would not talk to one another."""
+    spec = make_service()["spec"]
+    open_service = {**make_service(), "spec": {k: v for k, v in spec.items() if k != "security"}}
+    plain = child_of(plan_for(make_service(security=OFF)), "Deployment", "chat-router")
+    secure = child_of(plan_for(make_service(security=ON)), "Deployment", "chat-router")
+    assert secrets_of(with_links_kept(open_service, plain)) is None
+    assert secrets_of(with_links_kept(open_service, secure)) == secrets_of(open_service) is not None
+    assert secrets_of(with_links_kept(open_service, None)) is not None
+    chosen = make_service(security=ON)
+    assert with_links_kept(chosen, plain) is chosen

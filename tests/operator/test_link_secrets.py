@@ -34,8 +34,8 @@ NAME = "chat.default.kvasir.internal"
 LIFETIME_MS = 90 * DAY_MS
 NOW_MS = 1_000 * DAY_MS
 OWNER = Owner("kvasir.dev/v1alpha1", "ModelService", "default", "chat", "uid-of-chat")
-OWN, THEIRS = LinkSecrets("chat-tls", True, ""), LinkSecrets("chat-tls", False, "")
-REF = Ref("Secret", "default", "chat-tls")
+OWN, THEIRS = LinkSecrets("chat-kvasir-tls", True, ""), LinkSecrets("chat-kvasir-tls", False, "")
+REF = Ref("Secret", "default", "chat-kvasir-tls")
 GOOD = SecretView(
     leaf=Leaf(NAME, "a", NOW_MS + LIFETIME_MS), authorities=frozenset("a"), stepped_ms=0
 )
@@ -216,7 +216,7 @@ async def test_secret_that_cannot_serve_is_made_anew(broken: str) -> None:
 
 def foreign(**data: bytes) -> Manifest:
     encoded = {name: base64.b64encode(value).decode() for name, value in data.items()}
-    metadata = {"name": "chat-tls", "namespace": "default", "uid": "theirs"}
+    metadata = {"name": "chat-kvasir-tls", "namespace": "default", "uid": "theirs"}
     return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": encoded}
 
 
@@ -273,17 +273,17 @@ async def test_secret_that_the_api_server_refuses_is_a_condition() -> None:
     status = cluster.objects[Ref("ModelService", "default", "chat")]["status"]
     degraded = condition_of(status, "Degraded")
     assert (degraded["status"], degraded["reason"]) == ("True", "ApplyFailed")
-    assert "Secret chat-tls cannot be read or made" in degraded["message"]
+    assert "Secret chat-kvasir-tls cannot be read or made" in degraded["message"]
 
 
 async def test_key_of_kv_is_made_once_and_stays() -> None:
     cluster = FakeCluster()
     keeper = SecretKeeper(cluster)
-    wanted = LinkSecrets("chat-tls", True, "chat-kv-key")
+    wanted = LinkSecrets("chat-kvasir-tls", True, "chat-kvasir-kv-key")
     assert await keeper.keep(OWNER, wanted) == ([], 2)
-    key = Ref("Secret", "default", "chat-kv-key")
+    key = Ref("Secret", "default", "chat-kvasir-kv-key")
     made = data_of(cluster.objects[key])
-    assert len(base64.b64decode(made["kv.key"])) == 32
+    assert len(base64.b64decode(made["kv.key"])) == 64  # hexadecimal
     assert await keeper.keep(OWNER, wanted) == ([], 0)
     assert cluster.objects[key]["metadata"]["ownerReferences"][0]["uid"] == OWNER.uid
     cluster.objects[key]["data"]["kv.key"] = base64.b64encode(b"short").decode()
@@ -294,9 +294,9 @@ async def test_key_of_kv_is_made_once_and_stays() -> None:
 async def test_key_of_somebody_else_is_never_overwritten() -> None:
     cluster = FakeCluster()
     theirs = foreign()
-    theirs["metadata"]["name"] = "chat-kv-key"
+    theirs["metadata"]["name"] = "chat-kvasir-kv-key"
     cluster.add(theirs)
-    wanted = LinkSecrets("chat-tls", True, "chat-kv-key")
+    wanted = LinkSecrets("chat-kvasir-tls", True, "chat-kvasir-kv-key")
     [problem], num_writes = await SecretKeeper(cluster).keep(OWNER, wanted)
     assert (problem.reason, num_writes) == (Reason.NAME_CONFLICT, 1)
-    assert [ref.name for _, ref in cluster.writes] == ["chat-tls"]
+    assert [ref.name for _, ref in cluster.writes] == ["chat-kvasir-tls"]

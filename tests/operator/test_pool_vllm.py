@@ -95,7 +95,7 @@ def test_both_containers_are_locked_down() -> None:
 
 
 def test_certificates_are_the_workers_and_its_streams_have_their_port() -> None:
-    _, engine, worker = containers_of(tlsSecret="chat-tls")
+    _, engine, worker = containers_of(tlsSecret="chat-kvasir-tls")
     assert "/tls" in {mount["mountPath"] for mount in worker["volumeMounts"]}
     assert "/tls" not in {mount["mountPath"] for mount in engine["volumeMounts"]}
     ports = {port["name"]: port["containerPort"] for port in worker["ports"]}

@@ -23,7 +23,7 @@ from operator_builders import (
 )
 from planner_builders import SPEED, make_load
 
-SECRETS = {"tlsSecret": "chat-tls", "kvKeySecret": "chat-kv-key"}
+SECRETS = {"tlsSecret": "chat-kvasir-tls", "kvKeySecret": "chat-kvasir-kv-key"}
 FAST = Speed(80.0, 20.0, 0.5, kv_tokens=500_000)
 
 
@@ -258,8 +258,8 @@ def test_a_service_without_templates_makes_its_own_pools() -> None:
 
 def test_a_selected_pool_must_show_the_certificate_of_its_service() -> None:
     service = make_selecting("gpu", security={"mtls": True})
-    assert problems_of(plan_for(service, make_pool("gpu", tlsSecret="chat-tls"))) == []
+    assert problems_of(plan_for(service, make_pool("gpu", tlsSecret="chat-kvasir-tls"))) == []
     for pool in (make_pool("gpu", tlsSecret="other"), make_pool("gpu", tlsSecret=None)):
         [(reason, text)] = problems_of(plan_for(service, pool))
         assert reason == "LinkMismatch"
-        assert "tlsSecret must be chat-tls" in text
+        assert "tlsSecret must be chat-kvasir-tls" in text

@@ -196,3 +196,14 @@ def test_reads_are_copies_selected_by_labels() -> None:
     [again] = with_labels(entries, {"name": "a"})
     assert again["spec"] == {"n": 1}
     assert with_labels(entries, {"name": "b"}) == []
+
+
+def test_what_is_no_longer_kept_goes_and_is_told() -> None:
+    """As an autoscaler that now scales something else."""
+    store = Store()
+    kept = make_entry("a", 5)
+    store.put(kept)
+    assert store.let_go(kept.key, 4) is None  # older news
+    assert store.let_go(kept.key, 6) == kept
+    assert (len(store), store.version) == (0, 6)
+    assert store.let_go(kept.key, 7) is None

@@ -45,3 +45,19 @@ async def test_a_hold_up_of_this_process_is_nobodys_silence() -> None:
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         silence.heard()
+
+
+async def test_a_process_held_up_again_and_again_still_notices_silence() -> None:
+    limit_s = 0.05
+
+    async def stall() -> None:
+        async with Silence(limit_s):
+            while True:
+                time.sleep(limit_s + 2 * HELD_UP_S)  # noqa: ASYNC251
+                await asyncio.sleep(0)
+
+    task = asyncio.create_task(stall())
+    done, _ = await asyncio.wait({task}, timeout=60)
+    assert done, "the silence was never noticed"
+    with pytest.raises(TimeoutError):
+        task.result()

@@ -95,27 +95,11 @@ class Vllm:
         Raises:
             KvasirError: it does not answer, or its metrics are not vLLM's.
         """
-        found: dict[str, list[Sample]] = {}
-        for family in text_string_to_metric_families(await self._get("/metrics")):
-            for sample in family.samples:
-                found.setdefault(sample.name, []).append(sample)
-        # vLLM has one sample for each of its engines
-        caches = [sample.labels for sample in found.get("vllm:cache_config_info", ())]
+        text = await self._get("/metrics")
         try:
-            num_tokens = sum(int(c["num_gpu_blocks"]) * int(c["block_size"]) for c in caches)
+            return _load_of(text)
         except (KeyError, ValueError) as error:
-            raise _lost("its metrics do not tell the size of its KV cache") from error
-        if not num_tokens:
-            raise _lost("its metrics have no vllm:cache_config_info")
-        usages = next((found[name] for name in KV_USAGE if name in found), [])
-        used = sum(sample.value for sample in usages) / max(len(usages), 1)
-        blocks_total = num_tokens // BLOCK_TOKENS
-        return VllmLoad(
-            num_running=_sum(found.get("vllm:num_requests_running", ())),
-            num_waiting=_sum(found.get("vllm:num_requests_waiting", ())),
-            blocks_total=blocks_total,
-            blocks_free=int(blocks_total * (1 - min(max(used, 0.0), 1.0))),
-        )
+            raise _lost(f"its metrics cannot be read: {error!r}") from error
 
     async def events(
         self, message: worker_pb2.GenerateRequest, usage: VllmUsage
@@ -156,6 +140,28 @@ class Vllm:
                 return text
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _lost(f"GET {path}: {error or type(error).__name__}") from error
+
+
+def _load_of(text: str) -> VllmLoad:
+    """What vLLM's metrics say. ValueError or KeyError: they are none of vLLM's."""
+    found: dict[str, list[Sample]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append(sample)
+    # vLLM has one sample for each of its engines
+    caches = [sample.labels for sample in found.get("vllm:cache_config_info", ())]
+    num_tokens = sum(int(c["num_gpu_blocks"]) * int(c["block_size"]) for c in caches)
+    if not num_tokens:
+        raise ValueError("there is no vllm:cache_config_info")
+    usages = next((found[name] for name in KV_USAGE if name in found), [])
+    used = sum(sample.value for sample in usages) / max(len(usages), 1)
+    blocks_total = num_tokens // BLOCK_TOKENS
+    return VllmLoad(
+        num_running=_sum(found.get("vllm:num_requests_running", ())),
+        num_waiting=_sum(found.get("vllm:num_requests_waiting", ())),
+        blocks_total=blocks_total,
+        blocks_free=int(blocks_total * (1 - min(max(used, 0.0), 1.0))),
+    )
 
 
 def _sum(samples: Iterable[Sample]) -> int:

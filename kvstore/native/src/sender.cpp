@@ -24,7 +24,7 @@ using Status = BlockPool::SessionStatus;
 Code check_hello(const SenderContext& context, const Hello& hello) {
   if (!is_intact(hello)) return Code::kRefused;
   if (hello.uid != context.self.uid || hello.epoch != context.self.epoch) return Code::kStalePeer;
-  if (hello.is_secured == context.secret.empty()) return Code::kUnauthenticated;
+  if ((hello.is_secured != 0) == context.secret.empty()) return Code::kUnauthenticated;
   const PoolShape& shape = context.pool.shape();
   if (hello.layout_digest != shape.layout_digest || hello.num_layers != shape.num_layers ||
       hello.layer_bytes != shape.layer_bytes) {

@@ -102,7 +102,11 @@ void BlockServer::serve(Connection* connection) {
                               .stopped = stopped_,
                               .secret = secret_,
                               .is_local = connection->is_local};
-  serve_connection(context, connection->stream, connection->idle_since_ms);
+  try {
+    serve_connection(context, connection->stream, connection->idle_since_ms);
+  } catch (const std::exception&) {  // no memory, or no cryptography: this connection ends
+    counters_.bad_requests += 1;
+  }
   connection->stream.shut();
   const std::lock_guard lock(mutex_);
   connection->done = true;

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvasir_operator.api import MODEL_SERVICE, ModelServiceSpec
 from kvasir_operator.core.conditions import Problem, Reason
-from kvasir_operator.core.manifests import Manifest, Owner, Ref
+from kvasir_operator.core.manifests import TLS_ANNOTATION, Manifest, Owner, Ref
 
 if TYPE_CHECKING:
     from kvasir_operator.core.world import World
@@ -51,12 +51,27 @@ class Slot:
 def link_secret(service: str, spec: ModelServiceSpec) -> str:
     """The Secret with the certificate of a service's parts; "": links are plain."""
     security = spec.security
-    return (security.secret_name or f"{service}-tls") if security.mtls else ""
+    return (security.secret_name or f"{service}-kvasir-tls") if security.has_certificates else ""
+
+
+def with_links_kept(obj: Manifest, router: Manifest | None) -> Manifest:
+    """A ModelService that leaves `mtls` open and runs without it stays without.
+
+    Old and new pods would not talk to one another: that is for its author to choose.
+    """
+    if obj["kind"] != MODEL_SERVICE.kind or router is None:
+        return obj
+    spec = obj.get("spec", {})
+    security = spec.get("security") or {}
+    marks = router["spec"]["template"]["metadata"].get("annotations") or {}
+    if security.get("mtls") is not None or TLS_ANNOTATION in marks:
+        return obj
+    return {**obj, "spec": {**spec, "security": {**security, "mtls": False}}}
 
 
 def kv_key_secret(service: str, spec: ModelServiceSpec) -> str:
     """The Secret with the key of a service's KV blocks; "": they are not encrypted."""
-    return f"{service}-kv-key" if spec.security.has_kv_key else ""
+    return f"{service}-kvasir-kv-key" if spec.security.has_kv_key else ""
 
 
 def slots_of(owner: Owner, spec: ModelServiceSpec) -> tuple[Slot, ...]:

@@ -104,6 +104,15 @@ class Store:
         self._remove(present)
         return True
 
+    def let_go(self, key: Key, version: int) -> Entry | None:
+        """The watch has brought a version that is not kept; what was kept until then."""
+        self.saw(version)
+        present = self._entries.get(key)
+        if present is None or present.version > version:
+            return None
+        self._remove(present)
+        return present
+
     def deleted(self, key: Key, uid: str) -> bool:
         """We have deleted the object and it is gone at once."""
         present = self._entries.get(key)

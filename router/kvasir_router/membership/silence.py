@@ -1,7 +1,8 @@
 """How long a peer may be silent before it is taken for dead.
 
 A process that was itself held up has not read what came meanwhile, and would take every peer for
-dead at once: a timer that goes off late is such a hold-up, and then the time begins anew.
+dead at once: a timer that goes off late is such a hold-up, and then the time begins anew, once for
+each silence.
 """
 
 import asyncio
@@ -17,13 +18,14 @@ class Silence:
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._loop = asyncio.get_running_loop()
-        self._is_over = False
+        self._is_over = self._was_held_up = False
         self._heard_s = 0.0
         self._due_s = 0.0
 
     def heard(self) -> None:
         """The peer has said something."""
         self._heard_s = self._loop.time()
+        self._was_held_up = False
 
     async def __aenter__(self) -> "Silence":
         task = asyncio.current_task()
@@ -50,7 +52,8 @@ class Silence:
 
     def _look(self) -> None:
         now_s = self._loop.time()
-        if now_s - self._due_s > HELD_UP_S:
+        if now_s - self._due_s > HELD_UP_S and not self._was_held_up:
+            self._was_held_up = True
             self._look_at(now_s + self._limit_s)
         elif now_s < self._heard_s + self._limit_s:
             self._look_at(self._heard_s + self._limit_s)
