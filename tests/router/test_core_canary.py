@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvasir_router.core.canary import (
@@ -202,3 +203,24 @@ def test_failures_are_tried_less_and_less_often() -> None:
     gaps = [b - a for a, b in pairwise(times)]
     assert gaps == sorted(gaps)
     assert gaps[-1] == RETRY_MS_MAX
+
+
+@pytest.mark.parametrize("num_lenders", [1, 3])
+def test_one_bad_puller_is_not_the_lenders_fault(num_lenders: int) -> None:
+    """One that pulls well and one that cannot; the lenders' own word is good."""
+    canaries = Canaries()
+    lenders = [f"p{i}" for i in range(num_lenders)]
+    seats = [make_seat(name, crossed=name != "d1") for name in ("d1", "d2", *lenders)]
+    canaries.seat(seats, now_ms=0)
+    checks: list[tuple[int, Check]] = []
+    bad_ms = 0
+    for now_ms in range(0, 180_000, 50):
+        for check in [check for at_ms, check in checks if at_ms <= now_ms]:
+            is_bad = check.decode == "d1"
+            results = [FAILED] * len(check.lenders) if is_bad else [CROSSED]
+            canaries.ended(check, results, now_ms=now_ms)
+        checks = [(at_ms, check) for at_ms, check in checks if at_ms > now_ms]
+        checks += [(now_ms + 50, check) for check in canaries.due(now_ms)]
+        assert Standing.FAILED not in stands(canaries, "d2", *lenders)
+        bad_ms += 50 * (stands(canaries, "d1") == [Standing.FAILED])
+    assert bad_ms > 150_000

@@ -29,14 +29,17 @@ LENT_MAX = 16
 """Canaries lent at one time: each holds a block."""
 RESERVE_TIMEOUT_S = 5.0
 """No memory within this time: the workers have other work, which shows that they live."""
-HOLD_TIMEOUT_S = 15.0
-CHECK_TIMEOUT_S = 10.0
-"""For one peer: long enough for a machine that stalls, short beside the time a pod takes."""
+HOLD_TIMEOUT_S = 25.0
+CHECK_TIMEOUT_S = 18.0
+"""For one peer: longer than both reservations take at most; a lender holds longer than that."""
 LAST_WORD_S = 1.0
 PULLED_POLL_S = 0.005
 PATTERN_BYTES = 64
 _SALT = b"kvasir-canary"
-_OF_BUSY_PEERS = (Reason.BUSY, Reason.OVERLOADED, Reason.DRAINING, Reason.STALE_PEER)
+_OF_BUSY_PEERS = (
+    *(Reason.BUSY, Reason.OVERLOADED, Reason.DRAINING, Reason.STALE_PEER),
+    *(Reason.NO_WORKER, Reason.CANCELLED),  # it goes, or has gone; a dead data plane says otherwise
+)
 
 Check = worker_pb2.TransferCheck
 LendCall = grpc.aio.UnaryStreamCall[worker_pb2.LendCanaryRequest, worker_pb2.LendCanaryUpdate]

@@ -131,8 +131,12 @@ class Canaries:
         for name in (check.decode, check.lenders[0]):
             if name in self._records:
                 self._records[name].is_checked = False
+        is_puller_suspect = self._is_suspect(check.decode, results)
         for lender, result in zip(check.lenders, results, strict=False):
-            self._note(lender, result, now_ms=now_ms)
+            if is_puller_suspect and result.outcome is Outcome.FAILED:
+                self._ask_soon(lender, now_ms=now_ms)
+            else:
+                self._note(lender, result, now_ms=now_ms)
         self._note(check.decode, _of_decode(results), now_ms=now_ms)
 
     def standing(self, name: str) -> tuple[Standing, str]:
@@ -178,6 +182,20 @@ class Canaries:
             return record.num_failures, partner.has_crossed, mixed
 
         return sorted(partners, key=key)
+
+    def _is_suspect(self, decode: str, results: Sequence[Result]) -> bool:
+        """Whether failures are rather the puller's: it has failed before, and others have not."""
+        failures = {s.name: self._records[s.name].num_failures for s in self._seats.values()}
+        others = (s for s in self._seats.values() if s.is_decode and s.name != decode)
+        has_crossed = any(result.outcome is Outcome.CROSSED for result in results)
+        has_failed = failures.get(decode, 0) > 0 and not has_crossed
+        return has_failed and any(failures[other.name] == 0 for other in others)
+
+    def _ask_soon(self, name: str, *, now_ms: int) -> None:
+        """A check of its own, with another worker, tells more."""
+        record = self._records.get(name)
+        if record is not None:
+            record.next_ms = min(record.next_ms, now_ms)
 
     def _note(self, name: str, result: Result, *, now_ms: int) -> None:
         record = self._records.get(name)
