@@ -136,7 +136,7 @@ def test_a_recorded_connection_cannot_be_played_again() -> None:
 
 @pytest.mark.parametrize("is_local", [False, True], ids=["tcp", "shared memory"])
 async def test_a_kv_node_serves_those_who_hold_its_key(tmp_path: Path, is_local: bool) -> None:
-    (tmp_path / "key").write_bytes(KEY + b"\n")
+    (tmp_path / "key").write_bytes(KEY)
     (tmp_path / "kv").mkdir()
     folder = str(tmp_path / "kv") if is_local else ""
     ours, theirs = DataPlane(folder, KEY), DataPlane(folder, b"w" * 32)
