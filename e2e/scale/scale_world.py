@@ -18,7 +18,6 @@ from kvasir_operator.watch import Reflector, Watched
 NAMESPACE = "kvasir-scale"
 POOLS_URL = f"/apis/{GROUP}/{VERSION}/namespaces/{NAMESPACE}"
 PODS_URL = f"/api/v1/namespaces/{NAMESPACE}/pods"
-CRDS_URL = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 PLURALS = {kind.kind: kind.plural for kind in POOL_KINDS}
 WRITERS = 16
 MERGE_PATCH = "application/merge-patch+json"

@@ -165,15 +165,11 @@ void launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, cudaStream
 // The calls of the runtime that device.cu makes; streams are in order, so nothing is asynchronous.
 enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 enum { cudaHostRegisterMapped = 1, cudaEventDisableTiming = 2, cudaStreamNonBlocking = 1 };
-inline cudaError_t cudaSetDevice(int) { return 0; }
 inline cudaError_t cudaMalloc(void** data, size_t bytes) {
   *data = std::calloc(bytes, 1);
   return *data == nullptr;
 }
 inline cudaError_t cudaFree(void* data) { return std::free(data), 0; }
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  return std::memset(data, value, bytes), 0;
-}
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
   return std::memcpy(to, from, bytes), 0;
 }

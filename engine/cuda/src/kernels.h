@@ -80,7 +80,7 @@ AttentionKernel attention_kernel(int head_width);
 // Merges the partial results of an item (grid: items, KV heads).
 __global__ void merge_splits(Attention a);
 
-// out = act(gate + 0) * up as bf16; gelu by its tanh approximation
+// out = act(gated) * up as bf16; gelu by its tanh approximation
 __global__ void gate(const float* gated, const float* up, bool is_gelu, size_t count,
                      uint16_t* out);
 

@@ -2,7 +2,7 @@
 
 A selected pool stands alone: it has no owner reference, goes on without the service, and belongs to
 its author but for what a planner in mode Apply sets. Invariant: a pool takes part in one service
-only, in that which selected it first.
+only, in the oldest that selects it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -101,7 +101,7 @@ def selected_refs(obj: Manifest) -> tuple[Ref, ...]:
 
 
 def selecting(pool: Ref, services: Iterable[Manifest]) -> Manifest | None:
-    """The service that a pool takes part in: the first that has selected it."""
+    """The service that a pool takes part in: the oldest that selects it."""
     found = [service for service in services if pool in selected_refs(service)]
     return min(found, key=_age, default=None)
 
