@@ -82,8 +82,11 @@ class Links:
             return grpc.aio.insecure_channel(target, options=options)
         return loaded.identity.channel(target, options)
 
-    def listen(self, server: grpc.aio.Server, target: str) -> int:
+    def listen(self, server: grpc.aio.Server, target: str, *, for_anyone: bool = False) -> int:
         """Lets a gRPC server listen; its port.
+
+        Args:
+            for_anyone: those who connect need not show a certificate.
 
         Raises:
             OSError: the port is taken or cannot be bound.
@@ -95,7 +98,7 @@ class Links:
             credentials = grpc.dynamic_ssl_server_credentials(
                 _configuration(loaded.identity),
                 self._configuration_of_now,
-                require_client_authentication=True,
+                require_client_authentication=not for_anyone,
             )
             return server.add_secure_port(target, credentials)
         except RuntimeError as error:

@@ -1,7 +1,8 @@
 """What the router tells Prometheus. Labels are enums, worker names are not among them."""
 
+import contextlib
 from collections import Counter as Counts
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from kvasir_proto.errors import KvasirError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -41,6 +42,9 @@ class RouterMetrics:
             "hit_tokens", "Prompt tokens expected in the cache of the worker routed to"
         )
         self.in_flight = self._gauge("requests_in_flight", "Requests being served")
+        self.picks_open = self._gauge(
+            "picks_open", "Requests under way to an endpoint that a gateway was told"
+        )
         self.peers = self._gauge("peers", "Router replicas whose extended keys are followed")
         self.kv_nodes = self._gauge("kv_nodes", "KV nodes whose blocks are known")
         self.keys_extended = self._gauge("keys_extended", "Prefixes whose keys are longer")
@@ -91,6 +95,15 @@ class RouterMetrics:
     def answered(self, protocol: str, *, status: int, reason: str) -> None:
         """A request has its answer; `reason` is "ok" or a Reason."""
         self.requests.labels(protocol, str(status), reason).inc()
+
+    @contextlib.contextmanager
+    def picked(self) -> Iterator[None]:
+        """While it lasts, a gateway has a request at the endpoint that it was told."""
+        self.picks_open.inc()
+        try:
+            yield
+        finally:
+            self.picks_open.dec()
 
     def routed(self, route: Route) -> None:
         """The core chose."""

@@ -18,10 +18,14 @@ from kvasir_router.leaving import Leaving
 from kvasir_router.membership.canary import CanaryRun
 from kvasir_router.membership.fleet import Fleet
 from kvasir_router.metrics import RouterMetrics
+from kvasir_router.openai.calls import OpenAiCalls
 from kvasir_router.openai.handlers import OpenAiApi
 from kvasir_router.peering.follow import Peers
 from kvasir_router.peering.service import RouterPeerService
 from kvasir_router.peering.wire import REPLICA_BYTES
+from kvasir_router.picker.endpoints import EndpointPicker
+from kvasir_router.picker.replicas import Replicas
+from kvasir_router.picker.service import PickerServer, PickerService
 from kvasir_router.rpc.server import RpcServer
 from kvasir_router.rpc.service import InferenceService
 from kvasir_router.settings import RouterSettings
@@ -65,9 +69,10 @@ class RouterServer:
         )
         self.dispatcher = Dispatcher(settings, self.fleet, self._client, self.metrics)
         self._intake = Intake(settings, text, self.fleet)
+        calls = OpenAiCalls(self._intake)
         self._app = make_app(
             settings,
-            api=OpenAiApi(settings, self._intake, self.dispatcher),
+            api=OpenAiApi(settings, self._intake, calls, self.dispatcher),
             probes=Probes(self.readiness, self.peers, self.metrics),
             tenants=tenants,
             metrics=self.metrics,
@@ -81,8 +86,10 @@ class RouterServer:
             tenants=tenants,
             metrics=self.metrics,
         )
-        peering = RouterPeerService(keys, replica=replica)
+        peering = RouterPeerService(keys, replica=replica, endpoint=self._endpoint)
         self._rpc = RpcServer(settings, service, peering, links)
+        self.replicas = Replicas(settings.advertise or "", self.peers, self.leaving)
+        self._picker = self._make_picker(calls, tenants, links)
         self._runner = web.AppRunner(
             self._app,
             access_log=None,
@@ -91,7 +98,27 @@ class RouterServer:
         )
         self._site: web.TCPSite | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self.http_port = self.grpc_port = self.peer_port = 0
+        self.http_port = self.grpc_port = self.peer_port = self.picker_port = 0
+
+    def _make_picker(
+        self, calls: OpenAiCalls, tenants: Tenants, links: Links
+    ) -> PickerServer | None:
+        settings = self._settings
+        if settings.picker_port is None:
+            return None
+        picker = EndpointPicker(
+            calls=calls,
+            dispatcher=self.dispatcher,
+            fleet=self.fleet,
+            replicas=self.replicas,
+            tenants=tenants,
+            metrics=self.metrics,
+        )
+        return PickerServer(settings, PickerService(settings, picker, self.metrics), links)
+
+    def _endpoint(self) -> str:
+        """Where gateways may send new requests; "": not here."""
+        return "" if self.leaving.has_begun else self._settings.advertise or ""
 
     async def start(self) -> None:
         """Listens on both ports and follows the fleet.
@@ -113,6 +140,9 @@ class RouterServer:
         await self._site.start()
         self.http_port = self._runner.addresses[0][1]
         self.grpc_port, self.peer_port = await self._rpc.start()
+        if self._picker is not None:
+            self.picker_port = await self._picker.start()
+            log.info("listening: for gateways %d", self.picker_port)
         log.info(
             "listening: HTTP %d, gRPC %d, for peers %d",
             self.http_port,
@@ -134,12 +164,17 @@ class RouterServer:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(READY_CHECK_MS / 1_000):
                     await self.fleet.changed()
-            await self._rpc.set_ready(not self.readiness.problems())
+            await self._set_ready(not self.readiness.problems())
+
+    async def _set_ready(self, is_ready: bool) -> None:
+        await self._rpc.set_ready(is_ready)
+        if self._picker is not None:
+            await self._picker.set_ready(is_ready)
 
     async def linger(self, hurried: asyncio.Event) -> None:
         """Not ready any more, but serving: until nobody sends new requests here, or `hurried`."""
         self.leaving.begin()
-        await self._rpc.set_ready(False)
+        await self._set_ready(False)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.shutdown_linger_ms / 1_000):
                 await hurried.wait()
@@ -160,11 +195,13 @@ class RouterServer:
 
     async def _drain(self) -> None:
         drain_ms = self._settings.drain_timeout_ms
-        rpc_stop = asyncio.create_task(self._rpc.stop(drain_ms))  # tells its clients to go away
+        stops = [asyncio.create_task(self._rpc.stop(drain_ms))]  # tells its clients to go away
+        if self._picker is not None:
+            stops.append(asyncio.create_task(self._picker.stop(drain_ms)))
         if self._runner.server is not None:
             await asyncio.sleep(0)  # what has just come in is begun before idle connections close
             self._runner.server.pre_shutdown()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_ms / 1_000):
                 await self.leaving.idle()
-        await rpc_stop
+        await asyncio.gather(*stops)

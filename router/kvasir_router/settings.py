@@ -33,6 +33,16 @@ class RouterSettings(BaseModel):
     """With a tls_dir: what is for other replicas and the operator, over TLS. 0: any free port.
     Without one it is on grpc_port."""
 
+    picker_port: int | None = Field(default=None, ge=0, le=65535)
+    """Envoy's external processing, for gateways that ask which endpoint is to serve a request.
+    0: any free port; without it nobody can ask."""
+
+    picker_tls: bool = False
+    """With a tls_dir: the picker shows its certificate. Gateways need not show one."""
+
+    advertise: str | None = None
+    """HOST:PORT where gateways reach this replica's http_port; the picker needs it."""
+
     workers: tuple[str, ...] = ()
     """gRPC addresses: HOST:PORT, or dns:HOST:PORT for every address behind a name."""
 
@@ -108,6 +118,21 @@ class RouterSettings(BaseModel):
         if self.peer_port and self.tls_dir is None:
             raise ValueError("peer_port needs tls_dir: plain peers use grpc_port")
         return self
+
+    @model_validator(mode="after")
+    def _check_picker(self) -> Self:
+        if self.picker_port is not None and self.advertise is None:
+            raise ValueError("picker_port needs advertise: gateways are told where to go")
+        if self.picker_tls and self.tls_dir is None:
+            raise ValueError("picker_tls needs tls_dir: that is where its certificate is")
+        return self
+
+    @field_validator("advertise")
+    @classmethod
+    def _check_advertise(cls, address: str | None) -> str | None:
+        if address is not None and parse_spec(address).is_dns:
+            raise ValueError("advertise is one address: HOST:PORT")
+        return address
 
     @field_validator("workers", "peers", "kv_nodes")
     @classmethod

@@ -145,7 +145,7 @@ async def test_a_fault_of_the_router_is_internal_and_counted(
     def fail(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("kvasir_router.rpc.service.pick", fail)
+    monkeypatch.setattr(router.server.dispatcher, "pick", fail)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stub.Route(ask(), timeout=10)
     assert error_from_rpc(refused.value).reason == Reason.INTERNAL

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvasir_proto/v1/peering.proto\x12\tkvasir.v1\"\x12\n\x10WatchKeysRequest\"D\n\nKeyRecords\x12\x0f\n\x07replica\x18\x01 \x01(\x0c\x12%\n\x07records\x18\x02 \x03(\x0b\x32\x14.kvasir.v1.KeyRecord\"V\n\tKeyRecord\x12\x0c\n\x04name\x18\x01 \x01(\x0c\x12\r\n\x05\x64\x65pth\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x0c\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x0e\n\x06origin\x18\x05 \x01(\x0c\x32O\n\nRouterPeer\x12\x41\n\tWatchKeys\x12\x1b.kvasir.v1.WatchKeysRequest\x1a\x15.kvasir.v1.KeyRecords0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvasir_proto/v1/peering.proto\x12\tkvasir.v1\"\x12\n\x10WatchKeysRequest\"V\n\nKeyRecords\x12\x0f\n\x07replica\x18\x01 \x01(\x0c\x12%\n\x07records\x18\x02 \x03(\x0b\x32\x14.kvasir.v1.KeyRecord\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\"V\n\tKeyRecord\x12\x0c\n\x04name\x18\x01 \x01(\x0c\x12\r\n\x05\x64\x65pth\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x0c\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x0e\n\x06origin\x18\x05 \x01(\x0c\x32O\n\nRouterPeer\x12\x41\n\tWatchKeys\x12\x1b.kvasir.v1.WatchKeysRequest\x1a\x15.kvasir.v1.KeyRecords0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,9 +34,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHKEYSREQUEST']._serialized_start=44
   _globals['_WATCHKEYSREQUEST']._serialized_end=62
   _globals['_KEYRECORDS']._serialized_start=64
-  _globals['_KEYRECORDS']._serialized_end=132
-  _globals['_KEYRECORD']._serialized_start=134
-  _globals['_KEYRECORD']._serialized_end=220
-  _globals['_ROUTERPEER']._serialized_start=222
-  _globals['_ROUTERPEER']._serialized_end=301
+  _globals['_KEYRECORDS']._serialized_end=150
+  _globals['_KEYRECORD']._serialized_start=152
+  _globals['_KEYRECORD']._serialized_end=238
+  _globals['_ROUTERPEER']._serialized_start=240
+  _globals['_ROUTERPEER']._serialized_end=319
 # @@protoc_insertion_point(module_scope)

@@ -39,8 +39,11 @@ class KeyRecords(_message.Message):
 
     REPLICA_FIELD_NUMBER: _builtins.int
     RECORDS_FIELD_NUMBER: _builtins.int
+    ENDPOINT_FIELD_NUMBER: _builtins.int
     replica: _builtins.bytes
     """16 random bytes of the replica's life: whoever meets itself lets go"""
+    endpoint: _builtins.str
+    """HOST:PORT of its OpenAI API, for gateways; "": it takes no new requests"""
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeyRecord]: ...
     def __init__(
@@ -48,10 +51,11 @@ class KeyRecords(_message.Message):
         *,
         replica: _builtins.bytes = ...,
         records: _abc.Iterable[Global___KeyRecord] | None = ...,
+        endpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["records", b"records", "replica", b"replica"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "records", b"records", "replica", b"replica"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

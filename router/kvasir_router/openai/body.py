@@ -24,7 +24,12 @@ async def read_body(request: web.Request, kind: type[B], *, bytes_max: int) -> B
     Raises:
         KvasirError: TOO_LARGE, INVALID_REQUEST or UNSUPPORTED, naming the field.
     """
-    values = strip_neutral(parse_object(await _read(request, bytes_max)))
+    return parse_body(await _read(request, bytes_max), kind)
+
+
+def parse_body(data: bytes, kind: type[B]) -> B:
+    """The same for a body that was read elsewhere."""
+    values = strip_neutral(parse_object(data))
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -22,14 +22,21 @@ def _body(message: str, *, kind: str, param: str | None, code: str | None) -> di
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(error: KvasirError) -> web.Response:
-    """The whole answer, with Retry-After if it is worth trying again."""
+def error_headers(error: KvasirError) -> dict[str, str]:
+    """What an error says by headers: Retry-After if it is worth trying again."""
     extra = {}
     if error.retry_after_ms:
         extra["Retry-After"] = str(-(-error.retry_after_ms // 1_000))
     if error.reason is Reason.UNAUTHENTICATED:
         extra["WWW-Authenticate"] = "Bearer"
-    return web.json_response(error_body(error), status=error.status.http, headers=extra)
+    return extra
+
+
+def error_response(error: KvasirError) -> web.Response:
+    """The whole answer."""
+    return web.json_response(
+        error_body(error), status=error.status.http, headers=error_headers(error)
+    )
 
 
 def error_event(error: KvasirError) -> bytes:

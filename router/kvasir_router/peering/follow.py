@@ -39,13 +39,17 @@ class Peers:
         self._links = links
         self._interval_ms = interval_ms
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._connected: set[str] = set()
+        self._endpoints: dict[str, str] = {}  # of those whose keys are followed now
         self._group: asyncio.TaskGroup
 
     @property
     def num_connected(self) -> int:
         """Peers whose keys are followed now."""
-        return len(self._connected)
+        return len(self._endpoints)
+
+    def endpoints(self) -> frozenset[str]:
+        """Where their OpenAI APIs take new requests."""
+        return frozenset(filter(None, self._endpoints.values()))
 
     async def run(self) -> None:
         """Follows all peers until cancelled."""
@@ -57,7 +61,7 @@ class Peers:
     def _set_targets(self, wanted: frozenset[str]) -> None:
         for target in self._tasks.keys() - wanted:
             self._tasks.pop(target).cancel()
-            self._connected.discard(target)
+            self._endpoints.pop(target, None)
         for target in sorted(wanted - self._tasks.keys()):
             self._tasks[target] = self._group.create_task(self._keep(target), name=f"peer {target}")
 
@@ -73,8 +77,7 @@ class Peers:
                 error = rpc_error.details() or rpc_error.code().name.lower()
             except TimeoutError:
                 error = "no sign of life"
-            was_connected = target in self._connected
-            self._connected.discard(target)
+            was_connected = self._endpoints.pop(target, None) is not None
             if was_connected:
                 log.warning("router peer %s is unreachable: %s", target, error)
             backoff_s = BACKOFF_S_MIN if was_connected else min(2 * backoff_s, BACKOFF_S_MAX)
@@ -98,6 +101,6 @@ class Peers:
                     return False
                 if news.replica == self._replica:
                     return True
-                self._connected.add(target)
+                self._endpoints[target] = news.endpoint
                 if news.records:
                     self._keys.merge(from_messages(news.records), now_ms=now_ms())

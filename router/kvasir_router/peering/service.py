@@ -1,6 +1,7 @@
 """kvasir.v1.RouterPeer: this replica's extended keys, for the others to read."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
@@ -21,8 +22,8 @@ LOOKS_PER_SIGN = 5
 class RouterPeerService(peering_pb2_grpc.RouterPeerServicer):
     """Streams of this replica's records."""
 
-    def __init__(self, keys: KeyTree, *, replica: bytes) -> None:
-        self._keys, self._replica = keys, replica
+    def __init__(self, keys: KeyTree, *, replica: bytes, endpoint: Callable[[], str]) -> None:
+        self._keys, self._replica, self._endpoint = keys, replica, endpoint
         self._num_watchers = 0
 
     async def WatchKeys(  # type: ignore[override]
@@ -41,7 +42,7 @@ class RouterPeerService(peering_pb2_grpc.RouterPeerServicer):
         told: int | None = None
         while True:
             version = self._keys.shared_version
-            news = peering_pb2.KeyRecords(replica=self._replica)
+            news = peering_pb2.KeyRecords(replica=self._replica, endpoint=self._endpoint())
             if version != told:
                 news.records.extend(to_messages(self._keys.shared()))
                 told = version

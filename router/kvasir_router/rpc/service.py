@@ -13,7 +13,7 @@ from kvasir_proto.rpc_errors import abort
 from kvasir_proto.v1 import inference_pb2
 
 from kvasir_router.core.canary import Standing
-from kvasir_router.core.choose import Rejected, Route, pick
+from kvasir_router.core.choose import Rejected, Route
 from kvasir_router.intake import Caller, Intake
 from kvasir_router.membership.canary import STATES, CanaryRun
 from kvasir_router.membership.fleet import Fleet, now_ms
@@ -113,7 +113,7 @@ class InferenceService:
 
         async def decide() -> inference_pb2.RouteDecision:
             call = await call_of(request, self._intake, self._caller(context))
-            decision = pick(self._fleet.view(), self._dispatcher.describe(call), now_ms=now_ms())
+            decision = self._dispatcher.pick(self._dispatcher.describe(call))
             if isinstance(decision, Rejected):
                 raise error_of(decision)
             return _decision(decision, num_prompt=len(call.token_ids))

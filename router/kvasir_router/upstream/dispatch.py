@@ -26,6 +26,7 @@ from kvasir_router.membership.fleet import Fleet, now_ms
 from kvasir_router.metrics import RouterMetrics
 from kvasir_router.settings import RouterSettings
 from kvasir_router.telemetry import Telemetry
+from kvasir_router.upstream.account import accounted, first_token
 from kvasir_router.upstream.call import Call, Progress, Sink, generate_request
 from kvasir_router.upstream.client import Patience, WorkerClient, WorkerLostError
 from kvasir_router.upstream.moves import Moves
@@ -153,14 +154,11 @@ class Dispatcher:
         if tried.refused_by is not None:
             assert last is not None, "it was handed back by an error"
             return self._other_candidate(request, tried, last), tried
-        decision = self._pick(request, tried)
-        if isinstance(decision, Rejected) and tried.exclude:
+        asked = excluding(request, *tried.exclude)
+        if tried.exclude and isinstance(self.pick(asked), Rejected):
             await asyncio.sleep(RETRY_PAUSE_MS * 2**tried.num_failed / 1_000)
-            tried = replace(tried, exclude=frozenset())
-            decision = self._pick(request, tried)
-        if isinstance(decision, Rejected) and decision.reason is RejectReason.NO_DECODE_WORKER:
-            await self._wait_for_worker(has_output=progress.has_output)
-            decision = self._pick(request, tried)
+            tried, asked = replace(tried, exclude=frozenset()), request
+        decision = await self.decide(asked, has_output=progress.has_output)
         if isinstance(decision, Rejected):
             self._metrics.rejected(decision)
             raise last or error_of(decision)
@@ -184,8 +182,17 @@ class Dispatcher:
         self._metrics.handed_back.labels("forwarded").inc()
         return decision
 
-    def _pick(self, request: Request, tried: Attempts) -> Route | Rejected:
-        return self._choose(self._fleet.view(), excluding(request, *tried.exclude), now_ms())
+    def pick(self, request: Request) -> Route | Rejected:
+        """The decision as of now."""
+        return self._choose(self._fleet.view(), request, now_ms())
+
+    async def decide(self, request: Request, *, has_output: bool = False) -> Route | Rejected:
+        """The decision; while all workers are away, it waits for one."""
+        decision = self.pick(request)
+        if isinstance(decision, Rejected) and decision.reason is RejectReason.NO_DECODE_WORKER:
+            await self._wait_for_worker(has_output=has_output)
+            decision = self.pick(request)
+        return decision
 
     async def _wait_for_worker(self, *, has_output: bool) -> None:
         """Until a worker can decode; longer for a client that has half an answer."""
@@ -204,10 +211,9 @@ class Dispatcher:
         progress.num_attempts += 1
         if not progress.has_output:
             progress.sent_ms = now_ms()
-        self._fleet.routed(request, route.computes)
         with (
             self.moves.waiting(request, route),
-            self._accounted(request, route),
+            accounted(self._fleet, request, route),
             self._watched(route, progress) as lost,
         ):
             async with contextlib.aclosing(self._frames(call, route, progress, lost)) as batches:
@@ -230,12 +236,7 @@ class Dispatcher:
         if is_first:
             progress.route = route
             self.moves.begun(call.request_id)
-            self._fleet.view().calibration.observe(
-                route.computes,
-                uncalibrated_ms=route.uncalibrated_ms,
-                actual_ms=at_ms - progress.sent_ms,
-            )
-            self._fleet.ledger.prefilled(route.computes, request_id=call.request_id)
+            first_token(self._fleet, route, call.request_id, took_ms=at_ms - progress.sent_ms)
             await sink.begin(route)
         payloads = [frame.payload for frame in frames if frame.payload]
         if payloads:
@@ -274,18 +275,6 @@ class Dispatcher:
             if prefill and self._fleet.is_lost(prefill):
                 message = f"prefill worker {prefill} is unreachable"
                 return KvasirError(Reason.NO_WORKER, message, param=PEER_PARAM)
-
-    @contextlib.contextmanager
-    def _accounted(self, request: Request, route: Route) -> Iterator[None]:
-        """While it lasts, the request counts as load of its workers."""
-        ledger, tokens = self._fleet.ledger, request.num_tokens - route.hit_tokens
-        ledger.sent(route.computes, request_id=request.request_id, tokens=tokens, now_ms=now_ms())
-        ledger.opened(route.decode)
-        try:
-            yield
-        finally:
-            ledger.closed(route.decode)
-            ledger.prefilled(route.computes, request_id=request.request_id)
 
     def _note(self, call: Call, failure: KvasirError, progress: Progress) -> None:
         self._metrics.failed_attempt(failure, continued=progress.has_output)
