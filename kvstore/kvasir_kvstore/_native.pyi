@@ -52,6 +52,8 @@ class BlockPool:
     def num_sessions(self) -> int: ...
     def reset(self, block: int) -> None:
         """Set `ready` to 0: the block is being reused. ValueError if it is still published."""
+    def checksum(self, block: int) -> int:
+        """CRC-32C of the block's bytes as they are now."""
     def publish(self, name: bytes, block: int) -> bool:
         """Let the (whole) block be pulled by name.
 

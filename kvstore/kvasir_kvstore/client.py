@@ -16,15 +16,15 @@ from dataclasses import dataclass
 
 from kvasir_proto.errors import KvasirError
 from kvasir_proto.links import Links
-from kvasir_proto.v1 import common_pb2
+from kvasir_proto.v1 import common_pb2, kvnode_pb2
 from prometheus_client import CollectorRegistry
 
 from kvasir_kvstore._native import BlockPool, PullResult
-from kvasir_kvstore.core.placement import leading_runs, rank_nodes
+from kvasir_kvstore.core.placement import Run, leading_runs, rank_nodes
 from kvasir_kvstore.index import Location, RedisIndex
 from kvasir_kvstore.metrics import TierMetrics
 from kvasir_kvstore.nodes import NodeSet
-from kvasir_kvstore.peers import DataPlane
+from kvasir_kvstore.peers import DataPlane, join_target
 from kvasir_kvstore.pulls import NamedPuller, can_pull_from
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,21 @@ class FetchResult:
 class _Offer:
     names: tuple[bytes, ...]
     chain_head: bytes
+    tenant: bytes
     source: common_pb2.PeerAddress
     layout: common_pb2.KvLayout
+
+    @property
+    def request(self) -> kvnode_pb2.OfferRequest:
+        """What a node is asked."""
+        return kvnode_pb2.OfferRequest(
+            source=self.source,
+            layout=self.layout,
+            names=self.names,
+            timeout_ms=OFFER_TIMEOUT_MS,
+            tenant=self.tenant,
+            chain_head=self.chain_head,
+        )
 
 
 class KvTier:
@@ -138,11 +151,17 @@ class KvTier:
             wanted = slice(run.first, run.end)
             result = await self._pull(run, names[wanted], blocks[wanted], end_s=end_s)
             bytes_moved += result.bytes_moved
-            num_ok = next((i for i, ok in enumerate(result.blocks_ok) if not ok), run.count)
+            num_ok = _num_leading(result)
+            if num_ok < run.count and not result.error:
+                rest = slice(run.first + num_ok, run.end)
+                lost = Run(run.holder, rest.start, run.count - num_ok)
+                loaded, moved = await self._load(lost, names[rest], blocks[rest], end_s=end_s)
+                num_ok, bytes_moved = num_ok + loaded, bytes_moved + moved
             num_fetched += num_ok
             if num_ok < run.count:
                 problem = result.error
-                await self._forget_stale(run, names[wanted], result)
+                if _ms_until(end_s) > 1:  # else they may only have come late
+                    await self._forget_stale(run, names[wanted][num_ok:], result.error)
                 break
         self._metrics.blocks.labels("fetched").inc(num_fetched)
         known = sum(run.count for run in runs)
@@ -157,15 +176,21 @@ class KvTier:
         layout: common_pb2.KvLayout,
         *,
         chain_head: bytes | None = None,
+        tenant: bytes = b"",
     ) -> None:
-        """Lets a KV node pull these blocks some time soon; dropped if too many wait already."""
+        """Lets a KV node pull these blocks some time soon; dropped if too many wait already.
+
+        Args:
+            tenant: 16 bytes that tell tenants apart, for quotas; none: of no tenant.
+        """
         if not names:
             return
         if self._num_names_waiting + len(names) > self._names_waiting_max:
             self._metrics.offers.labels("dropped").inc()
             return
         async with self._offers_changed:
-            self._offers.append(_Offer(tuple(names), chain_head or names[0], source, layout))
+            head = chain_head or names[0]
+            self._offers.append(_Offer(tuple(names), head, tenant, source, layout))
             self._num_names_waiting += len(names)
             self._offers_changed.notify()
 
@@ -227,14 +252,34 @@ class KvTier:
             log.warning("fetching KV blocks from %s: %s", run.holder.name, result.error)
         return result
 
-    async def _forget_stale(
-        self, run: Location, names: Sequence[bytes], result: PullResult
-    ) -> None:
+    async def _load(
+        self, run: Location, names: Sequence[bytes], blocks: Sequence[int], *, end_s: float
+    ) -> tuple[int, int]:
+        """Fetches blocks that the holder has, but not in memory: leading ones, and bytes moved."""
+        target = join_target(run.holder.host, run.holder.grpc_port)
+        num_fetched = bytes_moved = 0
+        while num_fetched < run.count and (timeout_ms := _ms_until(end_s)) > 1:
+            part = slice(num_fetched, run.count)
+            try:
+                count = await self._nodes.load(target, names[part], timeout_ms=timeout_ms)
+            except KvasirError as error:
+                log.info("loading KV blocks at %s: %s", run.holder.name, error.message)
+                break
+            if not count:
+                break
+            part = slice(num_fetched, num_fetched + count)
+            result = await self._pull(run, names[part], blocks[part], end_s=end_s)
+            num_ok = _num_leading(result)
+            num_fetched, bytes_moved = num_fetched + num_ok, bytes_moved + result.bytes_moved
+            if num_ok < count:
+                break
+        self._metrics.blocks.labels("loaded").inc(num_fetched)
+        return num_fetched, bytes_moved
+
+    async def _forget_stale(self, run: Location, names: Sequence[bytes], problem: str) -> None:
         """The holder has restarted or no longer has them: others need not ask it for these."""
-        if self._index is None or result.error not in ("", "stale_peer"):
-            return
-        lost = [name for name, ok in zip(names, result.blocks_ok, strict=True) if not ok]
-        await self._index.withdraw(lost, run.holder)
+        if self._index is not None and problem in ("", "stale_peer"):
+            await self._index.withdraw(names, run.holder)
 
     async def _offer_loop(self) -> None:
         while True:
@@ -256,19 +301,19 @@ class KvTier:
         reason = "no_node"
         for target in rank_nodes(offer.chain_head, self._nodes.live())[:OFFER_NODES_MAX]:
             try:
-                await self._nodes.offer(
-                    target,
-                    offer.names,
-                    source=offer.source,
-                    layout=offer.layout,
-                    timeout_ms=OFFER_TIMEOUT_MS,
-                )
+                await self._nodes.offer(target, offer.request)
             except KvasirError as error:
                 log.warning("offering KV blocks to %s: %s", target, error.message)
                 reason = error.reason.value
             else:
                 return "ok"
         return reason
+
+
+def _num_leading(result: PullResult) -> int:
+    """Blocks that came, from the first on."""
+    oks = result.blocks_ok
+    return next((i for i, ok in enumerate(oks) if not ok), len(oks))
 
 
 def _ms_until(end_s: float) -> int:

@@ -3,8 +3,9 @@
 Reasons are those of kvasir_proto.errors and of the data plane (`PullResult.error`); "ok": none.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from kvasir_proto.v1 import kvnode_pb2
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -27,6 +28,7 @@ NODE_COUNTERS = {
     "blocks_unavailable": "Offered blocks that the source had no more, or whose frames were bad",
     "bytes_pulled": "KV bytes pulled from workers",
     "blocks_evicted": "Blocks given up for others",
+    "blocks_expired": "Blocks given up because their time was over",
     "frames_quarantined": "Frames whose checksum or form was wrong",
     "blocks_served": "Blocks sent to peers",
     "bytes_served": "KV bytes sent to peers",
@@ -38,12 +40,24 @@ NODE_COUNTERS = {
     "connections_refused": "Data-plane connections over the limit",
 }
 
+TIER_GAUGES = {"blocks_used": "Blocks held, by tier", "bytes_used": "KV bytes held, by tier"}
+TIER_COUNTERS = {
+    "blocks_written": "Blocks written, by tier",
+    "blocks_read": "Blocks read, by tier",
+    "blocks_bad": "Blocks that were not whole when read, by tier; they are given up",
+    "blocks_dropped": "Blocks that were not written, by tier: too many waited, or it refused",
+}
+
 
 class _Scraped(Collector):
     """Values that are read at every scrape."""
 
-    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
-        self._read = read
+    def __init__(
+        self,
+        read: Callable[[], Mapping[str, float]],
+        tiers: Callable[[], Sequence[kvnode_pb2.TierDescription]],
+    ) -> None:
+        self._read, self._tiers = read, tiers
 
     def collect(self) -> Iterable[Metric]:
         values = self._read()
@@ -51,14 +65,31 @@ class _Scraped(Collector):
             yield GaugeMetricFamily(f"kvasir_kvnode_{name}", text, values.get(name, 0))
         for name, text in NODE_COUNTERS.items():
             yield CounterMetricFamily(f"kvasir_kvnode_{name}", text, values.get(name, 0))
+        yield from self._of_tiers(GaugeMetricFamily, TIER_GAUGES)
+        yield from self._of_tiers(CounterMetricFamily, TIER_COUNTERS)
+
+    def _of_tiers(
+        self,
+        kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+        texts: Mapping[str, str],
+    ) -> Iterable[Metric]:
+        for name, text in texts.items():
+            family = kind(f"kvasir_kvnode_tier_{name}", text, labels=["tier"])
+            for tier in self._tiers():
+                family.add_metric([tier.name], getattr(tier, name))
+            yield family
 
 
 class NodeMetrics:
     """All metrics of one KV node, in a registry of its own."""
 
-    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
+    def __init__(
+        self,
+        read: Callable[[], Mapping[str, float]],
+        tiers: Callable[[], Sequence[kvnode_pb2.TierDescription]],
+    ) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Scraped(read))
+        self.registry.register(_Scraped(read, tiers))
         self.offers = Counter(
             "kvasir_kvnode_offers", "Offers, by reason", ["reason"], registry=self.registry
         )
@@ -97,7 +128,7 @@ class TierMetrics:
         )
         self.blocks = Counter(
             "kvasir_kvtier_blocks",
-            "Blocks wanted from the tier, by result: fetched, unknown or lost",
+            "Blocks wanted from the tier: fetched (loaded: from a node's disk), unknown or lost",
             ["result"],
             registry=registry,
         )

@@ -16,7 +16,7 @@ import grpc.aio
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.links import Links
 from kvasir_proto.rpc_errors import error_from_rpc
-from kvasir_proto.v1 import common_pb2, kvnode_pb2, kvnode_pb2_grpc
+from kvasir_proto.v1 import kvnode_pb2, kvnode_pb2_grpc
 
 from kvasir_kvstore.core.placement import Run
 from kvasir_kvstore.index import Location
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 NODES_MAX = 256
 PROBE_TIMEOUT_MS = 1000
 CLOSE_GRACE_S = 1.0
+LOAD_GRACE_S = 0.1
+"""A load answers at its timeout with what it has; so much later it is given up."""
 _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # peers are near, whatever the environment says
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -102,27 +104,32 @@ class NodeSet:
         return [Run(found.holder, found.first, found.count) for found in answer.locations]
 
     async def offer(
-        self,
-        target: str,
-        names: Sequence[bytes],
-        *,
-        source: common_pb2.PeerAddress,
-        layout: common_pb2.KvLayout,
-        timeout_ms: int,
+        self, target: str, request: kvnode_pb2.OfferRequest
     ) -> kvnode_pb2.OfferResponse:
-        """Lets the node pull what it lacks of these blocks.
+        """Lets the node pull what it lacks of the blocks.
 
         Raises:
             KvasirError: the node does not answer or refuses.
         """
-        request = kvnode_pb2.OfferRequest(
-            source=source, layout=layout, names=names, timeout_ms=timeout_ms
-        )
         node = self._node(target)
         try:
-            return await node.stub.Offer(request, timeout=timeout_ms / 1000 + 1)
+            return await node.stub.Offer(request, timeout=request.timeout_ms / 1000 + 1)
         except grpc.aio.AioRpcError as error:
             raise self._failed(node, target, error) from error
+
+    async def load(self, target: str, names: Sequence[bytes], *, timeout_ms: int) -> int:
+        """Lets the node bring these blocks into memory; how many leading ones are there then.
+
+        Raises:
+            KvasirError: the node is not known or does not answer.
+        """
+        request = kvnode_pb2.LoadRequest(names=names, timeout_ms=timeout_ms)
+        node = self._node(target)
+        try:
+            answer = await node.stub.Load(request, timeout=timeout_ms / 1000 + LOAD_GRACE_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._failed(node, target, error) from error
+        return answer.num_leading
 
     def _node(self, target: str) -> _Node:
         node = self._nodes.get(target)

@@ -30,7 +30,7 @@ def _exported() -> dict[str, set[str]]:
     TierMetrics(worker.registry)
     registries: list[CollectorRegistry] = [
         worker.registry,
-        NodeMetrics(dict).registry,
+        NodeMetrics(dict, list).registry,
         RouterMetrics().registry,
         operator_metrics.REGISTRY,
     ]

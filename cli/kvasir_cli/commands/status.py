@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from kvasir_proto.v1 import common_pb2, inference_pb2
+from kvasir_proto.v1 import common_pb2, inference_pb2, kvnode_pb2
 
 from kvasir_cli.fleet.state import FleetState, PartState
+from kvasir_cli.progress import size_text
 
 ROLES = {
     common_pb2.ROLE_PREFILL: "prefill",
@@ -109,6 +110,10 @@ def _print_table(fleet: FleetState | None, view: inference_pb2.FleetView, nodes:
         for problem in _problems(member):
             if problem:
                 click.echo(f"{member.description.address.name}: {problem}")
+    for node in nodes:
+        if node.description is not None:
+            for line in _tier_lines(node.description):
+                click.echo(f"{node.description.address.name}: {line}")
 
 
 def _problems(member: inference_pb2.FleetMember) -> list[str]:
@@ -159,6 +164,20 @@ def _kv_node_cells(node: Any) -> list[str]:
     held = f"{found.blocks_used}/{found.blocks_total}"
     state = f"[{GOOD}]ready[/]"
     return [found.address.name, "kvnode", state, counts, "", "", held, str(found.blocks_used)]
+
+
+def _tier_lines(found: kvnode_pb2.KvNodeDescription) -> list[str]:
+    """What is where below a KV node's memory, and what does not work."""
+    lines = []
+    for tier in found.tiers:
+        line = (
+            f"{tier.name} {tier.blocks_used}/{tier.blocks_total} blocks, "
+            f"{size_text(tier.bytes_used)}; {tier.blocks_written} written, {tier.blocks_read} read"
+        )
+        if tier.blocks_bad or tier.blocks_dropped:
+            line += f", {tier.blocks_bad} bad, {tier.blocks_dropped} not written"
+        lines.append(line)
+    return [*lines, *found.degraded]
 
 
 def _readiness(part: PartState) -> str:

@@ -7,10 +7,13 @@ under its chain's head.
 
 from collections.abc import Sequence
 
+from kvasir_kvstore.core.block import tenant_of
+from kvasir_kvstore.core.cache import Origin
+
 from kvasir_engine.worker.host import Host, Serving, proto_layout
 
 NAMES_PER_OFFER = 256
-HEADS_MAX = 1 << 20
+NAMES_KNOWN_MAX = 1 << 20
 
 
 class Offers:
@@ -18,8 +21,8 @@ class Offers:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._heads: dict[bytes, bytes] = {}
-        """Chain heads of names that requests have used; forgotten with the blocks."""
+        self._origins: dict[bytes, Origin] = {}
+        """Of names that requests have used; forgotten with the blocks."""
         self._offered_in_drain: set[bytes] = set()
 
     async def add(self, token_ids: Sequence[int], *, tenant_salt: bytes) -> None:
@@ -31,9 +34,10 @@ class Offers:
         is_held = serving.engine.holds(chain)
         held = [name for name, holds in zip(chain, is_held, strict=True) if holds]
         if held:
-            self._remember(held, head=chain[0])
+            origin = Origin(tenant=tenant_of(tenant_salt), chain_head=chain[0])
+            self._remember(held, origin)
             for start in range(0, len(held), NAMES_PER_OFFER):
-                await self._offer(serving, held[start : start + NAMES_PER_OFFER], head=chain[0])
+                await self._offer(serving, held[start : start + NAMES_PER_OFFER], origin)
 
     async def advance_held(self) -> int:
         """Offers more of what is held, as far as the tier takes it; blocks still to go."""
@@ -46,7 +50,8 @@ class Offers:
             part = names[: min(room, NAMES_PER_OFFER)]
             if not part:
                 break
-            await self._offer(serving, part, head=self._heads.get(part[0], part[0]))
+            origin = self._origins.get(part[0], Origin(chain_head=part[0]))
+            await self._offer(serving, part, origin)
             self._offered_in_drain.update(part)
             room -= len(part)
         num_offered = sum(name in self._offered_in_drain for name in left)
@@ -56,20 +61,25 @@ class Offers:
         """The names by chain, parents first; the chain stored last comes first."""
         chains: dict[bytes, list[bytes]] = {}
         for name in names:
-            head = self._heads.get(name, name)
+            head = self._origins[name].chain_head if name in self._origins else name
             chain = chains.pop(head, [])
             chain.append(name)
             chains[head] = chain
         return list(reversed(chains.values()))
 
-    async def _offer(self, serving: Serving, names: list[bytes], *, head: bytes) -> None:
+    async def _offer(self, serving: Serving, names: list[bytes], origin: Origin) -> None:
         assert serving.tier is not None
-        layout = proto_layout(serving.layout)
-        await serving.tier.offer(names, self._host.address, layout, chain_head=head)
+        await serving.tier.offer(
+            names,
+            self._host.address,
+            proto_layout(serving.layout),
+            chain_head=origin.chain_head,
+            tenant=origin.tenant,
+        )
         self._host.metrics.blocks_offered.inc(len(names))
 
-    def _remember(self, names: list[bytes], *, head: bytes) -> None:
-        self._heads.update(dict.fromkeys(names, head))
-        if len(self._heads) > HEADS_MAX:
+    def _remember(self, names: list[bytes], origin: Origin) -> None:
+        self._origins.update(dict.fromkeys(names, origin))
+        if len(self._origins) > NAMES_KNOWN_MAX:
             held = self._host.hub.held
-            self._heads = {name: of for name, of in self._heads.items() if name in held}
+            self._origins = {name: of for name, of in self._origins.items() if name in held}

@@ -72,6 +72,13 @@ def root(model_fingerprint: bytes, tenant_salt: bytes = b"") -> bytes:
     ).digest()
 
 
+def tenant_of(tenant_salt: bytes) -> bytes:
+    """What tells a tenant from others where its blocks are counted; none without a salt."""
+    if not tenant_salt:
+        return b""
+    return hashlib.blake2b(tenant_salt, digest_size=NAME_BYTES, person=b"kvasir-tenant").digest()
+
+
 def child(parent: bytes, token_bytes: bytes) -> bytes:
     """The name of the block after `parent` that holds these tokens (little-endian int32)."""
     return hashlib.blake2b(parent + token_bytes, digest_size=NAME_BYTES).digest()

@@ -1,15 +1,43 @@
-"""Which blocks a KV node holds, and which it gives up for new ones.
+"""Which blocks one tier of a KV node holds, and which it gives up for new ones.
 
-A slot of memory is free, reserved (being filled, invisible) or held under one name: reserve,
-write, commit. Eviction is least recently used, children before their parents, with a second chance
-for blocks that peers have pulled since they were last considered. Invariant: every slot is in
-exactly one of the three states, and a name is held or reserved at most once. Moving the bytes,
-pins and the index are left to the node.
+A slot is free, reserved (being filled, invisible) or held under one name: reserve, write, commit.
+What is given up is the least valuable (core/eviction.py); a tenant that has reached its quota gives
+up blocks of its own. Invariants: every slot is in exactly one of the three states; a name is held
+or reserved at most once; no tenant has more slots than its quota; a pinned block stays; a block
+whose time is over is not found. Moving the bytes and the index are left to the node.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from kvasir_kvstore.core.eviction import ValueOrder
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a block comes from."""
+
+    tenant: bytes = b""
+    """Tells tenants apart; empty: none is named."""
+    chain_head: bytes = b""
+    """Name of the chain's first block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds a cache."""
+
+    num_slots: int
+    tenant_slots_max: int
+    ttl_ms: int = 0
+    """After a block was stored; 0: no limit."""
+
+    @classmethod
+    def of(cls, num_slots: int, *, tenant_share_max: float = 1.0, ttl_ms: int = 0) -> "Limits":
+        """With a tenant's quota as a share of the slots."""
+        return cls(num_slots, max(1, int(num_slots * tenant_share_max)), ttl_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +49,35 @@ class Reservation:
     evicted: tuple[bytes, ...]
 
 
-@dataclass(slots=True)
-class _Held:
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A block that is held, or one that is on its way into its slot."""
+
     slot: int
-    uses_seen: int
+    origin: Origin
+    stored_ms: int
 
 
 class BlockCache:
-    """The slots of one node's memory."""
+    """The slots of one tier. Times are Unix milliseconds."""
 
-    def __init__(self, num_slots: int) -> None:
-        self._free = list(range(num_slots - 1, -1, -1))
-        self._held: OrderedDict[bytes, _Held] = OrderedDict()  # least recently used first
-        self._reserved: dict[bytes, int] = {}
-        self.num_slots = num_slots
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.slots_usable = limits.num_slots
+        """Fewer than there are while not all can be filled."""
+        self._free = list(range(limits.num_slots - 1, -1, -1))
+        self._held: dict[bytes, Held] = {}
+        self._name_of: dict[int, bytes] = {}
+        self._reserved: dict[bytes, Held] = {}
+        self._pins = Counter[bytes]()
+        self._tenant_slots = Counter[bytes]()
+        self._order = ValueOrder(limits.num_slots)
+        self._ages: list[tuple[int, bytes]] = []  # a heap of (stored_ms, name); also of names gone
+
+    @property
+    def num_slots(self) -> int:
+        """Of all states."""
+        return self.limits.num_slots
 
     @property
     def num_held(self) -> int:
@@ -46,61 +89,154 @@ class BlockCache:
         """Slots being filled."""
         return len(self._reserved)
 
+    def restore(self, blocks: Mapping[bytes, Held]) -> list[bytes]:
+        """Holds blocks that lie in their slots already, in an empty cache; names within quotas."""
+        assert not self._held
+        assert not self._reserved
+        kept = []
+        for name, held in blocks.items():
+            if self._tenant_slots[held.origin.tenant] < self.limits.tenant_slots_max:
+                self._tenant_slots[held.origin.tenant] += 1
+                self._reserved[name] = held
+                kept.append(name)
+        taken = {held.slot for held in self._reserved.values()}
+        self._free = [slot for slot in self._free if slot not in taken]
+        for name in kept:
+            self.commit(name)
+        return kept
+
     def names(self) -> list[bytes]:
-        """Names held, least recently used first."""
+        """Names held, in the order in which they came."""
         return list(self._held)
+
+    def find(self, name: bytes, *, now_ms: int) -> Held | None:
+        """The block, unless it is not held or its time is over."""
+        held = self._held.get(name)
+        return None if held is None or self._is_over(held, now_ms) else held
 
     def missing(self, names: Sequence[bytes]) -> list[bytes]:
         """Names neither held nor being filled, each once, in order."""
         unique = dict.fromkeys(names)
         return [name for name in unique if name not in self._held and name not in self._reserved]
 
+    def tenant_slots(self, tenant: bytes) -> int:
+        """Slots that hold blocks of one tenant or are being filled with them."""
+        return self._tenant_slots[tenant]
+
     def touch(self, names: Sequence[bytes]) -> None:
-        """The chain is wanted: its blocks are the most recently used, parents last to go."""
+        """The chain is wanted: its blocks gain value, parents the most."""
         for name in reversed(names):
             if name in self._held:
-                self._held.move_to_end(name)
+                self._order.touch(name)
+
+    def touch_slots(self, slots: Iterable[int]) -> None:
+        """Blocks in these slots were pulled."""
+        for slot in slots:
+            if (name := self._name_of.get(slot)) is not None:
+                self._order.touch(name)
+
+    def pin(self, name: bytes) -> None:
+        """The held block stays until it is unpinned as often as it was pinned."""
+        assert name in self._held
+        self._pins[name] += 1
+
+    def is_pinned(self, name: bytes) -> bool:
+        """Whether it must stay."""
+        return name in self._pins
+
+    def unpin(self, name: bytes) -> None:
+        """Ends one pin."""
+        self._pins[name] -= 1
+        if not self._pins[name]:
+            del self._pins[name]
 
     def reserve(
         self,
         names: Sequence[bytes],
+        origin: Origin,
         *,
-        evict: Callable[[bytes], bool],
-        uses: Callable[[int], int],
+        now_ms: int,
+        evict: Callable[[bytes], bool] = lambda _: True,
+        stored_ms: int | None = None,
     ) -> Reservation:
         """Slots for the first of these (missing) names, as many as can be had.
 
         Args:
             evict: takes a name out of service; False if a transfer still reads it.
-            uses: how often a slot's block was pulled so far.
+            stored_ms: when the blocks were first stored; none: now.
         """
-        slots = [self._free.pop() for _ in range(min(len(names), len(self._free)))]
+        since_ms = now_ms if stored_ms is None else stored_ms
+        taken: list[bytes] = []
         evicted: list[bytes] = []
-        tries = 2 * len(self._held)  # each block may get its second chance once
-        while len(slots) < len(names) and self._held and tries > 0:
-            tries -= 1
-            name, held = next(iter(self._held.items()))
-            uses_now = uses(held.slot)
-            if uses_now == held.uses_seen and evict(name):
-                del self._held[name]
-                evicted.append(name)
-                slots.append(held.slot)
-            else:
-                held.uses_seen = uses_now
-                self._held.move_to_end(name)
-        taken = tuple(names[: len(slots)])
-        self._reserved.update(zip(taken, slots, strict=True))
-        return Reservation(taken, tuple(slots), tuple(evicted))
+        for name in names:
+            is_over = self._tenant_slots[origin.tenant] >= self.limits.tenant_slots_max
+            if is_over or len(self._held) + len(self._reserved) >= self.slots_usable:
+                victim = self._give_up(origin.tenant if is_over else None, evict)
+                if victim is None:
+                    break
+                evicted.append(victim)
+            self._reserved[name] = Held(self._free.pop(), origin, since_ms)
+            self._tenant_slots[origin.tenant] += 1
+            taken.append(name)
+        slots = tuple(self._reserved[name].slot for name in taken)
+        return Reservation(tuple(taken), slots, tuple(evicted))
 
-    def commit(self, name: bytes, *, uses: int) -> None:
-        """The slot reserved for this name is filled: it is held, most recently used.
-
-        Args:
-            uses: of the slot so far; what was in it before does not speak for this block.
-        """
-        slot = self._reserved.pop(name)
-        self._held[name] = _Held(slot, uses)
+    def commit(self, name: bytes) -> None:
+        """The slot reserved for this name is filled: it is held."""
+        held = self._reserved.pop(name)
+        self._held[name] = held
+        self._name_of[held.slot] = name
+        if self.limits.ttl_ms:
+            heapq.heappush(self._ages, (held.stored_ms, name))
+        self._order.add(name, group=held.origin.tenant)
 
     def abandon(self, name: bytes) -> None:
         """The slot reserved for this name was not filled."""
-        self._free.append(self._reserved.pop(name))
+        self._free_slot(self._reserved.pop(name))
+
+    def drop(self, name: bytes) -> None:
+        """The block is not held any more, whatever it was worth. It must not be pinned."""
+        assert name not in self._pins
+        held = self._held.pop(name)
+        del self._name_of[held.slot]
+        self._order.discard(name)
+        self._free_slot(held)
+
+    def expire(self, *, now_ms: int, evict: Callable[[bytes], bool]) -> list[bytes]:
+        """Gives up the blocks whose time is over; those that are pinned or read go later."""
+        gone: list[bytes] = []
+        kept: list[tuple[int, bytes]] = []
+        while self._ages and now_ms - self._ages[0][0] >= self.limits.ttl_ms:
+            stored_ms, name = heapq.heappop(self._ages)
+            held = self._held.get(name)
+            if held is None or held.stored_ms != stored_ms:
+                continue
+            if self._may_go(name, evict):
+                self.drop(name)
+                gone.append(name)
+            else:
+                kept.append((stored_ms, name))
+        for age in kept:
+            heapq.heappush(self._ages, age)
+        return gone
+
+    def _is_over(self, held: Held, now_ms: int) -> bool:
+        return 0 < self.limits.ttl_ms <= now_ms - held.stored_ms
+
+    def _may_go(self, name: bytes, evict: Callable[[bytes], bool]) -> bool:
+        return name not in self._pins and evict(name)
+
+    def _give_up(self, tenant: bytes | None, evict: Callable[[bytes], bool]) -> bytes | None:
+        """Frees the slot of the least valuable block (of this tenant) that may go."""
+        name = self._order.take(tenant, lambda name: self._may_go(name, evict))
+        if name is not None:
+            held = self._held.pop(name)
+            del self._name_of[held.slot]
+            self._free_slot(held)
+        return name
+
+    def _free_slot(self, held: Held) -> None:
+        self._free.append(held.slot)
+        self._tenant_slots[held.origin.tenant] -= 1
+        if not self._tenant_slots[held.origin.tenant]:
+            del self._tenant_slots[held.origin.tenant]

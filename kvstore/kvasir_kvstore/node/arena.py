@@ -1,18 +1,22 @@
-"""A KV node's memory for blocks of one layout, with what serves and fills it.
+"""A KV node's tiers for blocks of one layout, with what serves and fills them.
 
-The layout is that of the first offer: until then a node does not know how large a block is.
+Decides in which tier a block is found: memory, from where peers pull it, or the disk, from where
+it is loaded into memory first. Invariant: a name is told of (`on_change`) as stored while at least
+one tier holds it. The layout is that of the first offer, or of what an earlier life left on disk.
 """
 
 import asyncio
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2
 
 from kvasir_kvstore._native import BlockPool, BlockServer, PullResult
-from kvasir_kvstore.core.cache import BlockCache
+from kvasir_kvstore.core.cache import BlockCache, Limits, Origin
+from kvasir_kvstore.node.block_file import BlockFile, StoredBlock
+from kvasir_kvstore.node.disk import DiskTier
 from kvasir_kvstore.node.settings import KvNodeSettings
 from kvasir_kvstore.pulls import NamedPuller
 
@@ -20,6 +24,8 @@ MIB = 1 << 20
 LAYERS_MAX = 4096
 LAYER_BYTES_MAX = 1 << 28
 """What a BlockPool takes."""
+LOADS_MAX = 64
+"""Blocks on their way from disk to memory; a load that meets the bound ends early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,28 +33,26 @@ class Filled:
     """What came of an attempt to pull blocks."""
 
     committed: tuple[bytes, ...]
-    evicted: tuple[bytes, ...]
     result: PullResult | None
     """None: nothing was pulled, since no slot could be had."""
 
 
 class Arena:
-    """Blocks of one layout."""
+    """Blocks of one layout. Belongs to one event loop."""
 
     def __init__(
         self,
         layout: common_pb2.KvLayout,
         settings: KvNodeSettings,
         address: common_pb2.PeerAddress,
-        port_holder: socket.socket,
         *,
+        now_ms: Callable[[], int],
         on_change: Callable[[Sequence[bytes], Sequence[bytes]], None],
     ) -> None:
         """Takes address space and starts to serve on the address's data port.
 
         Args:
             layout: checked (check_layout).
-            port_holder: has kept the data port so far; it is closed to make way.
             on_change: told of all names that come and go, whatever becomes of the call.
 
         Raises:
@@ -56,7 +60,7 @@ class Arena:
             OSError: the port is taken.
         """
         self.layout = layout
-        self._on_change = on_change
+        self._settings, self._now_ms, self._on_change = settings, now_ms, on_change
         num_slots = settings.memory_mb * MIB // layout.block_bytes
         if num_slots < 1 or layout.block_bytes // layout.num_layers > LAYER_BYTES_MAX:
             raise KvasirError(
@@ -66,7 +70,7 @@ class Arena:
                 param="layout",
             )
         plane = settings.data_plane
-        self.cache = BlockCache(num_slots)
+        self.cache = BlockCache(self._limits(num_slots))
         self.pool = BlockPool(
             num_blocks=num_slots,
             num_layers=layout.num_layers,
@@ -74,7 +78,6 @@ class Arena:
             layout_digest=layout.digest,
             shared=bool(plane.socket_dir),
         )
-        port_holder.close()
         self.server = BlockServer(
             self.pool,
             host=settings.host,
@@ -86,45 +89,180 @@ class Arena:
             key=plane.key,
         )
         self._puller = NamedPuller(self.pool, plane, pulls_max=settings.offers_running_max)
+        self._uses_seen = self.pool.uses.copy()
+        self._loads: dict[bytes, asyncio.Task[bool]] = {}
+        self.disk: DiskTier | None = None
+        self.num_evicted = 0
+        """Blocks that the memory gave up for others."""
+
+    def attach_disk(self, file: BlockFile, blocks: Sequence[StoredBlock]) -> None:
+        """From now on blocks go to disk, too, and those that are there are found."""
+        num_slots = self.disk_slots(self._settings, self.layout)
+        self.disk = DiskTier(
+            file,
+            self.pool,
+            memory=self.cache,
+            limits=self._limits(num_slots),
+            now_ms=self._now_ms,
+            on_gone=self._gone_from_disk,
+        )
+        self.disk.restore(blocks)
+        self._on_change(self.disk.names(), ())
+
+    @staticmethod
+    def disk_slots(settings: KvNodeSettings, layout: common_pb2.KvLayout) -> int:
+        """Blocks that the disk may hold."""
+        return max(1, settings.disk_mb * MIB // layout.block_bytes)
+
+    def names(self) -> list[bytes]:
+        """Names held in any tier."""
+        on_disk = self.disk.names() if self.disk else []
+        return list(dict.fromkeys([*self.cache.names(), *on_disk]))
+
+    def holds(self, name: bytes) -> bool:
+        """Whether a tier has the block."""
+        is_on_disk = self.disk is not None and self.disk.find(name) is not None
+        return is_on_disk or self.cache.find(name, now_ms=self._now_ms()) is not None
+
+    def missing(self, names: Sequence[bytes]) -> list[bytes]:
+        """Names that no tier has and that are not on their way, each once, in order."""
+        missing = self.cache.missing(names)
+        return [name for name in missing if self.disk is None or self.disk.find(name) is None]
+
+    def touch(self, names: Sequence[bytes]) -> None:
+        """The chain is wanted."""
+        self.cache.touch(names)
+        if self.disk is not None:
+            self.disk.touch(names)
 
     async def fill(
-        self, source: common_pb2.PeerAddress, names: Sequence[bytes], *, timeout_ms: int
+        self,
+        source: common_pb2.PeerAddress,
+        names: Sequence[bytes],
+        origin: Origin,
+        *,
+        timeout_ms: int,
     ) -> Filled:
         """Pulls these (missing) blocks: reserve, write, commit. Only what is whole is committed."""
-        uses = self.pool.uses
-        reservation = self.cache.reserve(
-            names, evict=self.pool.unpublish, uses=lambda slot: int(uses[slot])
-        )
-        self._on_change((), reservation.evicted)
-        if not reservation.names:
-            return Filled((), reservation.evicted, None)
+        slots = self._reserve(names, origin)
+        if not slots:
+            return Filled((), None)
         committed: list[bytes] = []
-        unfilled = set(reservation.names)
+        unfilled = dict(slots)
         try:
             result = await self._puller.pull(
-                source,
-                names=reservation.names,
-                blocks=reservation.slots,
-                timeout_ms=timeout_ms,
+                source, names=list(slots), blocks=list(slots.values()), timeout_ms=timeout_ms
             )
-            for name, slot, is_ok in zip(
-                reservation.names, reservation.slots, result.blocks_ok, strict=True
-            ):
-                if is_ok:
-                    self.pool.publish(name, slot)
-                    self.cache.commit(name, uses=int(uses[slot]))
-                    committed.append(name)
-                    unfilled.remove(name)
+            whole = [name for name, is_ok in zip(slots, result.blocks_ok, strict=True) if is_ok]
+            for name in reversed(whole):  # parents last: they are wanted most
+                self._publish(name, unfilled.pop(name))
+                committed.append(name)
         finally:
-            self._on_change(committed, ())
+            self._on_change(committed[::-1], ())
             for name in unfilled:
                 self.cache.abandon(name)
-        return Filled(tuple(committed), reservation.evicted, result)
+        if self.disk is not None:
+            self.disk.put(committed[::-1])
+        return Filled(tuple(reversed(committed)), result)
 
-    async def close(self) -> None:
-        """Ends all transfers."""
+    async def load(self, names: Sequence[bytes], *, timeout_ms: int) -> int:
+        """Brings the leading part of the names into memory; how many of them are there then."""
+        leading: list[asyncio.Task[bool] | None] = []
+        for name in names:
+            is_here = self.cache.find(name, now_ms=self._now_ms()) is not None
+            loading = None if is_here else self._loads.get(name) or self._start_load(name)
+            if not is_here and loading is None:
+                break
+            leading.append(loading)
+        self.touch(names[: len(leading)])
+        running = {task for task in leading if task is not None}
+        if running:
+            await asyncio.wait(running, timeout=timeout_ms / 1000)
+        for count, task in enumerate(leading):
+            if task is not None and not (task.done() and task.result()):
+                return count
+        return len(leading)
+
+    def expire(self) -> int:
+        """Gives up blocks whose time is over; how many the memory gave up."""
+        gone = self.cache.expire(now_ms=self._now_ms(), evict=self.pool.unpublish)
+        if self.disk is not None:
+            self.disk.expire()
+        self._gone_from_memory(gone)
+        return len(gone)
+
+    async def close(self, *, timeout_ms: int) -> None:
+        """Ends all transfers; blocks that wait for the disk are written if the time allows."""
+        await asyncio.gather(*self._loads.values())
         await self._puller.close()
+        if self.disk is not None:
+            await self.disk.close(timeout_ms=timeout_ms)
         await asyncio.to_thread(self.server.stop)
+
+    def _start_load(self, name: bytes) -> "asyncio.Task[bool] | None":
+        """None: the disk does not have it, or there is no room."""
+        stored = self.disk.find(name) if self.disk else None
+        if stored is None or len(self._loads) >= LOADS_MAX:
+            return None
+        slots = self._reserve([name], stored.origin, stored_ms=stored.stored_ms)
+        if not slots:
+            return None
+        task = asyncio.create_task(self._load(name, slots[name]))
+        self._loads[name] = task
+        return task
+
+    async def _load(self, name: bytes, slot: int) -> bool:
+        assert self.disk is not None
+        self.pool.reset(slot)
+        is_whole = False
+        try:
+            is_whole = await self.disk.read(name, slot)
+        finally:
+            del self._loads[name]
+            if is_whole:
+                self.pool.ready[slot] = self.pool.num_layers
+                self._publish(name, slot)
+            else:
+                self.cache.abandon(name)
+        return is_whole
+
+    def _publish(self, name: bytes, slot: int) -> None:
+        self.pool.publish(name, slot)
+        self._uses_seen[slot] = self.pool.uses[slot]
+        self.cache.commit(name)
+
+    def _reserve(
+        self, names: Sequence[bytes], origin: Origin, *, stored_ms: int | None = None
+    ) -> dict[bytes, int]:
+        """Slots of memory for some of the names; what was pulled meanwhile has gained value."""
+        pulled = np.flatnonzero(self.pool.uses != self._uses_seen)
+        self._uses_seen[pulled] = self.pool.uses[pulled]
+        self.cache.touch_slots(pulled.tolist())
+        taken = self.cache.reserve(
+            names,
+            origin,
+            now_ms=self._now_ms(),
+            evict=self.pool.unpublish,
+            stored_ms=stored_ms,
+        )
+        self.num_evicted += len(taken.evicted)
+        self._gone_from_memory(taken.evicted)
+        return dict(zip(taken.names, taken.slots, strict=True))
+
+    def _gone_from_memory(self, names: Sequence[bytes]) -> None:
+        disk = self.disk
+        self._on_change((), [n for n in names if disk is None or disk.find(n) is None])
+
+    def _gone_from_disk(self, names: Sequence[bytes]) -> None:
+        self._on_change((), [n for n in names if self.cache.find(n, now_ms=self._now_ms()) is None])
+
+    def _limits(self, num_slots: int) -> Limits:
+        settings = self._settings
+        return Limits.of(
+            num_slots,
+            tenant_share_max=settings.tenant_share_max,
+            ttl_ms=settings.block_ttl_ms,
+        )
 
 
 def check_layout(layout: common_pb2.KvLayout) -> None:

@@ -56,6 +56,7 @@ async def _run(settings: KvNodeSettings) -> None:
         await server.start()
         stack.push_async_callback(server.stop, settings.stop_timeout_ms / 1000)
         store.address.http_port = await _start_http(store, settings, stack)
+        await store.restore()
         leases = asyncio.create_task(store.keep_leases())
         stack.push_async_callback(_cancel, leases)
         await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)

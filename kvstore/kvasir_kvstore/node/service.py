@@ -30,9 +30,7 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
     ) -> kvnode_pb2.OfferResponse:
         """Pulls what is missing here from the source."""
         try:
-            return await self._store.offer(
-                request.source, request.layout, request.names, timeout_ms=request.timeout_ms
-            )
+            return await self._store.offer(request)
         except KvasirError as error:
             await abort(context, error)
 
@@ -50,6 +48,16 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
                 for run in runs
             ]
         )
+
+    async def Load(
+        self, request: kvnode_pb2.LoadRequest, context: Context
+    ) -> kvnode_pb2.LoadResponse:
+        """Brings blocks from slower tiers into memory."""
+        try:
+            num_leading = await self._store.load(request.names, timeout_ms=request.timeout_ms)
+        except KvasirError as error:
+            await abort(context, error)
+        return kvnode_pb2.LoadResponse(num_leading=num_leading)
 
     async def WatchEvents(  # type: ignore[override]
         self, request: kvnode_pb2.WatchKvNodeRequest, context: Context

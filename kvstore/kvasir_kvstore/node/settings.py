@@ -1,5 +1,7 @@
 """Settings of one KV node: where it listens, how much it holds and what bounds it."""
 
+from pathlib import Path
+
 from pydantic import Field, field_validator
 
 from kvasir_kvstore.peers import DataPeerSettings
@@ -10,6 +12,14 @@ class KvNodeSettings(DataPeerSettings):
 
     memory_mb: int = Field(default=1024, ge=1)
     """Memory for blocks, in MiB; taken as blocks arrive."""
+    disk_dir: Path | None = None
+    """Folder for blocks on disk, of this node alone, kept over restarts; none: memory only."""
+    disk_mb: int = Field(default=4096, ge=1)
+    """Disk space for blocks, in MiB; taken as blocks are written."""
+    block_ttl_ms: int = Field(default=0, ge=0)
+    """Blocks are given up so long after they were stored; 0: no limit."""
+    tenant_share_max: float = Field(default=1.0, gt=0, le=1)
+    """Part of each tier that blocks of one tenant may take."""
     redis: str | None = None
     """URL of the block index that all share; none: an index in this process."""
 

@@ -1,7 +1,8 @@
 """What a KV node does: takes offers, pulls what it lacks, tells the index, says where blocks are.
 
-Decides who waits and what is refused; what is evicted is decided by core/cache.py. Invariant: a
-block is announced only after it is whole and can be pulled.
+Decides who waits and what is refused; where blocks lie and what is given up is decided below
+(arena.py, core/cache.py). Invariant: a block is announced only after it is whole, and withdrawn
+when no tier has it any more.
 """
 
 import asyncio
@@ -15,10 +16,12 @@ from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2, kvnode_pb2
 
 from kvasir_kvstore.core.block import NAME_BYTES
+from kvasir_kvstore.core.cache import Origin
 from kvasir_kvstore.events import EventHub
 from kvasir_kvstore.index import BlockIndex, Location
 from kvasir_kvstore.metrics import NodeMetrics
 from kvasir_kvstore.node.arena import Arena, Filled, check_layout
+from kvasir_kvstore.node.block_file import BlockFile
 from kvasir_kvstore.node.settings import KvNodeSettings
 from kvasir_kvstore.pulls import can_pull_from
 
@@ -40,6 +43,7 @@ class Counts:
     blocks_unavailable: int = 0
     bytes_pulled: int = 0
     blocks_evicted: int = 0
+    blocks_expired: int = 0
     frames_quarantined: int = 0
 
 
@@ -49,9 +53,11 @@ class NodeStore:
     def __init__(
         self, settings: KvNodeSettings, *, uid: bytes, epoch: int, index: BlockIndex
     ) -> None:
-        """Holds the data port. OSError: it is taken."""
+        """Holds the data port and the disk's folder. OSError: one of them is taken."""
         self._settings = settings
         self._index = index
+        self._file = BlockFile(settings.disk_dir) if settings.disk_dir else None
+        self._disk_problem = ""
         self._port_holder = _hold_port(settings.host, settings.data_port)
         self.address = common_pb2.PeerAddress(
             name=settings.name,
@@ -60,7 +66,8 @@ class NodeStore:
             host=settings.peer_host,
             data_port=self._port_holder.getsockname()[1],
         )
-        self.metrics = NodeMetrics(self._scrape)
+        self._arena: Arena | None = None
+        self.metrics = NodeMetrics(self._scrape, self._tiers)
         self.counts = Counts()
         self.hub = EventHub(
             kvnode_pb2.KvNodeEvent,
@@ -69,25 +76,34 @@ class NodeStore:
             on_dropped=self.metrics.watchers_dropped.inc,
         )
         self.is_draining = False
-        self._arena: Arena | None = None
+        self._is_arena_wanted = False  # workers have blocks of its layout; else a disk had
+        self._arena_changes = asyncio.Lock()
+        self._gone: dict[bytes, None] = {}  # names to withdraw from the index
         self._turn = asyncio.Semaphore(settings.offers_running_max)
         self._num_offers = 0
 
-    async def offer(
-        self,
-        source: common_pb2.PeerAddress,
-        layout: common_pb2.KvLayout,
-        names: Sequence[bytes],
-        *,
-        timeout_ms: int,
-    ) -> kvnode_pb2.OfferResponse:
+    async def restore(self) -> None:
+        """Serves what an earlier life left on disk, if it did."""
+        if self._file is None or self._file.layout is None:
+            return
+        async with self._arena_changes:
+            if self._arena is not None:
+                return
+            try:
+                check_layout(self._file.layout)
+                self._arena = await self._make_arena(self._file.layout)
+            except KvasirError as error:
+                log.warning("blocks on disk cannot be used: %s", error.message)
+        await self._announce_all()
+
+    async def offer(self, request: kvnode_pb2.OfferRequest) -> kvnode_pb2.OfferResponse:
         """Pulls those of the blocks that are neither here nor on their way.
 
         Raises:
             KvasirError: malformed, of another layout, too many offers wait, or draining.
         """
         try:
-            response = await self._offer(source, layout, names, timeout_ms=timeout_ms)
+            response = await self._offer(request)
         except KvasirError as error:
             self.metrics.offers.labels(error.reason.value).inc()
             raise
@@ -102,8 +118,20 @@ class NodeStore:
         """
         _check_names(names)
         if self._arena is not None:
-            self._arena.cache.touch(names)
+            self._arena.touch(names)
         return await self._index.locate(names)
+
+    async def load(self, names: Sequence[bytes], *, timeout_ms: int) -> int:
+        """Brings the leading part of the names into memory; how many of them are there then.
+
+        Raises:
+            KvasirError: malformed.
+        """
+        _check_names(names)
+        if self._arena is None:
+            return 0
+        timeout_ms = min(timeout_ms, self._settings.offer_timeout_ms_max)
+        return await self._arena.load(names, timeout_ms=timeout_ms)
 
     def describe(self) -> kvnode_pb2.KvNodeDescription:
         """What this node is and holds."""
@@ -118,23 +146,31 @@ class NodeStore:
             blocks_offered=counts.blocks_offered,
             blocks_pulled=counts.blocks_pulled,
             blocks_served=int(values.get("blocks_served", 0)),
-            blocks_evicted=counts.blocks_evicted,
+            blocks_evicted=int(values["blocks_evicted"]),
+            blocks_expired=counts.blocks_expired,
             frames_quarantined=counts.frames_quarantined,
             index=self._index.kind,
             index_healthy=self._index.healthy,
+            tiers=self._tiers(),
+            degraded=self.degraded,
         )
 
     @property
     def degraded(self) -> list[str]:
         """What does not work though the node serves."""
-        return [] if self._index.healthy else [f"index: {self._index.problem}"]
+        problems = [] if self._index.healthy else [f"index: {self._index.problem}"]
+        problems += [tier.problem for tier in self._tiers() if tier.problem]
+        return [*problems, self._disk_problem] if self._disk_problem else problems
 
     async def keep_leases(self) -> None:
-        """Renews the index's entries until cancelled; at once when an index is back."""
+        """Keeps the index right until cancelled: renews entries, at once when an index is back."""
         renewed_s = time.monotonic()
         tick_s = min(1.0, self._settings.lease_ttl_ms / 3000)
         while True:
             await asyncio.sleep(tick_s)
+            if self._arena is not None:
+                self.counts.blocks_expired += self._arena.expire()
+            await self._withdraw_gone()
             was_healthy = self._index.healthy
             is_back = not was_healthy and await self._index.ping()
             is_due = time.monotonic() - renewed_s >= self._settings.lease_ttl_ms / 3000
@@ -145,44 +181,35 @@ class NodeStore:
     async def close(self) -> None:
         """Withdraws this node's entries and ends all transfers."""
         if self._arena is not None:
-            names = self._arena.cache.names()
-            for start in range(0, len(names), _ANNOUNCE_BATCH):
-                if not await self._index.withdraw(
-                    names[start : start + _ANNOUNCE_BATCH], self.address
-                ):
-                    break
-            await self._arena.close()
+            await self._withdraw(self._arena.names())
+            await self._arena.close(timeout_ms=self._settings.stop_timeout_ms)
+        if self._file is not None:
+            self._file.close()
         self._port_holder.close()
         await self._index.close()
 
-    async def _offer(
-        self,
-        source: common_pb2.PeerAddress,
-        layout: common_pb2.KvLayout,
-        names: Sequence[bytes],
-        *,
-        timeout_ms: int,
-    ) -> kvnode_pb2.OfferResponse:
+    async def _offer(self, request: kvnode_pb2.OfferRequest) -> kvnode_pb2.OfferResponse:
+        names = request.names
         # 1. Refuse what cannot be served.
-        _check_names(names)
+        _check_names([*names, *filter(None, (request.tenant, request.chain_head))])
         if self.is_draining:
             raise KvasirError(Reason.DRAINING, "the KV node is stopping")
-        if not can_pull_from(source):
+        if not can_pull_from(request.source):
             raise KvasirError(Reason.INVALID_REQUEST, "the address is incomplete", param="source")
-        arena = self._arena_of(layout)
+        arena = await self._arena_of(request.layout)
         self.counts.blocks_offered += len(names)
-        timeout_ms = min(timeout_ms or 1 << 62, self._settings.offer_timeout_ms_max)
+        timeout_ms = min(request.timeout_ms or 1 << 62, self._settings.offer_timeout_ms_max)
         end_s = time.monotonic() + timeout_ms / 1000
         # 2. Wait for a turn.
         await self._take_turn(end_s)
         try:
             # 3. Pull, then tell the index.
-            missing = arena.cache.missing(names)
-            filled = await self._fill(arena, source, missing, end_s=end_s)
+            missing = arena.missing(names)
+            arena.touch(names)
+            filled = await self._fill(arena, request, missing, end_s=end_s)
         finally:
             self._turn.release()
             self._num_offers -= 1
-        arena.cache.touch(names)
         num_held = len(names) - len(missing)
         self._count(filled, num_held=num_held, num_missing=len(missing))
         return kvnode_pb2.OfferResponse(
@@ -210,21 +237,22 @@ class NodeStore:
     async def _fill(
         self,
         arena: Arena,
-        source: common_pb2.PeerAddress,
+        request: kvnode_pb2.OfferRequest,
         missing: Sequence[bytes],
         *,
         end_s: float,
     ) -> Filled:
         started_s = time.monotonic()
         left_ms = max(1, int((end_s - started_s) * 1000))
-        filled = await arena.fill(source, missing, timeout_ms=left_ms)
+        head = request.chain_head or (request.names[0] if request.names else b"")
+        origin = Origin(tenant=request.tenant, chain_head=head)
+        filled = await arena.fill(request.source, missing, origin, timeout_ms=left_ms)
         self.metrics.pull_seconds.observe(time.monotonic() - started_s)
-        if filled.evicted:
-            await self._index.withdraw(filled.evicted, self.address)
+        await self._withdraw_gone()
         if filled.committed:
             await self._index.announce(filled.committed, self.address)
         if filled.result is not None and filled.result.error:
-            log.warning("pulling blocks from %s: %s", source.name, filled.result.error)
+            log.warning("pulling blocks from %s: %s", request.source.name, filled.result.error)
         return filled
 
     def _count(self, filled: Filled, *, num_held: int, num_missing: int) -> None:
@@ -232,38 +260,77 @@ class NodeStore:
         counts.blocks_known += num_held
         counts.blocks_pulled += len(filled.committed)
         counts.blocks_unavailable += num_missing - len(filled.committed)
-        counts.blocks_evicted += len(filled.evicted)
         if filled.result is not None:
             transport = filled.result.transport or "none"
             self.metrics.transport_bytes.labels(transport).inc(filled.result.bytes_moved)
             counts.bytes_pulled += filled.result.bytes_moved
             counts.frames_quarantined += filled.result.frames_bad
 
-    def _arena_of(self, layout: common_pb2.KvLayout) -> Arena:
-        """The memory for this layout; made for the first one that is offered."""
+    async def _arena_of(self, layout: common_pb2.KvLayout) -> Arena:
+        """The tiers for this layout; made for the first one that is offered.
+
+        What an earlier life left on disk gives way if workers have blocks of another layout now.
+        """
         check_layout(layout)
-        if self._arena is None:
-            self._arena = Arena(
-                layout, self._settings, self.address, self._port_holder, on_change=self._changed
-            )
-            log.info("holds up to %d blocks", self._arena.cache.num_slots)
-        if self._arena.layout != layout:
-            raise KvasirError(
-                Reason.UNSUPPORTED, "this KV node holds blocks of another layout", param="layout"
-            )
-        return self._arena
+        async with self._arena_changes:
+            if self._arena is not None and self._arena.layout != layout:
+                if self._is_arena_wanted:
+                    raise KvasirError(
+                        Reason.UNSUPPORTED,
+                        "this KV node holds blocks of another layout",
+                        param="layout",
+                    )
+                left, self._arena = self._arena, None
+                self._changed((), left.names())
+                await left.close(timeout_ms=0)
+            if self._arena is None:
+                self._arena = await self._make_arena(layout)
+            self._is_arena_wanted = True
+            return self._arena
+
+    async def _make_arena(self, layout: common_pb2.KvLayout) -> Arena:
+        self._port_holder.close()
+        arena = Arena(layout, self._settings, self.address, now_ms=_now_ms, on_change=self._changed)
+        log.info("holds up to %d blocks", arena.cache.num_slots)
+        if self._file is not None:
+            num_slots = arena.disk_slots(self._settings, layout)
+            try:
+                blocks = await asyncio.to_thread(self._file.begin, layout, num_slots=num_slots)
+            except OSError as error:
+                self._disk_problem = f"disk: {error.strerror or error}"
+                log.warning("no blocks are kept on disk: %s", self._disk_problem)
+            else:
+                arena.attach_disk(self._file, blocks)
+                log.info("found %d blocks on disk", len(blocks))
+        return arena
 
     def _changed(self, stored: Sequence[bytes], removed: Sequence[bytes]) -> None:
         self.hub.blocks_changed(stored=stored, removed=removed)
+        self._gone.update(dict.fromkeys(removed))
+
+    async def _withdraw_gone(self) -> None:
+        gone, self._gone = self._gone, {}
+        arena = self._arena
+        await self._withdraw([name for name in gone if arena is None or not arena.holds(name)])
+
+    async def _withdraw(self, names: Sequence[bytes]) -> None:
+        for start in range(0, len(names), _ANNOUNCE_BATCH):
+            batch = names[start : start + _ANNOUNCE_BATCH]
+            if not await self._index.withdraw(batch, self.address):
+                return
 
     async def _announce_all(self) -> None:
         if self._arena is None:
             return
-        names = self._arena.cache.names()
+        names = self._arena.names()
         for start in range(0, len(names), _ANNOUNCE_BATCH):
             batch = names[start : start + _ANNOUNCE_BATCH]
             if not await self._index.announce(batch, self.address):
                 return
+
+    def _tiers(self) -> list[kvnode_pb2.TierDescription]:
+        disk = self._arena.disk if self._arena else None
+        return [disk.describe()] if disk else []
 
     def _scrape(self) -> dict[str, float]:
         values: dict[str, float] = dict(asdict(self.counts))
@@ -279,6 +346,7 @@ class NodeStore:
         return values | {
             "blocks_total": cache.num_slots,
             "blocks_used": cache.num_held,
+            "blocks_evicted": self._arena.num_evicted,
             "blocks_reserved": cache.num_reserved,
             "blocks_served": stats["blocks_sent"],
             "bytes_served": stats["bytes_sent"],
@@ -290,6 +358,11 @@ class NodeStore:
             "bad_requests": stats["bad_requests"],
             "connections_refused": stats["connections_refused"],
         }
+
+
+def _now_ms() -> int:
+    """Unix time: what is on disk outlives the process."""
+    return time.time_ns() // 1_000_000
 
 
 def _check_names(names: Sequence[bytes]) -> None:

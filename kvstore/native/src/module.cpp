@@ -81,6 +81,11 @@ nb::bytes pool_digest(const BlockPool& pool) {
   return nb::bytes(pool.shape().layout_digest.data(), kNameBytes);
 }
 
+uint32_t pool_checksum(const BlockPool& pool, uint32_t block) {
+  if (block >= pool.shape().num_blocks) throw std::out_of_range("no such block");
+  return crc32c(pool.layer(block, 0), pool.shape().block_bytes());
+}
+
 void bind_pool(nb::module_& m) {
   nb::class_<BlockPool>(m, "BlockPool")
       .def("__init__", &construct_pool, nb::kw_only(), "num_blocks"_a, "num_layers"_a,
@@ -96,6 +101,7 @@ void bind_pool(nb::module_& m) {
       .def_prop_ro("num_published", &BlockPool::num_published)
       .def_prop_ro("num_sessions", &BlockPool::num_sessions)
       .def("reset", &BlockPool::reset, "block"_a)
+      .def("checksum", &pool_checksum, "block"_a, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "publish",
           [](BlockPool& p, const nb::bytes& name, uint32_t block) {

@@ -50,6 +50,9 @@ class KvNodeDescription(_message.Message):
     FRAMES_QUARANTINED_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
     INDEX_HEALTHY_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
+    BLOCKS_EXPIRED_FIELD_NUMBER: _builtins.int
     blocks_total: _builtins.int
     blocks_used: _builtins.int
     bytes_capacity: _builtins.int
@@ -61,11 +64,20 @@ class KvNodeDescription(_message.Message):
     index: _builtins.str
     """"memory" or "redis" """
     index_healthy: _builtins.bool
+    blocks_expired: _builtins.int
     @_builtins.property
     def address(self) -> _common_pb2.PeerAddress: ...
     @_builtins.property
     def layout(self) -> _common_pb2.KvLayout:
         """absent until the first offer"""
+
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierDescription]:
+        """below memory, the faster first"""
+
+    @_builtins.property
+    def degraded(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what does not work though the node serves"""
 
     def __init__(
         self,
@@ -82,14 +94,67 @@ class KvNodeDescription(_message.Message):
         frames_quarantined: _builtins.int = ...,
         index: _builtins.str = ...,
         index_healthy: _builtins.bool = ...,
+        tiers: _abc.Iterable[Global___TierDescription] | None = ...,
+        degraded: _abc.Iterable[_builtins.str] | None = ...,
+        blocks_expired: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_evicted", b"blocks_evicted", "blocks_offered", b"blocks_offered", "blocks_pulled", b"blocks_pulled", "blocks_served", b"blocks_served", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "bytes_capacity", b"bytes_capacity", "frames_quarantined", b"frames_quarantined", "index", b"index", "index_healthy", b"index_healthy", "layout", b"layout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_evicted", b"blocks_evicted", "blocks_expired", b"blocks_expired", "blocks_offered", b"blocks_offered", "blocks_pulled", b"blocks_pulled", "blocks_served", b"blocks_served", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "bytes_capacity", b"bytes_capacity", "degraded", b"degraded", "frames_quarantined", b"frames_quarantined", "index", b"index", "index_healthy", b"index_healthy", "layout", b"layout", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KvNodeDescription: _TypeAlias = KvNodeDescription  # noqa: Y015
+
+@_typing.final
+class TierDescription(_message.Message):
+    """One tier of a KV node below its memory. Counts are since the start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
+    BLOCKS_USED_FIELD_NUMBER: _builtins.int
+    BYTES_USED_FIELD_NUMBER: _builtins.int
+    BLOCKS_WRITTEN_FIELD_NUMBER: _builtins.int
+    BLOCKS_READ_FIELD_NUMBER: _builtins.int
+    BLOCKS_BAD_FIELD_NUMBER: _builtins.int
+    BLOCKS_DROPPED_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"disk" or "store" """
+    blocks_total: _builtins.int
+    """0: it has no bound"""
+    blocks_used: _builtins.int
+    bytes_used: _builtins.int
+    blocks_written: _builtins.int
+    blocks_read: _builtins.int
+    blocks_bad: _builtins.int
+    """read and not whole: given up, a miss"""
+    blocks_dropped: _builtins.int
+    """not written: too many waited, or the tier refused"""
+    problem: _builtins.str
+    """why it does not take blocks now, or "" """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        blocks_total: _builtins.int = ...,
+        blocks_used: _builtins.int = ...,
+        bytes_used: _builtins.int = ...,
+        blocks_written: _builtins.int = ...,
+        blocks_read: _builtins.int = ...,
+        blocks_bad: _builtins.int = ...,
+        blocks_dropped: _builtins.int = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_bad", b"blocks_bad", "blocks_dropped", b"blocks_dropped", "blocks_read", b"blocks_read", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "blocks_written", b"blocks_written", "bytes_used", b"bytes_used", "name", b"name", "problem", b"problem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierDescription: _TypeAlias = TierDescription  # noqa: Y015
 
 @_typing.final
 class WatchKvNodeRequest(_message.Message):
@@ -159,7 +224,13 @@ class OfferRequest(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     NAMES_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    CHAIN_HEAD_FIELD_NUMBER: _builtins.int
     timeout_ms: _builtins.int
+    tenant: _builtins.bytes
+    """16 bytes that tell tenants apart, or none: quotas count by it"""
+    chain_head: _builtins.bytes
+    """name of the first block of the chain; none: names[0]"""
     @_builtins.property
     def source(self) -> _common_pb2.PeerAddress: ...
     @_builtins.property
@@ -175,10 +246,12 @@ class OfferRequest(_message.Message):
         layout: _common_pb2.KvLayout | None = ...,
         names: _abc.Iterable[_builtins.bytes] | None = ...,
         timeout_ms: _builtins.int = ...,
+        tenant: _builtins.bytes = ...,
+        chain_head: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "names", b"names", "source", b"source", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_head", b"chain_head", "layout", b"layout", "names", b"names", "source", b"source", "tenant", b"tenant", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -210,6 +283,51 @@ class OfferResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OfferResponse: _TypeAlias = OfferResponse  # noqa: Y015
+
+@_typing.final
+class LoadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    timeout_ms: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """in chain order"""
+
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.bytes] | None = ...,
+        timeout_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadRequest: _TypeAlias = LoadRequest  # noqa: Y015
+
+@_typing.final
+class LoadResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_LEADING_FIELD_NUMBER: _builtins.int
+    num_leading: _builtins.int
+    """of the names are in memory now"""
+    def __init__(
+        self,
+        *,
+        num_leading: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_leading", b"num_leading"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadResponse: _TypeAlias = LoadResponse  # noqa: Y015
 
 @_typing.final
 class LocateRequest(_message.Message):

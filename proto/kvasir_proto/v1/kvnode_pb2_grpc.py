@@ -49,6 +49,11 @@ class KvNodeStub:
                 request_serializer=kvasir__proto_dot_v1_dot_kvnode__pb2.LocateRequest.SerializeToString,
                 response_deserializer=kvasir__proto_dot_v1_dot_kvnode__pb2.LocateResponse.FromString,
                 _registered_method=True)
+        self.Load = channel.unary_unary(
+                '/kvasir.v1.KvNode/Load',
+                request_serializer=kvasir__proto_dot_v1_dot_kvnode__pb2.LoadRequest.SerializeToString,
+                response_deserializer=kvasir__proto_dot_v1_dot_kvnode__pb2.LoadResponse.FromString,
+                _registered_method=True)
         self.WatchEvents = channel.unary_stream(
                 '/kvasir.v1.KvNode/WatchEvents',
                 request_serializer=kvasir__proto_dot_v1_dot_kvnode__pb2.WatchKvNodeRequest.SerializeToString,
@@ -80,6 +85,14 @@ class KvNodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Load(self, request, context):
+        """Brings the leading run of these blocks from this node's slower tiers into memory, from where
+        they can be pulled by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchEvents(self, request, context):
         """What this node holds: a snapshot, then changes, like Worker.WatchEvents.
         """
@@ -104,6 +117,11 @@ def add_KvNodeServicer_to_server(servicer, server):
                     servicer.Locate,
                     request_deserializer=kvasir__proto_dot_v1_dot_kvnode__pb2.LocateRequest.FromString,
                     response_serializer=kvasir__proto_dot_v1_dot_kvnode__pb2.LocateResponse.SerializeToString,
+            ),
+            'Load': grpc.unary_unary_rpc_method_handler(
+                    servicer.Load,
+                    request_deserializer=kvasir__proto_dot_v1_dot_kvnode__pb2.LoadRequest.FromString,
+                    response_serializer=kvasir__proto_dot_v1_dot_kvnode__pb2.LoadResponse.SerializeToString,
             ),
             'WatchEvents': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchEvents,
@@ -192,6 +210,33 @@ class KvNode:
             '/kvasir.v1.KvNode/Locate',
             kvasir__proto_dot_v1_dot_kvnode__pb2.LocateRequest.SerializeToString,
             kvasir__proto_dot_v1_dot_kvnode__pb2.LocateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Load(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvasir.v1.KvNode/Load',
+            kvasir__proto_dot_v1_dot_kvnode__pb2.LoadRequest.SerializeToString,
+            kvasir__proto_dot_v1_dot_kvnode__pb2.LoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

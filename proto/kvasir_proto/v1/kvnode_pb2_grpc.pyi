@@ -38,6 +38,10 @@ class KvNodeStub:
     """
     Locate: _grpc.UnaryUnaryMultiCallable[_kvnode_pb2.LocateRequest, _kvnode_pb2.LocateResponse]
     """Where the longest leading run of these blocks is held, from the index."""
+    Load: _grpc.UnaryUnaryMultiCallable[_kvnode_pb2.LoadRequest, _kvnode_pb2.LoadResponse]
+    """Brings the leading run of these blocks from this node's slower tiers into memory, from where
+    they can be pulled by name.
+    """
     WatchEvents: _grpc.UnaryStreamMultiCallable[_kvnode_pb2.WatchKvNodeRequest, _kvnode_pb2.KvNodeEvent]
     """What this node holds: a snapshot, then changes, like Worker.WatchEvents."""
 
@@ -51,6 +55,10 @@ class KvNodeAsyncStub(KvNodeStub):
     """
     Locate: _aio.UnaryUnaryMultiCallable[_kvnode_pb2.LocateRequest, _kvnode_pb2.LocateResponse]  # type: ignore[assignment]
     """Where the longest leading run of these blocks is held, from the index."""
+    Load: _aio.UnaryUnaryMultiCallable[_kvnode_pb2.LoadRequest, _kvnode_pb2.LoadResponse]  # type: ignore[assignment]
+    """Brings the leading run of these blocks from this node's slower tiers into memory, from where
+    they can be pulled by name.
+    """
     WatchEvents: _aio.UnaryStreamMultiCallable[_kvnode_pb2.WatchKvNodeRequest, _kvnode_pb2.KvNodeEvent]  # type: ignore[assignment]
     """What this node holds: a snapshot, then changes, like Worker.WatchEvents."""
 
@@ -79,6 +87,16 @@ class KvNodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kvnode_pb2.LocateResponse, _abc.Awaitable[_kvnode_pb2.LocateResponse]]:
         """Where the longest leading run of these blocks is held, from the index."""
+
+    @_abc_1.abstractmethod
+    def Load(
+        self,
+        request: _kvnode_pb2.LoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvnode_pb2.LoadResponse, _abc.Awaitable[_kvnode_pb2.LoadResponse]]:
+        """Brings the leading run of these blocks from this node's slower tiers into memory, from where
+        they can be pulled by name.
+        """
 
     @_abc_1.abstractmethod
     def WatchEvents(
