@@ -7,7 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 def cpu_paths() -> list[str]: ...
+def model_paths() -> list[str]: ...
 def kv_element_bytes(isa: str, kv: str = "bf16") -> int: ...
+def packed_bytes(config: dict[str, Any], *, weights: str) -> int: ...
 def sample(
     *,
     logits: NDArray[np.float32],
@@ -23,11 +25,12 @@ class Model:
     def __init__(
         self,
         config: dict[str, Any],
-        weights: dict[str, NDArray[np.uint16]],
+        tensors: dict[str, NDArray[np.uint16]],
         *,
         isa: str,
         kv: str = "bf16",
         num_threads: int,
+        weights: str = "bf16",
         progress: Callable[[int, int], None] | None = None,
     ) -> None: ...
     isa: str
@@ -53,3 +56,17 @@ class Model:
 class MemoryProbe:
     def __init__(self, *, num_bytes: int, num_threads: int) -> None: ...
     def read(self) -> float: ...
+
+class PeakProbe:
+    def __init__(self, *, isa: str, weights: str, num_threads: int) -> None: ...
+    def run(self) -> float: ...
+
+def multiply(
+    *,
+    tensor: NDArray[np.uint16],
+    a: NDArray[np.float32],
+    c: NDArray[np.float32],
+    isa: str,
+    weights: str,
+    num_threads: int,
+) -> None: ...

@@ -1,7 +1,8 @@
 """How many bytes a worker needs for a model, before it loads one.
 
 Decides nothing about allocation; the numbers follow the native part's layout: weights in panels of
-32 columns, activations of one step, scratch per thread, and the KV pool.
+32 columns and whole groups of 64 along k, activations of one step, scratch per thread, and the KV
+pool.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from kvasir_engine.decoder import ModelConfig
 
 PANEL_COLUMNS = 32
+PANEL_DEPTH = 64
 FLOAT_BYTES = 4
 BF16_BYTES = 2
 STRIDE_PAD = 16
@@ -94,7 +96,8 @@ def available_bytes() -> int:
 
 
 def _matrix_bytes(rows: int, columns: int) -> int:
-    return -(-rows // PANEL_COLUMNS) * PANEL_COLUMNS * columns * BF16_BYTES
+    depth = -(-columns // PANEL_DEPTH) * PANEL_DEPTH
+    return -(-rows // PANEL_COLUMNS) * PANEL_COLUMNS * depth * BF16_BYTES
 
 
 def _gated_bytes(hidden: int, inner: int) -> int:

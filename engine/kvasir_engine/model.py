@@ -33,6 +33,7 @@ from kvasir_engine.weights import (
 log = logging.getLogger(__name__)
 
 ISA_VARIABLE = "KVASIR_ISA"
+WEIGHT_FORMATS = ("bf16", "int8", "int4")
 KV_DTYPES = {1: "int8", 2: "bfloat16", 4: "float32"}
 
 
@@ -85,24 +86,37 @@ def load_model(
     num_threads: int,
     isa: str | None = None,
     kv: KvFormat = "bf16",
+    weights: str = "bf16",
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load the folder at `path`. Raises KvasirError that says what is wrong with it.
 
-    `progress` is called with ("digest" | "pack", done bytes, total bytes).
+    `weights` is the format they are computed with, one of WEIGHT_FORMATS. `progress` is called
+    with ("digest" | "pack", done bytes, total bytes).
     """
     # 1. What it is, and whether this engine computes it.
+    if weights not in WEIGHT_FORMATS:
+        known = ", ".join(WEIGHT_FORMATS)
+        raise KvasirError(Reason.UNSUPPORTED, f"no weight format {weights!r}; there are: {known}")
     config, files = open_model(path)
     name = choose_path(isa)
     # 2. Its digest; this also brings the files into the page cache.
     digest = hashlib.blake2b(
-        config.numerics().encode()
+        _numerics(config, weights).encode()
         + weights_digest(files, num_threads=num_threads, progress=progress),
         digest_size=DIGEST_BYTES,
     ).digest()
     # 3. Its weights, packed for the path.
     tensors = native_tensors(config, all_tensors(files))
-    native = _pack(config, tensors, isa=name, kv=kv, num_threads=num_threads, progress=progress)
+    native = _pack(
+        config,
+        tensors,
+        isa=name,
+        kv=kv,
+        weights=weights,
+        num_threads=num_threads,
+        progress=progress,
+    )
     layout = config.layout(KV_DTYPES[_native.kv_element_bytes(name, kv)])
     assert native.layer_bytes == layout.layer_bytes, "native and Python disagree on the KV layout"
     log.info("loaded %s (%s, %d bytes of weights)", path, name, native.weight_bytes)
@@ -120,12 +134,18 @@ def new_kv_arrays(model: LoadedModel, num_blocks: int) -> KvArrays:
     return arrays
 
 
+def _numerics(config: ModelConfig, weights: str) -> str:
+    """What computed numbers depend on besides the weights' bytes."""
+    return config.numerics() if weights == "bf16" else f"{config.numerics()} weights={weights}"
+
+
 def _pack(
     config: ModelConfig,
     tensors: dict[str, np.ndarray],
     *,
     isa: str,
     kv: KvFormat,
+    weights: str,
     num_threads: int,
     progress: Progress | None,
 ) -> _native.Model:
@@ -135,7 +155,13 @@ def _pack(
 
     try:
         return _native.Model(
-            config.native_shape(), tensors, isa=isa, kv=kv, num_threads=num_threads, progress=report
+            config.native_shape(),
+            tensors,
+            isa=isa,
+            kv=kv,
+            weights=weights,
+            num_threads=num_threads,
+            progress=report,
         )
     except ValueError as error:
         raise malformed(str(error)) from error

@@ -11,7 +11,7 @@ from kvasir_engine import _native
 
 GOLDENS = Path(__file__).parent.parent / "fixtures" / "goldens"
 MODELS = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
-PATHS = ("scalar", "avx2", "avx512")
+PATHS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
 RUNNABLE = _native.cpu_paths()
 LENGTHS = (1, 5, 64, 200)
 

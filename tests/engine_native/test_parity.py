@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 from golden_models import LENGTHS, MODELS, PATHS, RUNNABLE, Golden, read_golden
+from kvasir_engine import _native
 from kvasir_engine.logits import sequence_logits
 from kvasir_engine.model import LoadedModel, load_model
 
@@ -31,6 +32,17 @@ def load() -> Load:
         return loaded(name, path)
 
     return load_or_skip
+
+
+@pytest.mark.parametrize("path", _native.model_paths())
+@pytest.mark.parametrize("name", MODELS)
+def test_modelled_instructions_match_the_reference(name: str, path: str) -> None:
+    golden = read_golden(name)
+    model = load_model(golden.folder, isa=path, num_threads=2)
+    error = sequence_logits(model, golden.ids(64), chunk=64) - golden.logits(64)
+    largest, rms = tolerance(name, path)
+    assert np.abs(error).max() <= largest
+    assert np.sqrt(np.mean(np.square(error))) <= rms
 
 
 def tolerance(name: str, path: str) -> tuple[float, float]:

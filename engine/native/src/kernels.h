@@ -10,36 +10,46 @@
 #include <string>
 #include <vector>
 
+#include "weight_format.h"
+
 namespace kvasir {
 
-inline constexpr int kPanelColumns = 32;  // columns of a weight panel
 inline constexpr int kBlockTokens = 32;   // tokens of a KV block
 inline constexpr int kGemmRowsMax = 192;  // rows of one gemm call
-inline constexpr int kGemmDepth = 512;    // most rows of a panel expanded to float32 at once
 inline constexpr int kRowAlign = 16;      // floats of the widest vector; a head fills whole ones
 // Attention over the context is summed within segments of so many absolute positions, and the
 // segments are joined in order: they may be computed apart.
 inline constexpr int kSegmentTokens = 256;
 
-// Floats of scratch that one gemm call needs: a tile of sums and an expanded piece of a panel.
-inline constexpr size_t kGemmScratch =
-    size_t{kPanelColumns} * (size_t{kGemmRowsMax} + size_t{kGemmDepth});
+// Floats of scratch that one gemm call needs: a block of sums.
+inline constexpr size_t kGemmScratch = size_t{kPanelColumns} * kPanelColumns;
 
 enum class Store { kPlain, kAdd };
 
-// c[m][n] (=|+=) a[m][k] * panels + bias. Panels: [ceil(n / 32)][k][32] bf16, zero-padded.
+// c[m][n] (=|+=) a[m][k] * panels + bias
 struct GemmArgs {
-  const float* a;
-  size_t a_stride;
-  int m;  // <= kGemmRowsMax
+  const uint8_t* a;  // rows as the format's kernel takes them
+  size_t a_stride;   // bytes
+  int m;             // <= kGemmRowsMax
   int k;
-  const uint16_t* panels;
+  const uint8_t* panels;  // see weight_format.h
   int n;
   const float* bias;  // [n] or null
   Store store;
   float* c;
   size_t c_stride;
   float* scratch;  // kGemmScratch floats
+};
+
+// Products with weights of one format.
+struct GemmKernel {
+  // Bytes of one row of activations in the form that `multiply` takes: a multiple of a cache line.
+  size_t (*row_bytes)(int k);
+  // Brings a row into that form; null: multiply takes float32 rows as they are.
+  void (*prepare)(const float* a, int k, void* row);
+  void (*multiply)(const GemmArgs& args);
+  // Does nothing but the path's multiply-adds, in registers; returns the operations done.
+  double (*exercise)(int rounds);
 };
 
 // Attention of consecutive tokens of one sequence, for the query heads that share one KV head.
@@ -124,7 +134,7 @@ struct Kernels {
   const char* name;
   KvKernels kv[2];  // by KvFormat
 
-  void (*gemm)(const GemmArgs& args);
+  GemmKernel gemm[kNumFormats];  // by WeightFormat
   // out = x / rms(x) * weight, n elements
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
   // rotates one head in place: halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)
@@ -143,10 +153,22 @@ std::vector<std::string> runnable_paths();
 // Throws std::invalid_argument that says which paths there are.
 const Kernels& kernels_of(const std::string& path);
 
+// Paths whose products are computed by slow models of instructions, for tests; the rest is scalar.
+std::vector<std::string> model_paths();
+
 const Kernels& scalar_kernels();
+GemmKernel amx_model_gemm(WeightFormat format);  // bf16 and int8
+GemmKernel avx512bf16_model_gemm();              // bf16
+GemmKernel scalar_gemm(WeightFormat format);
 #ifdef KVASIR_X86
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+GemmKernel avx2_gemm(WeightFormat format);
+GemmKernel avx512_gemm(WeightFormat format);
+GemmKernel vnni_gemm(WeightFormat format);  // int8 and int4
+GemmKernel avx512bf16_gemm();               // bf16
+GemmKernel amx_gemm(WeightFormat format);   // bf16 and int8
+bool may_use_amx();                         // asks the kernel
 #endif
 
 }  // namespace kvasir

@@ -10,26 +10,6 @@ namespace kvasir {
 
 namespace {
 
-void gemm(const GemmArgs& g) {
-  for (int row = 0; row < g.m; ++row) {
-    const float* a = g.a + row * g.a_stride;
-    float* c = g.c + row * g.c_stride;
-    for (int first = 0; first < g.n; first += kPanelColumns) {
-      const uint16_t* panel = g.panels + static_cast<size_t>(first) * g.k;
-      float sums[kPanelColumns] = {};
-      for (int i = 0; i < g.k; ++i) {
-        for (int j = 0; j < kPanelColumns; ++j) {
-          sums[j] += a[i] * bf16_to_float(panel[static_cast<size_t>(i) * kPanelColumns + j]);
-        }
-      }
-      for (int j = 0; j < kPanelColumns && first + j < g.n; ++j) {
-        const float sum = g.bias == nullptr ? sums[j] : sums[j] + g.bias[first + j];
-        c[first + j] = g.store == Store::kAdd ? c[first + j] + sum : sum;
-      }
-    }
-  }
-}
-
 void soft_cap(float* x, float cap, int n) {
   for (int i = 0; i < n; ++i) x[i] = cap * std::tanh(x[i] / cap);
 }
@@ -150,8 +130,15 @@ void store_int8(const float* k, const float* v, int head_dim, int slot, uint8_t*
 const Kernels& scalar_kernels() {
   static const KvKernels plain = {4, 0, attend<Plain>, nullptr, nullptr, store_plain};
   static const KvKernels int8 = {1, sizeof(float), attend<Codes>, nullptr, nullptr, store_int8};
-  static const Kernels table = {"scalar", {plain, int8}, gemm,          rms_norm,
-                                rotate,   silu_multiply, gelu_multiply, soft_cap};
+  static const Kernels table = {"scalar",
+                                {plain, int8},
+                                {scalar_gemm(WeightFormat::kBf16), scalar_gemm(WeightFormat::kInt8),
+                                 scalar_gemm(WeightFormat::kInt4)},
+                                rms_norm,
+                                rotate,
+                                silu_multiply,
+                                gelu_multiply,
+                                soft_cap};
   return table;
 }
 

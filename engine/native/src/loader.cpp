@@ -14,7 +14,11 @@ std::string dims_text(const std::vector<size_t>& dims) {
   return text + "]";
 }
 
-size_t matrix_bytes(int n, int k) { return packed_elements(n, k) * sizeof(uint16_t); }
+// The head decides about every token: with int4 weights it stays at int8. Routers are small.
+WeightFormat head_format(WeightFormat format) {
+  return format == WeightFormat::kInt4 ? WeightFormat::kInt8 : format;
+}
+constexpr WeightFormat kRouterFormat = WeightFormat::kBf16;
 
 size_t vector_bytes(int n) {
   return round_up(static_cast<size_t>(n) * sizeof(float), kCacheLineBytes);
@@ -22,15 +26,19 @@ size_t vector_bytes(int n) {
 
 }  // namespace
 
-size_t packed_bytes(const ModelShape& s) {
+size_t packed_bytes(const ModelShape& s, WeightFormat format) {
   const auto gated = [&](int inner) {
-    return 2 * matrix_bytes(inner, s.hidden_size) + matrix_bytes(s.hidden_size, inner);
+    return 2 * matrix_bytes(format, inner, s.hidden_size) +
+           matrix_bytes(format, s.hidden_size, inner);
   };
-  size_t total = vector_bytes(s.hidden_size) + matrix_bytes(s.vocab_size, s.hidden_size);
+  const size_t router = matrix_bytes(kRouterFormat, s.num_experts, s.hidden_size);
+  size_t total = vector_bytes(s.hidden_size);
+  total += matrix_bytes(head_format(format), s.vocab_size, s.hidden_size);
   for (const LayerShape& layer : s.layers) {
-    total += matrix_bytes(s.qkv_size(), s.hidden_size) + matrix_bytes(s.hidden_size, s.q_size());
-    total += layer.is_sparse ? s.num_experts * gated(s.expert_size) : gated(s.intermediate_size);
-    total += layer.is_sparse ? matrix_bytes(s.num_experts, s.hidden_size) : 0;
+    total += matrix_bytes(format, s.qkv_size(), s.hidden_size);
+    total += matrix_bytes(format, s.hidden_size, s.q_size());
+    total += layer.is_sparse ? router + s.num_experts * gated(s.expert_size)
+                             : gated(s.intermediate_size);
     total += 4 * vector_bytes(s.hidden_size) + 2 * vector_bytes(s.head_dim);
     total += vector_bytes(s.qkv_size()) + vector_bytes(s.hidden_size);
   }
@@ -53,9 +61,10 @@ RowBlock Loader::rows(const std::string& name, int count, int columns, Groups gr
   return {find(name, count, columns), count, groups};
 }
 
-PackedMatrix Loader::matrix(const std::vector<RowBlock>& sources, int num_columns, Groups columns) {
-  const PackedMatrix packed = pack(sources, num_columns, columns, arena_, pool_);
-  done_bytes_ += packed_elements(packed.n, packed.k) * sizeof(uint16_t);
+PackedMatrix Loader::matrix(const std::vector<RowBlock>& sources, int num_columns,
+                            WeightFormat format, Groups columns) {
+  const PackedMatrix packed = pack(sources, num_columns, columns, format, arena_, pool_);
+  done_bytes_ += matrix_bytes(format, packed.n, packed.k);
   if (progress_) progress_(done_bytes_, arena_->bytes());
   return packed;
 }
@@ -86,9 +95,9 @@ const float* Loader::biases(const std::vector<std::string>& names, const std::ve
 Expert Loader::expert(const std::string& prefix, int inner) {
   const int hidden = shape_.hidden_size;
   Expert expert;
-  expert.gate = matrix({rows(prefix + "gate_proj.weight", inner, hidden)}, hidden);
-  expert.up = matrix({rows(prefix + "up_proj.weight", inner, hidden)}, hidden);
-  expert.down = matrix({rows(prefix + "down_proj.weight", hidden, inner)}, inner);
+  expert.gate = matrix({rows(prefix + "gate_proj.weight", inner, hidden)}, hidden, format_);
+  expert.up = matrix({rows(prefix + "up_proj.weight", inner, hidden)}, hidden, format_);
+  expert.down = matrix({rows(prefix + "down_proj.weight", hidden, inner)}, inner, format_);
   return expert;
 }
 
@@ -118,11 +127,11 @@ void Loader::load_attention(const std::string& prefix, Layer* layer) {
   layer->qkv = matrix(
       {rows(q + ".weight", q_rows, hidden, heads()), rows(k + ".weight", kv_rows, hidden, heads()),
        rows(v + ".weight", kv_rows, hidden, heads())},
-      hidden);
+      hidden, format_);
   if (shape_.has_qkv_bias) {
     layer->qkv.bias = biases({q, k, v}, {q_rows, kv_rows, kv_rows}, heads());
   }
-  layer->output = matrix({rows(o + ".weight", hidden, q_rows)}, q_rows, heads());
+  layer->output = matrix({rows(o + ".weight", hidden, q_rows)}, q_rows, format_, heads());
   if (shape_.has_output_bias) layer->output.bias = biases({o}, {hidden}, {});
 }
 
@@ -136,7 +145,8 @@ Layer Loader::layer(int index) {
     layer.experts.push_back(expert(prefix + "mlp.", shape_.intermediate_size));
     return layer;
   }
-  layer.router = matrix({rows(prefix + "mlp.gate.weight", shape_.num_experts, hidden)}, hidden);
+  layer.router =
+      matrix({rows(prefix + "mlp.gate.weight", shape_.num_experts, hidden)}, hidden, kRouterFormat);
   for (int i = 0; i < shape_.num_experts; ++i) {
     const std::string name = prefix + "mlp.experts." + std::to_string(i) + ".";
     layer.experts.push_back(expert(name, shape_.expert_size));
@@ -146,11 +156,12 @@ Layer Loader::layer(int index) {
 
 PackedMatrix Loader::head() {
   const char* name = shape_.has_tied_embeddings ? "model.embed_tokens.weight" : "lm_head.weight";
-  return matrix({rows(name, shape_.vocab_size, shape_.hidden_size)}, shape_.hidden_size);
+  return matrix({rows(name, shape_.vocab_size, shape_.hidden_size)}, shape_.hidden_size,
+                head_format(format_));
 }
 
 const uint16_t* Loader::embeddings() {
-  if (shape_.has_tied_embeddings) return nullptr;
+  if (shape_.has_tied_embeddings && format_ == WeightFormat::kBf16) return nullptr;
   return find("model.embed_tokens.weight", shape_.vocab_size, shape_.hidden_size);
 }
 

@@ -6,24 +6,30 @@
 namespace kvasir {
 
 // Bytes of packed weights, panels and float32 vectors.
-size_t packed_bytes(const ModelShape& shape);
+size_t packed_bytes(const ModelShape& shape, WeightFormat format);
 
 class Loader {
  public:
-  Loader(const ModelShape& shape, const TensorMap& tensors, Arena* arena, ThreadPool* pool,
-         const Progress& progress)
-      : shape_(shape), tensors_(tensors), arena_(arena), pool_(pool), progress_(progress) {}
+  Loader(const ModelShape& shape, const TensorMap& tensors, WeightFormat format, Arena* arena,
+         ThreadPool* pool, const Progress& progress)
+      : shape_(shape),
+        tensors_(tensors),
+        format_(format),
+        arena_(arena),
+        pool_(pool),
+        progress_(progress) {}
 
   Layer layer(int index);
   PackedMatrix head();
   const float* final_norm() { return norm("model.norm", shape_.hidden_size); }
-  const uint16_t* embeddings();  // row-major; null if tied
+  const uint16_t* embeddings();  // row-major; null if the head holds them
 
  private:
   const uint16_t* find(const std::string& name, size_t rows, size_t columns) const;
   Groups heads() const { return {shape_.head_dim, shape_.head_width()}; }
   RowBlock rows(const std::string& name, int count, int columns, Groups groups = {}) const;
-  PackedMatrix matrix(const std::vector<RowBlock>& sources, int num_columns, Groups columns = {});
+  PackedMatrix matrix(const std::vector<RowBlock>& sources, int num_columns, WeightFormat format,
+                      Groups columns = {});
   const float* norm(const std::string& name, int size);
   const float* biases(const std::vector<std::string>& names, const std::vector<int>& sizes,
                       Groups groups);
@@ -33,6 +39,7 @@ class Loader {
 
   const ModelShape& shape_;
   const TensorMap& tensors_;
+  WeightFormat format_;
   Arena* arena_;
   ThreadPool* pool_;
   const Progress& progress_;

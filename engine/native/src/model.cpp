@@ -25,7 +25,7 @@ size_t thread_scratch(const ModelShape& shape) {
 
 }  // namespace
 
-void Activations::reserve(const ModelShape& shape, int num_tokens) {
+void Activations::reserve(const ModelShape& shape, const Kernels& kernels, int num_tokens) {
   if (num_tokens <= capacity_) return;
   const size_t tokens = num_tokens;
   const size_t choices = tokens * shape.num_experts_per_token;
@@ -46,30 +46,34 @@ void Activations::reserve(const ModelShape& shape, int num_tokens) {
   place(&router, shape.num_experts == 0 ? 0 : tokens, shape.num_experts);
   place(&expert_in, choices, shape.hidden_size);
   place(&expert_out, choices, shape.hidden_size);
-  mapping_ = Mapping(total * sizeof(float));
+  const int widest =
+      std::max({shape.hidden_size, shape.q_size(), shape.intermediate_size, shape.expert_size});
+  const int rows = static_cast<int>(std::max(tokens, choices));
+  mapping_ = Mapping(total * sizeof(float) + operand_bytes(kernels, rows, widest));
   for (Rows* rows :
        {&x, &normed, &qkv, &attended, &hidden, &cos, &sin, &router, &expert_in, &expert_out}) {
     rows->data = reinterpret_cast<float*>(static_cast<char*>(mapping_.data()) +
                                           reinterpret_cast<size_t>(rows->data));
   }
+  operand = static_cast<uint8_t*>(mapping_.data()) + total * sizeof(float);
   capacity_ = num_tokens;
 }
 
-Model::Model(ModelShape shape, const TensorMap& tensors, const std::string& path,
-             KvFormat kv_format, int num_threads, const Progress& progress)
+Model::Model(ModelShape shape, const TensorMap& tensors, const ModelOptions& options,
+             const Progress& progress)
     : shape_((shape.check(), std::move(shape))),
-      kernels_(kernels_of(path)),
-      kv_format_(kv_format),
-      pool_(num_threads),
-      weights_(packed_bytes(shape_)) {
-  Loader loader(shape_, tensors, &weights_, &pool_, progress);
+      kernels_(kernels_of(options.path)),
+      kv_format_(options.kv),
+      pool_(options.num_threads),
+      weights_(packed_bytes(shape_, options.weights)) {
+  Loader loader(shape_, tensors, options.weights, &weights_, &pool_, progress);
   for (int i = 0; i < shape_.num_layers; ++i) layers_.push_back(loader.layer(i));
   final_norm_ = loader.final_norm();
   head_ = loader.head();
   embeddings_ = loader.embeddings();
   const size_t stride = thread_scratch(shape_);
-  scratch_ = Mapping(stride * num_threads * sizeof(float));
-  compute_ = {&kernels_, &pool_, static_cast<float*>(scratch_.data()), stride};
+  scratch_ = Mapping(stride * options.num_threads * sizeof(float));
+  compute_ = {&kernels_, &pool_, static_cast<float*>(scratch_.data()), stride, nullptr};
 }
 
 size_t Model::layer_bytes() const {
@@ -133,7 +137,8 @@ void Model::forward(const Step& step) {
   const std::unique_lock guard(in_use_, std::try_to_lock);
   require(guard.owns_lock(), "the model is already computing a step");
   check_step(step, shape_, kv_);
-  act_.reserve(shape_, std::max(step.num_tokens, step.num_outputs));
+  act_.reserve(shape_, kernels_, std::max(step.num_tokens, step.num_outputs));
+  compute_.operand = act_.operand;
   // 1. Embeddings, rotary angles and the cut of attention into items.
   embed(step);
   plan_attention(step);

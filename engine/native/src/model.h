@@ -31,8 +31,9 @@ struct Layer {
 struct Activations {
   Rows x, normed, qkv, attended, hidden, cos, sin;
   Rows router, expert_in, expert_out;  // mixture of experts only
+  uint8_t* operand = nullptr;          // see Compute
 
-  void reserve(const ModelShape& shape, int num_tokens);
+  void reserve(const ModelShape& shape, const Kernels& kernels, int num_tokens);
 
  private:
   int capacity_ = 0;
@@ -54,13 +55,20 @@ struct AttentionItem {
   int head;
 };
 
+struct ModelOptions {
+  std::string path;  // of kernels
+  KvFormat kv = KvFormat::kPlain;
+  WeightFormat weights = WeightFormat::kBf16;
+  int num_threads = 1;
+};
+
 // The processor itself.
 class Model final : public Device {
  public:
-  // Throws std::invalid_argument for missing tensors and wrong shapes. Untied embeddings stay where
-  // they are: their tensor must outlive the model.
-  Model(ModelShape shape, const TensorMap& tensors, const std::string& path, KvFormat kv_format,
-        int num_threads, const Progress& progress);
+  // Throws std::invalid_argument for missing tensors and wrong shapes. Embeddings stay where they
+  // are, unless the head holds them as they are (tied, bf16): their tensor must outlive the model.
+  Model(ModelShape shape, const TensorMap& tensors, const ModelOptions& options,
+        const Progress& progress);
 
   void attach_pool(const KvPool& pool) override;
   void forward(const Step& step) override;
@@ -97,7 +105,7 @@ class Model final : public Device {
   std::vector<Layer> layers_;
   const float* final_norm_ = nullptr;
   PackedMatrix head_;
-  const uint16_t* embeddings_ = nullptr;  // null: tied to head_
+  const uint16_t* embeddings_ = nullptr;  // null: head_ holds them
   Mapping scratch_;
   Compute compute_{};
   Activations act_;

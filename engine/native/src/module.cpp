@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "cuda_library.h"
+#include "loader.h"
 #include "model.h"
 #include "probe.h"
 #include "sampler.h"
@@ -95,35 +96,36 @@ using Weight = nb::ndarray<const uint16_t, nb::c_contig, nb::device::cpu>;
 // The model with the Python objects whose memory it reads.
 class PyModel {
  public:
-  PyModel(const nb::dict& config, const nb::dict& weights, const std::string& isa,
-          const std::string& kv, int num_threads, const nb::object& progress) {
-    const KvFormat kv_format = kv_format_from(kv);
-    TensorMap tensors;
-    for (const auto& [name, value] : weights) {
+  PyModel(const nb::dict& config, const nb::dict& tensors, const std::string& isa,
+          const std::string& kv, const std::string& weights, int num_threads,
+          const nb::object& progress) {
+    TensorMap map;
+    for (const auto& [name, value] : tensors) {
       const Weight weight = nb::cast<Weight>(value, false);
       require(reinterpret_cast<uintptr_t>(weight.data()) % alignof(uint16_t) == 0,
               "a weight's memory is not aligned");
       Tensor tensor{weight.data(), {}};
       for (size_t i = 0; i < weight.ndim(); ++i) tensor.dims.push_back(weight.shape(i));
-      tensors.emplace(nb::cast<std::string>(name), std::move(tensor));
+      map.emplace(nb::cast<std::string>(name), std::move(tensor));
     }
     const Progress report = [&](size_t done, size_t total) {
       const nb::gil_scoped_acquire gil;
       progress(done, total);
     };
     const ModelShape shape = shape_from(config);
+    const ModelOptions options = {isa, kv_format_from(kv), weight_format_of(weights), num_threads};
     {
       const nb::gil_scoped_release no_gil;
       const Progress told = progress.is_none() ? Progress() : report;
       if (isa == kCudaPath) {
-        require(kv_format == KvFormat::kPlain, "CUDA devices keep KV in bf16");
-        model_ = load_cuda_model(shape, tensors, told);
+        require(options.kv == KvFormat::kPlain && options.weights == WeightFormat::kBf16,
+                "CUDA devices keep weights and KV in bf16");
+        model_ = load_cuda_model(shape, map, told);
       } else {
-        model_ = std::make_unique<Model>(shape, tensors, isa, kv_format, num_threads, told);
+        model_ = std::make_unique<Model>(shape, map, options, told);
       }
     }
-    const char* embeddings = "model.embed_tokens.weight";
-    if (!shape.has_tied_embeddings) embeddings_ = weights[embeddings];
+    embeddings_ = tensors["model.embed_tokens.weight"];
   }
 
   void attach_pool(Output<uint8_t, 2> data, Output<uint32_t, 1> ready,
@@ -218,10 +220,15 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<1>> sample(Input<float, 2> logits,
 
 }  // namespace kvasir
 
+namespace kvasir {
+void bind_products(nb::module_& m);  // product_module.cpp
+}
+
 NB_MODULE(_native, m) {
   using namespace kvasir;
   m.doc() = "Forward pass and sampler, native.";
   m.def("cpu_paths", runnable_paths, "Kernel paths that run on this processor, best last.");
+  m.def("model_paths", model_paths, "Paths by slow models of instructions, for tests.");
   m.def(
       "kv_element_bytes",
       [](const std::string& isa, const std::string& kv) {
@@ -231,16 +238,22 @@ NB_MODULE(_native, m) {
       },
       "isa"_a, "kv"_a = "bf16",
       "Bytes of one KV element on a path; ValueError if the path does not run here.");
+  m.def(
+      "packed_bytes",
+      [](const nb::dict& config, const std::string& weights) {
+        return packed_bytes(shape_from(config), weight_format_of(weights));
+      },
+      "config"_a, nb::kw_only(), "weights"_a, "Bytes of a model's weights once packed.");
   m.def("sample", sample, nb::kw_only(), "logits"_a.noconvert(), "temperature"_a.noconvert(),
         "top_k"_a.noconvert(), "top_p"_a.noconvert(), "seed"_a.noconvert(),
         "position"_a.noconvert());
   m.def("philox_uniform", philox_uniform, "seed"_a, "position"_a);
 
   nb::class_<PyModel>(m, "Model")
-      .def(nb::init<const nb::dict&, const nb::dict&, const std::string&, const std::string&, int,
-                    const nb::object&>(),
-           "config"_a, "weights"_a, nb::kw_only(), "isa"_a, "kv"_a = "bf16", "num_threads"_a,
-           "progress"_a = nb::none())
+      .def(nb::init<const nb::dict&, const nb::dict&, const std::string&, const std::string&,
+                    const std::string&, int, const nb::object&>(),
+           "config"_a, "tensors"_a, nb::kw_only(), "isa"_a, "kv"_a = "bf16", "weights"_a = "bf16",
+           "num_threads"_a, "progress"_a = nb::none())
       .def("attach_pool", &PyModel::attach_pool, "data"_a.noconvert(), "ready"_a.noconvert(),
            "progress"_a.noconvert())
       .def("forward", &PyModel::forward, nb::kw_only(), "token_ids"_a.noconvert(),
@@ -255,4 +268,10 @@ NB_MODULE(_native, m) {
   nb::class_<MemoryProbe>(m, "MemoryProbe")
       .def(nb::init<size_t, int>(), nb::kw_only(), "num_bytes"_a, "num_threads"_a)
       .def("read", &MemoryProbe::read, nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<PeakProbe>(m, "PeakProbe")
+      .def(nb::init<const std::string&, const std::string&, int>(), nb::kw_only(), "isa"_a,
+           "weights"_a, "num_threads"_a)
+      .def("run", &PeakProbe::run, nb::call_guard<nb::gil_scoped_release>());
+  bind_products(m);
 }

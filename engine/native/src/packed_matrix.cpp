@@ -10,9 +10,11 @@ namespace {
 
 constexpr int kItemsPerThread = 8;  // enough that threads finish together
 constexpr int kPanelsPerItemMax = 8;
-constexpr size_t kBlockBytes = size_t{640} << 10;  // of activations, to stay in a core's own cache
+constexpr size_t kBlockBytes = size_t{256} << 10;  // of activations, in a core's cache beside weights
 constexpr int kBlockRowsMin = 48;
-constexpr int kBlockRowsUnit = 12;  // whole register tiles
+constexpr int kBlockRowsUnit = 48;       // whole register tiles of every kernel
+constexpr int kOperandRowsUnit = 16;     // kernels read whole tiles of prepared rows
+constexpr int kPrepareGrain = 16 << 10;  // elements per item of preparing activations
 
 // How a product is cut into items: groups of panels times row blocks. The cut is invisible in the
 // result, since no sum crosses items.
@@ -24,9 +26,9 @@ struct Cut {
   int m;
   int num_panels;
 
-  Cut(const PackedMatrix& weights, int rows, int num_threads)
+  Cut(const PackedMatrix& weights, size_t row_bytes, int rows, int num_threads)
       : m(rows), num_panels(weights.num_panels()) {
-    const int fitting = static_cast<int>(kBlockBytes / (weights.k * sizeof(float)));
+    const int fitting = static_cast<int>(std::min(kBlockBytes / row_bytes, size_t{kGemmRowsMax}));
     const int most = std::clamp(fitting, kBlockRowsMin, kGemmRowsMax);
     num_blocks = (m + most - 1) / most;
     block_rows = std::min(
@@ -43,13 +45,31 @@ struct Cut {
   int panels(int item) const { return std::min(group_panels, num_panels - first_panel(item)); }
 };
 
-GemmArgs args_of(const PackedMatrix& weights, Rows a, int first_row, int rows, int first_panel,
-                 int panels) {
+// Rows of activations in the form that a kernel takes.
+struct Operand {
+  const GemmKernel* kernel;
+  const uint8_t* data;
+  size_t stride;  // bytes
+};
+
+Operand prepare(const Compute& compute, const PackedMatrix& weights, Rows a, int m) {
+  const GemmKernel& kernel = compute.kernels->gemm[static_cast<int>(weights.format)];
+  if (kernel.prepare == nullptr) {
+    return {&kernel, reinterpret_cast<const uint8_t*>(a.data), a.stride * sizeof(float)};
+  }
+  const size_t stride = kernel.row_bytes(weights.k);
+  for_rows(compute.pool, m, std::max(1, kPrepareGrain / weights.k),
+           [&](int row) { kernel.prepare(a[row], weights.k, compute.operand + row * stride); });
+  return {&kernel, compute.operand, stride};
+}
+
+GemmArgs args_of(const PackedMatrix& weights, const Operand& operand, const Cut& cut, int item,
+                 int first_panel, int panels) {
   const int column = first_panel * kPanelColumns;
   GemmArgs args{};
-  args.a = a[first_row];
-  args.a_stride = a.stride;
-  args.m = rows;
+  args.a = operand.data + cut.first_row(item) * operand.stride;
+  args.a_stride = operand.stride;
+  args.m = cut.rows(item);
   args.k = weights.k;
   args.panels = weights.panel(first_panel);
   args.n = std::min(panels * kPanelColumns, weights.n - column);
@@ -60,58 +80,39 @@ GemmArgs args_of(const PackedMatrix& weights, Rows a, int first_row, int rows, i
 }  // namespace
 
 void PackedMatrix::read_row(int row, float* out) const {
-  const uint16_t* column = panel(row / kPanelColumns) + row % kPanelColumns;
-  for (int i = 0; i < k; ++i)
-    out[i] = bf16_to_float(column[static_cast<size_t>(i) * kPanelColumns]);
+  const uint16_t* column =
+      reinterpret_cast<const uint16_t*>(panel(row / kPanelColumns)) + row % kPanelColumns * 2;
+  for (int i = 0; i < k; ++i) {
+    out[i] = bf16_to_float(column[static_cast<size_t>(i / 2) * 2 * kPanelColumns + i % 2]);
+  }
 }
 
-PackedMatrix pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
-                  Arena* arena, ThreadPool* pool) {
-  PackedMatrix packed;
-  const int k = packed.k = columns.stretched(num_columns);
-  std::vector<const uint16_t*> rows;  // null: zeros
-  for (const RowBlock& source : sources) {
-    for (int row = 0; row < source.rows; ++row) {
-      rows.push_back(source.data + static_cast<size_t>(row) * num_columns);
-      if ((row + 1) % source.groups.size != 0) continue;
-      rows.insert(rows.end(), source.groups.width - source.groups.size, nullptr);
-    }
+size_t operand_bytes(const Kernels& kernels, int m, int k) {
+  size_t most = 0;
+  for (const GemmKernel& kernel : kernels.gemm) {
+    if (kernel.prepare != nullptr) most = std::max(most, kernel.row_bytes(k));
   }
-  packed.n = static_cast<int>(rows.size());
-  packed.panels = arena->take<uint16_t>(packed_elements(packed.n, k));
-  pool->run(packed.num_panels(), [&](int index, int) {
-    const int first = index * kPanelColumns;
-    const int count = std::min(kPanelColumns, packed.n - first);
-    uint16_t* panel = packed.panels + static_cast<size_t>(index) * k * kPanelColumns;
-    for (int i = 0, target = 0; i < num_columns; ++i, ++target) {
-      if (i > 0 && i % columns.size == 0) target += columns.width - columns.size;
-      for (int j = 0; j < count; ++j) {
-        if (rows[first + j] == nullptr) continue;
-        panel[static_cast<size_t>(target) * kPanelColumns + j] = rows[first + j][i];
-      }
-    }
-  });
-  return packed;
+  return most * round_up(m, kOperandRowsUnit);
 }
 
 void linear(const Compute& compute, const PackedMatrix& weights, Rows a, int m, Rows c,
             Store store) {
-  const Cut cut(weights, m, compute.pool->num_threads());
+  const Operand operand = prepare(compute, weights, a, m);
+  const Cut cut(weights, operand.stride, m, compute.pool->num_threads());
   compute.pool->run(cut.num_items(), [&](int item, int thread) {
-    const int row = cut.first_row(item);
-    GemmArgs args =
-        args_of(weights, a, row, cut.rows(item), cut.first_panel(item), cut.panels(item));
+    GemmArgs args = args_of(weights, operand, cut, item, cut.first_panel(item), cut.panels(item));
     args.store = store;
-    args.c = c[row] + cut.first_panel(item) * kPanelColumns;
+    args.c = c[cut.first_row(item)] + cut.first_panel(item) * kPanelColumns;
     args.c_stride = c.stride;
     args.scratch = compute.scratch_of(thread);
-    compute.kernels->gemm(args);
+    operand.kernel->multiply(args);
   });
 }
 
 void gated_linear(const Compute& compute, Gate activate, const PackedMatrix& gate,
                   const PackedMatrix& up, Rows a, int m, Rows c) {
-  const Cut cut(gate, m, compute.pool->num_threads());
+  const Operand operand = prepare(compute, gate, a, m);
+  const Cut cut(gate, operand.stride, m, compute.pool->num_threads());
   compute.pool->run(cut.num_items(), [&](int item, int thread) {
     const int row = cut.first_row(item), rows = cut.rows(item);
     float* gated = compute.scratch_of(thread) + kGemmScratch;
@@ -119,11 +120,11 @@ void gated_linear(const Compute& compute, Gate activate, const PackedMatrix& gat
     for (int i = 0; i < cut.panels(item); ++i) {
       const int panel = cut.first_panel(item) + i;
       for (const bool is_gate : {true, false}) {
-        GemmArgs args = args_of(is_gate ? gate : up, a, row, rows, panel, 1);
+        GemmArgs args = args_of(is_gate ? gate : up, operand, cut, item, panel, 1);
         args.c = is_gate ? gated : upped;
         args.c_stride = kPanelColumns;
         args.scratch = compute.scratch_of(thread);
-        compute.kernels->gemm(args);
+        operand.kernel->multiply(args);
       }
       const int column = panel * kPanelColumns;
       const int columns = std::min(kPanelColumns, gate.n - column);

@@ -10,23 +10,22 @@
 
 namespace kvasir {
 
-// y = x W^T + bias for W [n][k]: panels [ceil(n / 32)][k][32] bf16, zero-padded to whole panels.
+// y = x W^T + bias for W [n][k], as panels: see weight_format.h.
 struct PackedMatrix {
-  uint16_t* panels = nullptr;
+  WeightFormat format = WeightFormat::kBf16;
+  uint8_t* panels = nullptr;
   const float* bias = nullptr;
   int n = 0;
   int k = 0;
 
   int num_panels() const { return (n + kPanelColumns - 1) / kPanelColumns; }
-  const uint16_t* panel(int index) const {
-    return panels + static_cast<size_t>(index) * k * kPanelColumns;
-  }
-  // Row `row` of W as float32 (an embedding).
+  const uint8_t* panel(int index) const { return panels + index * panel_bytes(format, k); }
+  // Row `row` of W as float32 (an embedding); bf16 only.
   void read_row(int row, float* out) const;
 };
 
-inline size_t packed_elements(int n, int k) {
-  return round_up(static_cast<size_t>(n), kPanelColumns) * static_cast<size_t>(k);
+inline size_t matrix_bytes(WeightFormat format, int n, int k) {
+  return round_up(static_cast<size_t>(n), kPanelColumns) / kPanelColumns * panel_bytes(format, k);
 }
 
 // Groups of `size` source elements, each to be followed by zeros up to `width`: heads as they lie
@@ -47,7 +46,7 @@ struct RowBlock {
 
 // Stacks the sources' rows into one matrix; its k is that of the stretched columns.
 PackedMatrix pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
-                  Arena* arena, ThreadPool* pool);
+                  WeightFormat format, Arena* arena, ThreadPool* pool);
 
 struct Rows {
   float* data = nullptr;
@@ -62,12 +61,16 @@ struct Compute {
   ThreadPool* pool;
   float* scratch;
   size_t scratch_stride;
+  uint8_t* operand;  // activations as a product's kernel takes them: operand_bytes()
 
   float* scratch_of(int thread) const { return scratch + thread * scratch_stride; }
 };
 
 // Floats of scratch that linear and gated products need per thread.
 inline constexpr size_t kLinearScratch = kGemmScratch + 2 * size_t{kGemmRowsMax} * kPanelColumns;
+
+// Bytes of prepared activations of up to m rows and k columns, for weights of any format.
+size_t operand_bytes(const Kernels& kernels, int m, int k);
 
 // c (=|+=) a W^T + bias for m rows
 void linear(const Compute& compute, const PackedMatrix& weights, Rows a, int m, Rows c,

@@ -4,11 +4,15 @@
 #include <chrono>
 #include <cstring>
 
+#include "kernels.h"
+
 namespace kvasir {
 
 namespace {
 constexpr size_t kItemBytes = size_t{1} << 20;
-}
+constexpr int kRounds = 20'000;
+constexpr int kItemsPerThread = 16;
+}  // namespace
 
 MemoryProbe::MemoryProbe(size_t bytes, int num_threads)
     : mapping_(round_up(bytes, kItemBytes)), pool_(num_threads) {
@@ -31,6 +35,18 @@ double MemoryProbe::read() {
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   sink_ += total;
   return static_cast<double>(mapping_.bytes()) / seconds.count();
+}
+
+PeakProbe::PeakProbe(const std::string& path, const std::string& weights, int num_threads)
+    : exercise_(kernels_of(path).gemm[static_cast<int>(weight_format_of(weights))].exercise),
+      pool_(num_threads) {}
+
+double PeakProbe::run() {
+  std::atomic<double> total{0};
+  const auto start = std::chrono::steady_clock::now();
+  pool_.run(pool_.num_threads() * kItemsPerThread, [&](int, int) { total += exercise_(kRounds); });
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  return total / seconds.count();
 }
 
 }  // namespace kvasir

@@ -351,7 +351,7 @@ void store_int8(const float* k, const float* v, int head_dim, int slot, uint8_t*
 }
 
 template <class V>
-Kernels table_of(const char* name) {
+Kernels table_of(const char* name, GemmKernel (*gemm_of)(WeightFormat)) {
   const KvKernels plain = {
       2, 0, attend<V, uint16_t>, attend_segment<V, uint16_t>, join_segments<V>, store_bf16};
   const KvKernels int8 = {1,
@@ -360,8 +360,15 @@ Kernels table_of(const char* name) {
                           attend_segment<V, int8_t>,
                           join_segments<V>,
                           store_int8<V>};
-  return {name,      {plain, int8},    gemm<V>,          rms_norm<V>,
-          rotate<V>, silu_multiply<V>, gelu_multiply<V>, soft_cap<V>};
+  return {
+      name,
+      {plain, int8},
+      {gemm_of(WeightFormat::kBf16), gemm_of(WeightFormat::kInt8), gemm_of(WeightFormat::kInt4)},
+      rms_norm<V>,
+      rotate<V>,
+      silu_multiply<V>,
+      gelu_multiply<V>,
+      soft_cap<V>};
 }
 
 }  // namespace kvasir::vec

@@ -1,10 +1,10 @@
 // The fast kernels, written once over a vector type V and compiled for each instruction set.
 //
 // V gives: F (a register of kWidth floats), kRows and kColumns (the register tile, columns in
-// registers), and load, load_bf16, store, broadcast, zero, fma, add, multiply, divide, max, min,
-// round, power_of_two, less. Lanes never mix except in sum_lanes, whose order is fixed at 16 lanes:
-// so paths of different width agree bit for bit. No std:: function templates here: what one of
-// these translation units emits must not be linked into code for lesser processors.
+// registers), and load, load_bf16, load_pair, store, broadcast, zero, fma, add, multiply, divide,
+// max, min, round, power_of_two, less. Lanes never mix except in sum_lanes, whose order is fixed at
+// 16 lanes: so paths of different width agree bit for bit. No std:: function templates here: what
+// one of these translation units emits must not be linked into code for lesser processors.
 #pragma once
 
 #include "arena.h"
@@ -130,52 +130,6 @@ template <class V, class B>
 void expand(const B* source, size_t count, float* target) {
   for (size_t i = 0; i < count; i += V::kWidth) {
     V::store(target + i, load_as_float<V>(source + i));
-  }
-}
-
-// Sums of one panel [m][32] to their place in c.
-template <class V>
-void store_panel(const GemmArgs& g, int first, const float* sums) {
-  const int columns = g.n - first < kPanelColumns ? g.n - first : kPanelColumns;
-  for (int row = 0; row < g.m; ++row) {
-    float* c = g.c + row * g.c_stride + first;
-    const float* sum = sums + row * kPanelColumns;
-    for (int j = 0; j < columns; ++j) {
-      const float value = g.bias == nullptr ? sum[j] : sum[j] + g.bias[first + j];
-      c[j] = g.store == Store::kAdd ? c[j] + value : value;
-    }
-  }
-}
-
-// How far a product over bf16 weights fetches ahead of itself, in rows of a panel.
-constexpr int kFetchRows = 32;
-// With few rows of activations an expanded piece should stay in the first-level cache; with many,
-// the sums' own traffic counts more.
-constexpr int kFewRows = 48;
-constexpr int kShallowDepth = 128;
-static_assert(kShallowDepth <= kGemmDepth);
-
-template <class V>
-void gemm(const GemmArgs& g) {
-  float* sums = g.scratch;
-  float* expanded = g.scratch + size_t{kGemmRowsMax} * kPanelColumns;
-  for (int first = 0; first < g.n; first += kPanelColumns) {
-    const uint16_t* panel = g.panels + static_cast<size_t>(first) * g.k;
-    if (g.m <= V::kRows) {  // one tile: convert in registers
-      product<V>(g.a, g.a_stride, g.m, g.k, panel, kPanelColumns, kPanelColumns, sums,
-                 kPanelColumns, true, {panel + kFetchRows * kPanelColumns, g.k});
-    } else {
-      const int most = g.m <= kFewRows ? kShallowDepth : kGemmDepth;
-      for (int start = 0; start < g.k; start += most) {
-        const int depth = g.k - start < most ? g.k - start : most;
-        const uint16_t* piece = panel + static_cast<size_t>(start) * kPanelColumns;
-        const size_t elements = static_cast<size_t>(depth) * kPanelColumns;
-        expand<V>(piece, elements, expanded);
-        product<V>(g.a + start, g.a_stride, g.m, depth, expanded, kPanelColumns, kPanelColumns,
-                   sums, kPanelColumns, start == 0, {piece + elements, depth});
-      }
-    }
-    store_panel<V>(g, first, sums);
   }
 }
 

@@ -1,0 +1,57 @@
+// The vector type of the AVX2 path (see vector_kernels.h), with FMA.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace kvasir {
+
+// One definition per translation unit: each is compiled for another instruction set.
+namespace {
+
+struct Avx2 {
+  using F = __m256;
+  using I = __m256i;
+  static constexpr int kWidth = 8;
+  static constexpr int kRows = 6;
+  static constexpr int kColumns = 2;
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F broadcast(float x) { return _mm256_set1_ps(x); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static F load_bf16(const uint16_t* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static F load_int8(const int8_t* p) {
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+  }
+  static void load_pair(const uint16_t* p, F* even, F* odd) {
+    const I both = _mm256_loadu_si256(reinterpret_cast<const I*>(p));
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    *odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(~0xFFFF)));
+  }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F subtract(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F divide(F a, F b) { return _mm256_div_ps(a, b); }
+  // of the second operand's NaN both give that NaN
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F power_of_two(F n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+  }
+  static F zero_where_less(F value, F x, F limit) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), value);
+  }
+};
+
+}  // namespace
+
+}  // namespace kvasir

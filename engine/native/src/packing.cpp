@@ -1,0 +1,113 @@
+// Weights from bf16 rows to panels (see weight_format.h).
+#include <algorithm>
+#include <cmath>
+
+#include "bf16.h"
+#include "integer_rows.h"
+#include "packed_matrix.h"
+
+namespace kvasir {
+
+namespace {
+
+constexpr float kInt8Levels = 127.0f;
+constexpr float kInt4Levels = 15.0f;
+
+void encode_bf16(const uint16_t* row, int k, int column, uint8_t* panel) {
+  uint16_t* target = reinterpret_cast<uint16_t*>(panel) + column * 2;
+  for (int i = 0; i < k; ++i) {
+    target[static_cast<size_t>(i / 2) * 2 * kPanelColumns + i % 2] = row[i];
+  }
+}
+
+void encode_int8(const uint16_t* row, int k, int column, uint8_t* panel) {
+  float most = 0;
+  for (int i = 0; i < k; ++i) most = std::fmax(most, std::fabs(bf16_to_float(row[i])));
+  const float scale = most / kInt8Levels;
+  const float inverse = scale > 0 ? kInt8Levels / most : 0.0f;
+  uint8_t* target = panel + column * 4;
+  for (int i = 0; i < k; ++i) {
+    const float level = std::clamp(bf16_to_float(row[i]) * inverse, -kInt8Levels, kInt8Levels);
+    target[static_cast<size_t>(i / 4) * 4 * kPanelColumns + i % 4] =
+        static_cast<uint8_t>(nearest(level) + kCodeBias);
+  }
+  uint8_t* end = panel + panel_bytes(WeightFormat::kInt8, k);
+  reinterpret_cast<float*>(end - kScalesBytes)[column] = scale;
+}
+
+// One group of a row, count <= 64 weights.
+void encode_int4_group(const uint16_t* row, int count, int column, uint8_t* block) {
+  float low = bf16_to_float(row[0]), high = low;
+  for (int i = 1; i < count; ++i) {
+    low = std::fmin(low, bf16_to_float(row[i]));
+    high = std::fmax(high, bf16_to_float(row[i]));
+  }
+  uint16_t* scales = reinterpret_cast<uint16_t*>(block + kInt4ScalesOffset);
+  const uint16_t offset_bits = bf16_from_float(low);
+  const float offset = bf16_to_float(offset_bits);
+  const uint16_t scale_bits = bf16_from_float((high - offset) / kInt4Levels);
+  const float scale = bf16_to_float(scale_bits);
+  scales[column] = scale_bits;
+  scales[kPanelColumns + column] = offset_bits;
+  for (int i = 0; i < count && scale > 0; ++i) {
+    const float level = (bf16_to_float(row[i]) - offset) / scale;
+    const int code = nearest(std::fmin(std::fmax(level, 0.0f), kInt4Levels));
+    const int unit = i / 4;
+    uint8_t* byte = block + (unit / 2 * kPanelColumns + column) * 4 + i % 4;
+    *byte = static_cast<uint8_t>(*byte | (unit % 2 == 0 ? code : code << 4));
+  }
+}
+
+void encode_int4(const uint16_t* row, int k, int column, uint8_t* panel) {
+  for (int group = 0; group < num_groups(k); ++group) {
+    const int first = group * kGroupDepth;
+    encode_int4_group(row + first, std::min(kGroupDepth, k - first), column,
+                      panel + group * kInt4GroupBytes);
+  }
+}
+
+void encode(WeightFormat format, const uint16_t* row, int k, int column, uint8_t* panel) {
+  switch (format) {
+    case WeightFormat::kBf16:
+      return encode_bf16(row, k, column, panel);
+    case WeightFormat::kInt8:
+      return encode_int8(row, k, column, panel);
+    case WeightFormat::kInt4:
+      return encode_int4(row, k, column, panel);
+  }
+}
+
+}  // namespace
+
+PackedMatrix pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
+                  WeightFormat format, Arena* arena, ThreadPool* pool) {
+  PackedMatrix packed;
+  packed.format = format;
+  const int k = packed.k = columns.stretched(num_columns);
+  std::vector<const uint16_t*> rows;  // null: zeros
+  for (const RowBlock& source : sources) {
+    for (int row = 0; row < source.rows; ++row) {
+      rows.push_back(source.data + static_cast<size_t>(row) * num_columns);
+      if ((row + 1) % source.groups.size != 0) continue;
+      rows.insert(rows.end(), source.groups.width - source.groups.size, nullptr);
+    }
+  }
+  packed.n = static_cast<int>(rows.size());
+  packed.panels = arena->take<uint8_t>(matrix_bytes(format, packed.n, k));
+  pool->run(packed.num_panels(), [&](int index, int) {
+    const int first = index * kPanelColumns;
+    uint8_t* panel = packed.panels + index * panel_bytes(format, k);
+    std::vector<uint16_t> stretched(k);
+    for (int j = 0; j < std::min(kPanelColumns, packed.n - first); ++j) {
+      const uint16_t* row = rows[first + j];
+      if (row == nullptr) continue;
+      for (int i = 0; i < num_columns; i += columns.size) {
+        std::copy_n(row + i, columns.size, stretched.data() + columns.stretched(i));
+      }
+      encode(format, stretched.data(), k, j, panel);
+    }
+  });
+  return packed;
+}
+
+}  // namespace kvasir

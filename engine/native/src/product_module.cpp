@@ -1,0 +1,51 @@
+// Binding of one product by itself, for tests: weights are packed, multiplied and dropped.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include <stdexcept>
+
+#include "packed_matrix.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvasir {
+
+namespace {
+
+template <class T>
+using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Result = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// c += a W^T
+void multiply(const Matrix<uint16_t>& tensor, const Matrix<float>& a, const Result& c,
+              const std::string& isa, const std::string& weights, int num_threads) {
+  const int n = static_cast<int>(tensor.shape(0)), k = static_cast<int>(tensor.shape(1));
+  const int m = static_cast<int>(a.shape(0));
+  if (a.shape(1) != tensor.shape(1) || c.shape(0) != a.shape(0) || c.shape(1) != tensor.shape(0)) {
+    throw std::invalid_argument("shapes of a, tensor and c do not fit");
+  }
+  const nb::gil_scoped_release no_gil;
+  const WeightFormat format = weight_format_of(weights);
+  const Kernels& kernels = kernels_of(isa);
+  ThreadPool pool(num_threads);
+  Arena arena(matrix_bytes(format, n, k));
+  const PackedMatrix packed = pack({{tensor.data(), n, {}}}, k, {}, format, &arena, &pool);
+  const Mapping scratch(kLinearScratch * num_threads * sizeof(float));
+  const Mapping operand(operand_bytes(kernels, m, k));
+  const Compute compute = {&kernels, &pool, static_cast<float*>(scratch.data()), kLinearScratch,
+                           static_cast<uint8_t*>(operand.data())};
+  const Rows rows = {const_cast<float*>(a.data()), a.shape(1)};
+  linear(compute, packed, rows, m, {c.data(), c.shape(1)}, Store::kAdd);
+}
+
+}  // namespace
+
+void bind_products(nb::module_& m) {
+  m.def("multiply", multiply, nb::kw_only(), "tensor"_a.noconvert(), "a"_a.noconvert(),
+        "c"_a.noconvert(), "isa"_a, "weights"_a, "num_threads"_a,
+        "c += a tensor^T, with the tensor packed in a weight format; for tests.");
+}
+
+}  // namespace kvasir

@@ -1,0 +1,134 @@
+"""Products of every path and weight format against slow models of the same arithmetic."""
+
+import numpy as np
+import pytest
+from golden_models import PATHS, RUNNABLE
+from kvasir_engine import _native
+from kvasir_engine.weights import bf16_from_float32, float32_from_bf16
+
+FORMATS = ("bf16", "int8", "int4")
+GROUP = 64
+SHAPES = ((333, 1072), (64, 64), (70, 96), (5, 51), (33, 200))
+"""(n, k): sizes that fill no panel, no group and no register tile, and some that do."""
+ROW_COUNTS = (1, 2, 3, 5, 13, 16, 40, 200)
+
+
+BF16_INPUTS = ("avx512bf16", "amx", *_native.model_paths())
+"""Paths that round activations to bf16 for bf16 weights."""
+
+
+@pytest.fixture(params=(*PATHS, *_native.model_paths()))
+def path(request: pytest.FixtureRequest) -> str:
+    if request.param not in (*RUNNABLE, *_native.model_paths()):
+        pytest.skip(f"KERNEL PATH {request.param} DOES NOT RUN ON THIS PROCESSOR")
+    return str(request.param)
+
+
+def operands(shape: tuple[int, int], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(bf16 bits [n, k], float32 [rows, k])"""
+    source = np.random.default_rng(shape[0] + rows)
+    tensor = bf16_from_float32(source.standard_normal(shape, dtype=np.float32) * 0.05)
+    return tensor, source.standard_normal((rows, shape[1]), dtype=np.float32)
+
+
+def multiply(
+    tensor: np.ndarray, a: np.ndarray, path: str, weights: str, num_threads: int = 2
+) -> np.ndarray:
+    c = np.zeros((len(a), len(tensor)), np.float32)
+    _native.multiply(tensor=tensor, a=a, c=c, isa=path, weights=weights, num_threads=num_threads)
+    return c
+
+
+def int8_rows(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(codes, scale of each row): 127 steps to the largest magnitude."""
+    most = np.abs(a).max(axis=1, keepdims=True)
+    return np.rint(a * (np.float32(127) / most)).astype(np.int64), most / np.float32(127)
+
+
+def int4_weights(tensor: np.ndarray) -> np.ndarray:
+    """What 4-bit codes with a bf16 scale and offset per group of 64 make of the weights."""
+    source = float32_from_bf16(tensor)
+    decoded = np.empty(source.shape, np.float64)
+    for first in range(0, source.shape[1], GROUP):
+        group = source[:, first : first + GROUP]
+        low = group.min(axis=1, keepdims=True)
+        step = (group.max(axis=1, keepdims=True) - low) / np.float32(15)
+        scale = float32_from_bf16(bf16_from_float32(step))
+        codes = np.clip(np.rint((group - low) / scale), 0, 15)
+        decoded[:, first : first + GROUP] = codes * scale.astype(np.float64) + low
+    return decoded
+
+
+def model_of(tensor: np.ndarray, a: np.ndarray, path: str, weights: str) -> np.ndarray:
+    """The product in float64, after the same rounding of weights and activations."""
+    if weights == "bf16":
+        a = float32_from_bf16(bf16_from_float32(a)) if path in BF16_INPUTS else a
+        return a.astype(np.float64) @ float32_from_bf16(tensor).astype(np.float64).T
+    codes, scales = int8_rows(a)
+    if weights == "int4":
+        return (codes @ int4_weights(tensor).T) * scales
+    weight_codes, weight_scales = int8_rows(float32_from_bf16(tensor))
+    return (codes @ weight_codes.T) * (scales.astype(np.float64) * weight_scales[:, 0])
+
+
+@pytest.mark.parametrize("rows", ROW_COUNTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_product_is_that_of_the_slow_model(
+    path: str, weights: str, shape: tuple[int, int], rows: int
+) -> None:
+    tensor, a = operands(shape, rows)
+    expected = model_of(tensor, a, path, weights)
+    error = np.abs(multiply(tensor, a, path, weights) - expected)
+    assert error.max() <= 1e-5 * max(1.0, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_rows_do_not_depend_on_their_neighbours_or_on_threads(path: str, weights: str) -> None:
+    tensor, a = operands((333, 1072), 200)
+    whole = multiply(tensor, a, path, weights)
+    for first, count in ((0, 1), (199, 1), (3, 2), (17, 13), (50, 16), (60, 41), (1, 150)):
+        part = multiply(tensor, a[first : first + count], path, weights, num_threads=1)
+        assert np.array_equal(part, whole[first : first + count])
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantised_products_are_the_same_bits_on_every_path(path: str, weights: str) -> None:
+    tensor, a = operands((70, 1072), 45)
+    a[3] = 0
+    a[4] *= 1e-35
+    a[5] *= 1e30
+    expected = multiply(tensor, a, "scalar", weights)
+    assert np.array_equal(multiply(tensor, a, path, weights), expected)
+    assert not expected[3].any()
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_product_is_added_to_what_is_there(path: str, weights: str) -> None:
+    tensor, a = operands((70, 96), 5)
+    once = multiply(tensor, a, path, weights)
+    twice = once.copy()
+    _native.multiply(tensor=tensor, a=a, c=twice, isa=path, weights=weights, num_threads=2)
+    assert np.array_equal(twice, once + once)
+
+
+def test_extreme_codes_do_not_overflow(path: str) -> None:
+    """All products of one sign at their largest, over a depth of a big model."""
+    tensor = np.full((33, 16384), 0x3F80, np.uint16)
+    a = np.ones((2, 16384), np.float32)
+    a[1] = -1
+    product = multiply(tensor, a, path, "int8")
+    assert np.allclose(product[0], 16384, rtol=1e-6)
+    assert np.array_equal(product[1], -product[0])
+
+
+def test_unknown_formats_are_refused() -> None:
+    tensor, a = operands((5, 51), 1)
+    with pytest.raises(ValueError, match="unknown weight format 'int3'"):
+        multiply(tensor, a, "scalar", "int3")
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_the_peak_probe_measures_every_format(path: str, weights: str) -> None:
+    if path not in _native.model_paths():
+        assert _native.PeakProbe(isa=path, weights=weights, num_threads=1).run() > 0
