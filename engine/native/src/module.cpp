@@ -125,7 +125,8 @@ class PyModel {
         model_ = std::make_unique<Model>(shape, map, options, told);
       }
     }
-    embeddings_ = tensors["model.embed_tokens.weight"];
+    const bool is_in_head = shape.has_tied_embeddings && options.weights == WeightFormat::kBf16;
+    if (!is_in_head) embeddings_ = tensors["model.embed_tokens.weight"];
   }
 
   void attach_pool(Output<uint8_t, 2> data, Output<uint32_t, 1> ready,

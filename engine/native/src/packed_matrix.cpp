@@ -10,10 +10,11 @@ namespace {
 
 constexpr int kItemsPerThread = 8;  // enough that threads finish together
 constexpr int kPanelsPerItemMax = 8;
-constexpr size_t kBlockBytes = size_t{256} << 10;  // of activations, in a core's cache beside weights
+constexpr size_t kBlockBytes = size_t{256}
+                               << 10;  // of activations, in a core's cache beside weights
 constexpr int kBlockRowsMin = 48;
 constexpr int kBlockRowsUnit = 48;       // whole register tiles of every kernel
-constexpr int kOperandRowsUnit = 16;     // kernels read whole tiles of prepared rows
+constexpr int kOperandRowsUnit = 16;     // kernels may read past the last row, to whole tiles
 constexpr int kPrepareGrain = 16 << 10;  // elements per item of preparing activations
 
 // How a product is cut into items: groups of panels times row blocks. The cut is invisible in the
@@ -92,7 +93,7 @@ size_t operand_bytes(const Kernels& kernels, int m, int k) {
   for (const GemmKernel& kernel : kernels.gemm) {
     if (kernel.prepare != nullptr) most = std::max(most, kernel.row_bytes(k));
   }
-  return most * round_up(m, kOperandRowsUnit);
+  return most * (m + kOperandRowsUnit);
 }
 
 void linear(const Compute& compute, const PackedMatrix& weights, Rows a, int m, Rows c,

@@ -1,6 +1,7 @@
 // Weights from bf16 rows to panels (see weight_format.h).
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 
 #include "bf16.h"
 #include "integer_rows.h"
@@ -10,6 +11,7 @@ namespace kvasir {
 
 namespace {
 
+constexpr int kIntegerDepthMax = 1 << 16;  // sums of 127 * 255 fit 32 bits
 constexpr float kInt8Levels = 127.0f;
 constexpr float kInt4Levels = 15.0f;
 
@@ -84,6 +86,9 @@ PackedMatrix pack(const std::vector<RowBlock>& sources, int num_columns, Groups 
   PackedMatrix packed;
   packed.format = format;
   const int k = packed.k = columns.stretched(num_columns);
+  if (format != WeightFormat::kBf16 && k > kIntegerDepthMax) {
+    throw std::invalid_argument("a matrix is too deep for int8 activations");
+  }
   std::vector<const uint16_t*> rows;  // null: zeros
   for (const RowBlock& source : sources) {
     for (int row = 0; row < source.rows; ++row) {
