@@ -13,6 +13,8 @@ GOLDENS = Path(__file__).parent.parent / "fixtures" / "goldens"
 MODELS = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
 PATHS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
 RUNNABLE = _native.cpu_paths()
+BF16_INPUTS = ("avx512bf16", "amx", *_native.model_paths())
+"""Paths that round activations to bf16 for bf16 weights."""
 LENGTHS = (1, 5, 64, 200)
 
 _DTYPES = {"I32": "<i4", "F32": "<f4", "BF16": "<u2"}

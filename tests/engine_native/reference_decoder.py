@@ -37,6 +37,26 @@ def reference_logits(config: Mapping[str, Any], tensors: Tensors, ids: np.ndarra
     return logits
 
 
+class Bf16Inputs(np.ndarray):
+    """A matrix of weights whose products round what it is multiplied with to bf16."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        operands = [
+            value.view(np.ndarray)
+            if isinstance(value, Bf16Inputs)
+            else (rounded_to_bf16(value) if ufunc is np.matmul else value)
+            for value in inputs
+        ]
+        return getattr(ufunc, method)(*operands, **options)
+
+
+def rounded_to_bf16(values: np.ndarray) -> np.ndarray:
+    """To the nearest, ties to even; through float32."""
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    nearest = bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000
+    return nearest.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
 def decoder_layer(config: Mapping[str, Any], part: Tensors, x: np.ndarray, layer: int):
     def norm(values: np.ndarray, name: str) -> np.ndarray:
         return rms_norm(config, values, part[f"{name}.weight"])

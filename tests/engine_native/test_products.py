@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from golden_models import PATHS, RUNNABLE
+from golden_models import BF16_INPUTS, PATHS, RUNNABLE
 from kvasir_engine import _native
 from kvasir_engine.weights import bf16_from_float32, float32_from_bf16
 
@@ -11,10 +11,6 @@ GROUP = 64
 SHAPES = ((333, 1072), (64, 64), (70, 96), (5, 51), (33, 200))
 """(n, k): sizes that fill no panel, no group and no register tile, and some that do."""
 ROW_COUNTS = (1, 2, 3, 5, 13, 16, 40, 200)
-
-
-BF16_INPUTS = ("avx512bf16", "amx", *_native.model_paths())
-"""Paths that round activations to bf16 for bf16 weights."""
 
 
 @pytest.fixture(params=(*PATHS, *_native.model_paths()))
