@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from kvasir_operator.api_base import NAME_PATTERN, ApiModel, Rule, map_list
+from kvasir_operator.api_gateway import GatewaySettings
 from kvasir_operator.api_planner import PlannerSettings, WorkerPrice
 from kvasir_operator.api_pods import KeyRef, PodSettings, Resources
 from kvasir_operator.api_security import ROUTER_PEER_PORT, LinkSettings, SecuritySettings
@@ -224,6 +225,21 @@ class ModelServiceSpec(EngineSettings, ImageSettings):
             "only one of decode and decodePools may be set: make a pool or select some "
             "(an older release may have set decode: null removes it)",
         ),
+        Rule(
+            "!has(self.gateway) || !has(self.router) || (self.gateway.pickerPort != "
+            "self.router.httpPort && self.gateway.pickerPort != self.router.grpcPort)",
+            "gateway.pickerPort must differ from the router's httpPort and grpcPort: change one",
+        ),
+        Rule(
+            f"!has(self.gateway) || self.gateway.pickerPort != {ROUTER_PEER_PORT}",
+            f"gateway.pickerPort must not be {ROUTER_PEER_PORT}, where routers tell one another "
+            "what they know: choose another port",
+        ),
+        Rule(
+            "!has(self.gateway) || !self.gateway.pickerTls || !has(self.security) || "
+            "!has(self.security.mtls) || self.security.mtls",
+            "gateway.pickerTls needs security.mtls: set mtls, or pickerTls to false",
+        ),
     )
     model: Model = Field(description="The model that is served. It cannot be changed later.")
     slo: Slo = Field(default_factory=Slo, description="What a request may take.")
@@ -266,6 +282,12 @@ class ModelServiceSpec(EngineSettings, ImageSettings):
     )
     security: SecuritySettings = Field(
         default_factory=SecuritySettings, description="How the parts know one another."
+    )
+    gateway: GatewaySettings | None = Field(
+        default=None,
+        description="The service behind a gateway: an InferencePool of its routers, which answer "
+        "the gateway where a request is to go. It takes the CRDs of the Gateway API Inference "
+        "Extension. Absent: gateways may still route to the router's Service.",
     )
     planner: PlannerSettings | None = Field(
         default=None,

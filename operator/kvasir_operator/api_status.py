@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from kvasir_operator.api_base import ApiModel, map_list
+from kvasir_operator.api_gateway import GatewayStatus
 from kvasir_operator.api_planner import PlanStatus
 from kvasir_operator.api_types import Condition
 
@@ -102,6 +103,9 @@ class ModelServiceStatus(Conditions):
     prefill: PartStatus | None = Field(default=None, description="The prefill workers.")
     decode: PartStatus | None = Field(default=None, description="The decode workers.")
     kv_cache: PartStatus | None = Field(default=None, description="The KV nodes.")
+    gateway: GatewayStatus | None = Field(
+        default=None, description="What gateways see; absent without `spec.gateway`."
+    )
     plan: PlanStatus | None = Field(
         default=None, description="The planner's latest plan; absent without `spec.planner`."
     )

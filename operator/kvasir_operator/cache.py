@@ -78,6 +78,10 @@ class CachedCluster:
         """See Cluster."""
         return await self._kube.get(ref)
 
+    async def is_served(self, kind: str) -> bool:
+        """See Cluster."""
+        return await self._kube.is_served(kind)
+
     async def list(self, kind: str, namespace: str, *, labels: Labels = NO_LABELS) -> Manifests:
         """See Cluster."""
         if kind not in WATCHED:

@@ -19,7 +19,14 @@ import kopf
 
 from kvasir_operator import metrics
 from kvasir_operator.api import GROUP, KINDS, VERSION
-from kvasir_operator.core.manifests import FIELD_MANAGER, Manifest, Ref, ref_of, selector_text
+from kvasir_operator.core.manifests import (
+    API_OF_GATEWAY_KIND,
+    FIELD_MANAGER,
+    Manifest,
+    Ref,
+    ref_of,
+    selector_text,
+)
 from kvasir_operator.errors import ClusterError
 from kvasir_operator.watch import OPENED, Event
 
@@ -46,6 +53,10 @@ class Cluster(Protocol):
 
     async def fetch(self, ref: Ref) -> Manifest | None:
         """The object as the API server has it now, also if it is not ours."""
+        ...
+
+    async def is_served(self, kind: str) -> bool:
+        """Whether the API server knows a kind that is not Kubernetes' own."""
         ...
 
     async def warning(self, uid: str, namespace: str) -> str:
@@ -98,6 +109,10 @@ API_PATHS = {
     "HorizontalPodAutoscaler": ("/apis/autoscaling/v2", "horizontalpodautoscalers"),
     "NetworkPolicy": ("/apis/networking.k8s.io/v1", "networkpolicies"),
     "PodDisruptionBudget": ("/apis/policy/v1", "poddisruptionbudgets"),
+    **{
+        kind: (f"/apis/{version}", f"{kind.lower()}s")
+        for kind, version in API_OF_GATEWAY_KIND.items()
+    },
     **{kind.kind: (f"/apis/{GROUP}/{VERSION}", kind.plural) for kind in KINDS},
 }
 
@@ -273,12 +288,14 @@ class KubeCluster:
         metrics.API_WRITES.labels("create", "Event").inc()
         await self._call(_Request("create", "Event", "POST", _path("Event", namespace), body=event))
 
-    async def served_kinds(self) -> set[str]:
-        """The kinds of Kvasir's group that the API server serves at present."""
+    async def is_served(self, kind: str) -> bool:
+        """See Cluster."""
+        return kind in await self.served_kinds(API_PATHS[kind][0])
+
+    async def served_kinds(self, path: str = f"/apis/{GROUP}/{VERSION}") -> set[str]:
+        """The kinds of a group, Kvasir's own, that the API server serves at present."""
         try:
-            answer = await self._call(
-                _Request("discover", "APIGroup", "GET", f"/apis/{GROUP}/{VERSION}")
-            )
+            answer = await self._call(_Request("discover", "APIGroup", "GET", path))
         except ClusterError as error:
             if error.status == 404:
                 return set()

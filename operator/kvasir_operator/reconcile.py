@@ -17,6 +17,7 @@ from kvasir_operator.cluster import Cluster
 from kvasir_operator.core.conditions import Problem, Reason
 from kvasir_operator.core.drift import contains, is_as_desired
 from kvasir_operator.core.events import Event, events_between, manifest_of
+from kvasir_operator.core.gateway import gateway_refs
 from kvasir_operator.core.manifests import (
     DELETION_COST_ANNOTATION,
     DELETION_COST_DRAINED,
@@ -147,7 +148,7 @@ class Reconciler:
             now_ms=time.time_ns() // 1_000_000,
         )
         live = {}
-        for child in (*child_refs(world.owner), *selected_refs(obj)):
+        for child in (*child_refs(world.owner), *selected_refs(obj), *gateway_refs(obj)):
             found = await self._cluster.get(child)
             if found is not None:
                 live[child] = found
@@ -171,6 +172,7 @@ class Reconciler:
             told_roles=self._roles.told(),
             autoscalers=autoscalers,
             services=await self._services(world.owner.namespace) if selected_refs(obj) else (),
+            unserved=await self._unserved(obj),
         )
         return await self._with_plan(observed)
 
@@ -187,6 +189,11 @@ class Reconciler:
             keep_s=settings.keep_window_seconds,
         )
         return with_fleet(replace(world, telemetry=telemetry))
+
+    async def _unserved(self, obj: Manifest) -> frozenset[str]:
+        """Kinds for gateways that the API server does not know, where somebody asks for them."""
+        kinds = [ref.kind for ref in gateway_refs(obj)]
+        return frozenset([kind for kind in kinds if not await self._cluster.is_served(kind)])
 
     async def _services(self, namespace: str) -> Sequence[Manifest]:
         """All ModelServices of a namespace: any of them may select a pool that stands alone."""

@@ -10,6 +10,7 @@ import logging
 import secrets
 
 from aiohttp import web
+from kvasir_kvstore.peers import join_target
 from kvasir_proto.links import Links
 
 from kvasir_router.app import Probes, Readiness, make_app
@@ -28,7 +29,7 @@ from kvasir_router.picker.replicas import Replicas
 from kvasir_router.picker.service import PickerServer, PickerService
 from kvasir_router.rpc.server import RpcServer
 from kvasir_router.rpc.service import InferenceService
-from kvasir_router.settings import RouterSettings
+from kvasir_router.settings import WILDCARDS, RouterSettings
 from kvasir_router.tenants import Tenants
 from kvasir_router.upstream.client import WorkerClient
 from kvasir_router.upstream.dispatch import Dispatcher
@@ -88,7 +89,7 @@ class RouterServer:
         )
         peering = RouterPeerService(keys, replica=replica, endpoint=self._endpoint)
         self._rpc = RpcServer(settings, service, peering, links)
-        self.replicas = Replicas(settings.advertise or "", self.peers, self.leaving)
+        self.replicas = Replicas(self._endpoint, self.peers)
         self._picker = self._make_picker(calls, tenants, links)
         self._runner = web.AppRunner(
             self._app,
@@ -118,7 +119,9 @@ class RouterServer:
 
     def _endpoint(self) -> str:
         """Where gateways may send new requests; "": not here."""
-        return "" if self.leaving.has_begun else self._settings.advertise or ""
+        host = self._settings.reached_at
+        is_open = not self.leaving.has_begun and host not in WILDCARDS
+        return join_target(host, self.http_port) if is_open else ""
 
     async def start(self) -> None:
         """Listens on both ports and follows the fleet.

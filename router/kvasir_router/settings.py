@@ -6,6 +6,9 @@ from typing import Self
 from kvasir_kvstore.peers import parse_spec
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+WILDCARDS = ("0.0.0.0", "::")
+"""Hosts to listen on that nobody can be sent to."""
+
 
 class RouterSettings(BaseModel):
     """One router replica. Replicas with the same workers decide alike, whatever else differs."""
@@ -40,8 +43,8 @@ class RouterSettings(BaseModel):
     picker_tls: bool = False
     """With a tls_dir: the picker shows its certificate. Gateways need not show one."""
 
-    advertise: str | None = None
-    """HOST:PORT where gateways reach this replica's http_port; the picker needs it."""
+    advertise_host: str | None = None
+    """Where gateways reach this replica; none: the host it listens on."""
 
     workers: tuple[str, ...] = ()
     """gRPC addresses: HOST:PORT, or dns:HOST:PORT for every address behind a name."""
@@ -121,18 +124,16 @@ class RouterSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_picker(self) -> Self:
-        if self.picker_port is not None and self.advertise is None:
-            raise ValueError("picker_port needs advertise: gateways are told where to go")
+        if self.picker_port is not None and self.reached_at in WILDCARDS:
+            raise ValueError(f"host {self.host} needs advertise_host: gateways are told of it")
         if self.picker_tls and self.tls_dir is None:
             raise ValueError("picker_tls needs tls_dir: that is where its certificate is")
         return self
 
-    @field_validator("advertise")
-    @classmethod
-    def _check_advertise(cls, address: str | None) -> str | None:
-        if address is not None and parse_spec(address).is_dns:
-            raise ValueError("advertise is one address: HOST:PORT")
-        return address
+    @property
+    def reached_at(self) -> str:
+        """The host that gateways are told."""
+        return self.advertise_host or self.host
 
     @field_validator("workers", "peers", "kv_nodes")
     @classmethod

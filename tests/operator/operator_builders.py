@@ -192,6 +192,7 @@ class FakeCluster:
         self.told: list[Manifest] = []
         self.writes: list[tuple[str, Ref]] = []
         self.refused: dict[Ref, ClusterError] = {}
+        self.unserved: set[str] = set()
         self._version = 100
 
     def add(self, obj: Manifest) -> None:
@@ -203,6 +204,10 @@ class FakeCluster:
     async def get(self, ref: Ref) -> Manifest | None:
         """See Cluster."""
         return copy.deepcopy(self.objects.get(ref))
+
+    async def is_served(self, kind: str) -> bool:
+        """See Cluster."""
+        return kind not in self.unserved
 
     async def fetch(self, ref: Ref) -> Manifest | None:
         """See Cluster."""

@@ -75,7 +75,6 @@ async def running_gateway(
                     grpc_port=grpc_port,
                     http_port=http_port,
                     picker_port=0,
-                    advertise=f"127.0.0.1:{http_port}",
                     peers=tuple(f"127.0.0.1:{port}" for port in grpc_ports),
                     **({"workers": (worker.target,)} if index else {}),
                     **{"drain_timeout_ms": 100, **settings},
@@ -236,7 +235,6 @@ async def test_gateway_without_a_certificate_asks_over_tls(
             tmp_path,
             ready=False,
             http_port=http_port,
-            advertise=f"127.0.0.1:{http_port}",
             **secure,
         ) as router,
         running_envoy(

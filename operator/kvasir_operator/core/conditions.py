@@ -62,6 +62,7 @@ class Reason(enum.StrEnum):
     MODEL_MISMATCH = "ModelMismatch"  # or one that serves another model
     LINK_MISMATCH = "LinkMismatch"  # or one whose links are not those of the service
     SECRET_INVALID = "SecretInvalid"  # the certificate of a service is not there or cannot serve
+    GATEWAY_API_MISSING = "GatewayApiMissing"  # the cluster lacks kinds that gateways need
     NAME_CONFLICT = "NameConflict"  # a child's name is taken by an object of somebody else
     INVALID_SPEC = "InvalidSpec"
     APPLY_FAILED = "ApplyFailed"  # the API server refused a child

@@ -21,6 +21,11 @@ DELETION_COST_DRAINED = "-1000"  # below the default of 0: a ReplicaSet removes 
 DRAIN_ANNOTATION = "kvasir.dev/drain-started"
 TLS_ANNOTATION = "kvasir.dev/tls-secret"  # of a pod: the Secret whose certificate it shows
 
+API_OF_GATEWAY_KIND = {  # kinds that a cluster has only if somebody has installed them
+    "InferencePool": "inference.networking.k8s.io/v1",
+    "HTTPRoute": "gateway.networking.k8s.io/v1",
+}
+
 WORKER_GRPC_PORT = 50051
 WORKER_HTTP_PORT = 8080
 WORKER_DATA_PORT = 50052

@@ -25,6 +25,14 @@ from kvasir_operator.core.conditions import (
     to_conditions,
 )
 from kvasir_operator.core.drift import contains
+from kvasir_operator.core.gateway import (
+    gateway_children,
+    gateway_problems,
+    gateway_refs,
+    gateway_status,
+    picker_args,
+    picker_ports,
+)
 from kvasir_operator.core.manifests import (
     MANAGED_BY,
     REDIS_PORT,
@@ -88,13 +96,14 @@ def plan_service(world: World, spec: ModelServiceSpec) -> Plan:
         *_redis(world, spec),
         *_pools(world, spec),
         *_router(world, spec),
+        *gateway_children(world, spec),
     ]
     children, conflicts = without_conflicts(world, wanted)
     refs = {ref_of(manifest) for manifest in wanted}
     refs.update(selected_refs(world.obj))
     deletions = tuple(
         ref
-        for ref in service_children(owner)
+        for ref in (*service_children(owner), *gateway_refs(world.obj))
         if ref not in refs and ref in world.live and is_owned_by(world.live[ref], owner.uid)
     )
     pods = pod_views(world.pods, world.warnings)
@@ -105,6 +114,7 @@ def plan_service(world: World, spec: ModelServiceSpec) -> Plan:
         *(pod.problem for pod in pods if pod.problem),
         *selection_problems(world, slots, spec),
         *_pool_problems(world, slots),
+        *gateway_problems(world, spec),
     )
     findings = _findings(world, slots, problems)
     is_settled = not problems and not findings[1].holds
@@ -296,7 +306,7 @@ def _planned(world: World, key: str, live: Manifest | None) -> Manifest:
 def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
     owner, name = world.owner, f"{world.owner.name}-router"
     labels = role_labels(owner, "router")
-    ports = {"http": spec.router.http_port, "grpc": spec.router.grpc_port}
+    ports = {"http": spec.router.http_port, "grpc": spec.router.grpc_port, **picker_ports(spec)}
     peer_port, secret = spec.router.grpc_port, link_secret(owner.name, spec)
     inner_ports = dict(ports)
     if secret:
@@ -324,6 +334,7 @@ def _router(world: World, spec: ModelServiceSpec) -> list[Manifest]:
             *(arg for node in _kv_nodes(owner, spec) for arg in ("--kv-node", node)),
             *("--peer", f"dns:{name}-peers.{owner.namespace}.svc:{peer_port}"),
             *(("--peer-port", str(peer_port)) if secret else ()),
+            *picker_args(world, spec),
         ),
         ports=inner_ports,
         tls_secret=secret,
@@ -437,6 +448,7 @@ def _status(
         "observedGeneration": world.generation,
         "endpoint": f"http://{host}:{spec.router.http_port}/v1",
         "router": _part_status(spec.router.replicas, ready=router.replicas_ready if router else 0),
+        **gateway_status(owner, spec),
     }
     for part in dict.fromkeys(slot.part for slot in slots):
         pools = [world.live.get(slot.ref(owner), {}) for slot in slots if slot.part == part]

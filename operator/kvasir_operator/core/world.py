@@ -30,6 +30,7 @@ class World:
     services: Sequence[Manifest] = ()  # of the namespace, where a ModelService selects pools
     telemetry: TelemetryView | None = None  # of a ModelService with a planner
     fleet: PlannedFleet | None = None  # what the planner makes of it
+    unserved: frozenset[str] = frozenset()  # kinds for gateways that the API server lacks
     problems: tuple[Problem, ...] = ()  # met while the plan was carried out
 
     @property

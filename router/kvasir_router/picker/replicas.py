@@ -2,22 +2,22 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from kvasir_proto.errors import KvasirError, Reason
 
 from kvasir_router.core.replicas import choose_replica
 from kvasir_router.core.ring import RingPair
-from kvasir_router.leaving import Leaving
 from kvasir_router.peering.follow import Peers
 
 
 class Replicas:
     """This replica and those of its peers that answer it."""
 
-    def __init__(self, own: str, peers: Peers, leaving: Leaving) -> None:
-        self._own, self._peers, self._leaving = own, peers, leaving
-        self._rings = RingPair.build((own,))
+    def __init__(self, own: Callable[[], str], peers: Peers) -> None:
+        """`own`: where this replica takes new requests; "": nowhere."""
+        self._own, self._peers = own, peers
+        self._rings = RingPair.build(())
         self._open: Counter[str] = Counter()
 
     @property
@@ -42,8 +42,7 @@ class Replicas:
         return endpoint
 
     def _members(self) -> tuple[str, ...]:
-        own = () if self._leaving.has_begun else (self._own,)
-        return tuple(sorted({*own, *self._peers.endpoints()}))
+        return tuple(sorted(filter(None, {self._own(), *self._peers.endpoints()})))
 
     @contextlib.contextmanager
     def opened(self, endpoint: str) -> Iterator[None]:
