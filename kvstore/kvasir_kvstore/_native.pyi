@@ -213,3 +213,40 @@ def chain_names(parent: bytes, data: bytes, block_bytes: int) -> list[bytes]:
 
     ValueError: `parent` is not 16 bytes, or `block_bytes` not positive.
     """
+
+CODEC_VERSION: int
+"""Of the codecs' formats and of what they lose: probes of another version say nothing."""
+
+def codec_encode(
+    codec: str,
+    source: NDArray[np.uint8],
+    target: NDArray[np.uint8],
+    *,
+    num_heads: int,
+    head_dim: int,
+    layer_first: int = 0,
+    layers_total: int = 0,
+) -> int:
+    """Encode whole layers of one block, bfloat16, as int8, int4 or entropy; the bytes written.
+
+    0: a value is not finite or beyond 2^100, so these layers must travel raw. `layer_first`,
+    `layers_total`: which of the model's layers they are; 0: all there are.
+    ValueError: no such codec, a head_dim that is no multiple of 32, or a target that is too short.
+    """
+
+def codec_decode(
+    source: NDArray[np.uint8], target: NDArray[np.uint8], *, num_heads: int, head_dim: int
+) -> str:
+    """Decode into whole layers; "", or why not, and then the target is of no use.
+
+    truncated, bad_header, other_shape, bad_checksum, bad_payload.
+    """
+
+def codec_bytes_max(codec: str, *, num_heads: int, head_dim: int, num_layers: int) -> int:
+    """Bytes of so many layers, header included: exact for int8 and int4, a bound for entropy."""
+
+def codec_paths() -> list[str]:
+    """The paths that run on this CPU, the fastest last: scalar, avx2, avx512."""
+
+def use_codec_path(name: str) -> None:
+    """Take this path from now on; "": the fastest. For tests and measurements."""

@@ -10,6 +10,7 @@
 
 #include "block_names.h"
 #include "client.h"
+#include "codec_module.h"
 #include "crc32c.h"
 #include "crypto.h"
 #include "pool.h"
@@ -291,4 +292,5 @@ NB_MODULE(_native, m) {
   kvasir::bind_client(m);
   kvasir::bind_checksums(m);
   kvasir::bind_names(m);
+  kvasir::bind_codecs(m);
 }

@@ -100,7 +100,7 @@ struct Request {
 static_assert(sizeof(Request) == 40);
 
 enum class FrameKind : uint8_t { kData = 1, kMiss = 2, kEnd = 3 };
-enum class Codec : uint8_t { kRaw = 0, kShared = 1 };
+enum class Codec : uint8_t { kRaw = 0, kShared = 1, kInt8 = 2, kInt4 = 3, kEntropy = 4 };
 
 struct Frame {
   uint32_t magic;

@@ -1,0 +1,224 @@
+#include "codec_entropy.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "codec_rans.h"
+
+namespace kvasir {
+namespace {
+
+// A step of quantisation, in standard deviations of a head's channels: the first third of the
+// layers, the second and the last (CacheGen, section 5.2: errors in early layers cost more).
+constexpr std::array<float, 3> kCoarseness = {0.45F, 0.6F, 0.75F};
+constexpr float kFineLevels = 2047.0F;   // of the section's largest magnitude, to measure it with
+constexpr float kMagnitudeMin = 1e-30F;  // a section below is all zeros
+constexpr int kCentreMax = 2047;
+constexpr int kLanesLog2 = 5;
+constexpr int kHalf = 1 << (kLanesLog2 - 1);
+constexpr size_t kStatesBytes = kLanes * sizeof(uint32_t);
+
+size_t params_bytes(const CodecShape& shape) {
+  return sizeof(float) + shape.head_dim * sizeof(uint16_t);
+}
+
+size_t num_sections(const CodecShape& shape, uint32_t num_layers) {
+  return size_t{2} * num_layers * shape.num_heads;
+}
+
+// Grown once a thread. Symbols lie in rows of 32: a channel of K or V over the tokens.
+struct Scratch {
+  std::vector<uint8_t> symbols;
+  std::vector<uint8_t> tables;  // of rows
+  std::vector<uint16_t> words;
+  std::vector<int16_t> levels;
+  std::vector<int16_t> turned;
+
+  void fit(size_t num_rows, size_t head_dim) {
+    if (tables.size() < num_rows) {
+      tables.resize(num_rows);
+      symbols.resize(num_rows * kLanes);
+      words.resize(num_rows * kLanes + kWordsAhead);
+    }
+    levels.resize(std::max(levels.size(), head_dim * kLanes));
+    turned.resize(levels.size());
+  }
+};
+
+Scratch& scratch() {
+  static thread_local Scratch mine;
+  return mine;
+}
+
+// Encodes one section after the other into the scratch, then all symbols at once.
+class Encoder {
+ public:
+  Encoder(const CodecKernels& kernels, const CodecShape& shape)
+      : kernels_(kernels), count_(shape.section_values()), head_dim_(shape.head_dim) {}
+
+  // False: a value is out of bounds.
+  bool add(const uint16_t* section, bool is_key, float coarseness, uint8_t* params) {
+    const uint16_t most = kernels_.magnitude(section, count_);
+    if (most > kMagnitudeMax) return false;
+    float step = 0.0F;
+    if (widen(most) >= kMagnitudeMin) {
+      const float fine = widen(most) / kFineLevels;
+      quantise(section, is_key, fine);
+      step = fine * std::max(1.0F, spread() * coarseness);
+    }
+    for (;; step *= 2) {  // from 1/63 of the largest magnitude on, all fits
+      quantise(section, is_key, step);
+      if (take_rows(params + sizeof step)) break;
+    }
+    std::memcpy(params, &step, sizeof step);
+    num_rows_ += head_dim_;
+    return true;
+  }
+
+  // Appends the stream; returns its bytes.
+  size_t finish(uint8_t* target) const {
+    Scratch& area = scratch();
+    uint32_t states[kLanes];
+    std::fill_n(states, kLanes, kStateMin);
+    uint16_t* const end = area.words.data() + num_rows_ * kLanes;
+    uint16_t* words = end;
+    kernels_.rans_encode(area.symbols.data(), area.tables.data(), num_rows_, states, words);
+    const size_t words_bytes = static_cast<size_t>(end - words) * sizeof(uint16_t);
+    std::memcpy(target, states, kStatesBytes);
+    std::memcpy(target + kStatesBytes, words, words_bytes);
+    return kStatesBytes + words_bytes;
+  }
+
+ private:
+  // To integers, channel by channel.
+  void quantise(const uint16_t* section, bool is_key, float step) {
+    Scratch& area = scratch();
+    const float inverse = step == 0.0F ? 0.0F : 1.0F / step;
+    kernels_.to_levels(section, count_, inverse, area.levels.data());
+    if (!is_key) {
+      kernels_.transpose(area.levels.data(), kLanes, head_dim_, area.turned.data());
+      area.levels.swap(area.turned);
+    }
+  }
+
+  // In levels: the root of the mean over the channels of their variances.
+  float spread() const {
+    double total = 0;
+    for (size_t c = 0; c < head_dim_; ++c) {
+      const RowSums sums = kernels_.row_sums(scratch().levels.data() + c * kLanes);
+      total += sums.squares - static_cast<double>(sums.sum) * sums.sum / kLanes;
+    }
+    return static_cast<float>(std::sqrt(total / static_cast<double>(count_)));
+  }
+
+  // The symbols of the section; false: one lies too far from its channel's centre.
+  bool take_rows(uint8_t* params) const {
+    Scratch& area = scratch();
+    for (size_t c = 0; c < head_dim_; ++c) {
+      const int16_t* const row = area.levels.data() + c * kLanes;
+      const int centre = (kernels_.row_sums(row).sum + kHalf) >> kLanesLog2;
+      uint8_t* const symbols = area.symbols.data() + (num_rows_ + c) * kLanes;
+      const auto found = kernels_.to_symbols(row, static_cast<int16_t>(centre), symbols);
+      if (std::abs(centre) > kCentreMax || found.magnitude > kSymbolMax) return false;
+      const uint8_t table = table_for(found.squares, found.magnitude);
+      area.tables[num_rows_ + c] = table;
+      const auto packed = static_cast<uint16_t>((centre + kCentreMax) << 4 | table);
+      std::memcpy(params + c * sizeof packed, &packed, sizeof packed);
+    }
+    return true;
+  }
+
+  const CodecKernels& kernels_;
+  const size_t count_;
+  const size_t head_dim_;
+  size_t num_rows_ = 0;
+};
+
+void decode_section(const CodecKernels& kernels, const CodecShape& shape, bool is_key,
+                    const uint8_t* params, const uint8_t* symbols, uint16_t* target) {
+  Scratch& area = scratch();
+  float step;
+  std::memcpy(&step, params, sizeof step);
+  for (size_t c = 0; c < shape.head_dim; ++c) {
+    uint16_t packed;
+    std::memcpy(&packed, params + sizeof step + c * sizeof packed, sizeof packed);
+    const int offset = (packed >> 4) - kCentreMax - 128;
+    kernels.from_symbols(symbols + c * kLanes, static_cast<int16_t>(offset),
+                         area.levels.data() + c * kLanes);
+  }
+  if (!is_key) {
+    kernels.transpose(area.levels.data(), shape.head_dim, kLanes, area.turned.data());
+    area.levels.swap(area.turned);
+  }
+  kernels.from_levels(area.levels.data(), shape.section_values(), step, target);
+}
+
+}  // namespace
+
+size_t entropy_bytes_max(const CodecShape& shape, uint32_t num_layers) {
+  const size_t sections = num_sections(shape, num_layers);
+  return sections * (params_bytes(shape) + shape.section_values() * sizeof(uint16_t)) +
+         kStatesBytes;
+}
+
+size_t entropy_encode(const CodecKernels& kernels, const CodecShape& shape, const LayerRun& run,
+                      const uint16_t* source, uint8_t* target) {
+  const size_t sections = num_sections(shape, run.count);
+  scratch().fit(sections * shape.head_dim, shape.head_dim);
+  Encoder encoder(kernels, shape);
+  for (size_t i = 0; i < sections; ++i, target += params_bytes(shape)) {
+    const size_t layer = run.first + i / (2 * shape.num_heads);
+    const float coarseness = kCoarseness[std::min<size_t>(2, 3 * layer / run.total)];
+    const bool is_key = i / shape.num_heads % 2 == 0;
+    const uint16_t* const section = source + i * shape.section_values();
+    if (!encoder.add(section, is_key, coarseness, target)) return 0;
+  }
+  return sections * params_bytes(shape) + encoder.finish(target);
+}
+
+bool entropy_decode(const CodecKernels& kernels, const CodecShape& shape, uint32_t num_layers,
+                    std::span<const uint8_t> source, uint16_t* target) {
+  const size_t sections = num_sections(shape, num_layers);
+  const size_t all_params = sections * params_bytes(shape);
+  if (source.size() < all_params + kStatesBytes || source.size() % 2 != 0) return false;
+  // 1. The rows' tables.
+  Scratch& area = scratch();
+  area.fit(sections * shape.head_dim, shape.head_dim);
+  for (size_t i = 0; i < sections; ++i) {
+    const uint8_t* const params = source.data() + i * params_bytes(shape);
+    float step;
+    std::memcpy(&step, params, sizeof step);
+    if (!(step >= 0.0F && step <= widen(kMagnitudeMax))) return false;
+    for (size_t c = 0; c < shape.head_dim; ++c) {
+      area.tables[i * shape.head_dim + c] = params[sizeof step + 2 * c] & 0xf;
+    }
+  }
+  // 2. All symbols; a stream that is what was written ends where it began, with all words read.
+  const std::span<const uint8_t> stream = source.subspan(all_params);
+  const size_t num_words = (stream.size() - kStatesBytes) / sizeof(uint16_t);
+  if (num_words > sections * shape.section_values()) return false;
+  uint32_t states[kLanes];
+  std::memcpy(states, stream.data(), kStatesBytes);
+  std::memcpy(area.words.data(), stream.data() + kStatesBytes, num_words * sizeof(uint16_t));
+  const uint16_t* words = area.words.data();
+  const uint16_t* const end = words + num_words;
+  const size_t num_rows = sections * shape.head_dim;
+  if (!kernels.rans_decode(area.symbols.data(), area.tables.data(), num_rows, states, words, end) ||
+      words != end ||
+      std::any_of(states, states + kLanes, [](uint32_t s) { return s != kStateMin; })) {
+    return false;
+  }
+  // 3. The values.
+  for (size_t i = 0; i < sections; ++i) {
+    decode_section(
+        kernels, shape, i / shape.num_heads % 2 == 0, source.data() + i * params_bytes(shape),
+        area.symbols.data() + i * shape.section_values(), target + i * shape.section_values());
+  }
+  return true;
+}
+
+}  // namespace kvasir
