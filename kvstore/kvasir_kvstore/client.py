@@ -86,7 +86,7 @@ class KvTier:
     ) -> None:
         """`nodes`: HOST:PORT or dns:HOST:PORT. Raises ValueError for a malformed spec or URL."""
         self._nodes = NodeSet(nodes, links=links)
-        self._index = RedisIndex(redis_url) if redis_url else None
+        self._index = RedisIndex(redis_url, links=links) if redis_url else None
         self._puller = NamedPuller(pool, plane or DataPlane(), pulls_max=FETCHES_MAX)
         self._metrics = TierMetrics(registry or CollectorRegistry())
         self._offers: deque[_Offer] = deque()

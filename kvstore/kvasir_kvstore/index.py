@@ -17,11 +17,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
-import redis.asyncio
+import redis
 from google.protobuf.message import DecodeError
+from kvasir_proto.links import Links
 from kvasir_proto.v1 import common_pb2
 
 from kvasir_kvstore.core.placement import Run
+from kvasir_kvstore.redis_pool import connect
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +174,7 @@ class RedisIndex:
         url: str,
         *,
         ttl_ms: int = LEASE_TTL_MS,
+        links: Links | None = None,
         timeout_ms: int = 250,
         retry_ms: int = 1000,
         clock_ms: Callable[[], float] = lambda: time.monotonic() * 1000,
@@ -182,13 +185,7 @@ class RedisIndex:
         self._clock_ms = clock_ms
         self._retry_at_ms = 0.0
         self._problem = ""
-        self._redis = redis.asyncio.Redis.from_url(
-            url,
-            decode_responses=False,
-            socket_timeout=self._timeout_s,
-            socket_connect_timeout=self._timeout_s,
-            max_connections=64,
-        )
+        self._redis = connect(url, links=links, timeout_s=self._timeout_s)
 
     @property
     def healthy(self) -> bool:
@@ -262,12 +259,14 @@ class RedisIndex:
         return result
 
 
-def make_index(redis_url: str | None, *, ttl_ms: int = LEASE_TTL_MS) -> BlockIndex:
+def make_index(
+    redis_url: str | None, *, ttl_ms: int = LEASE_TTL_MS, links: Links | None = None
+) -> BlockIndex:
     """The index in Redis if a URL is given, else one in this process.
 
     Raises:
-        ValueError: the URL is not one of Redis.
+        ValueError: the URL is not one of Redis, or needs links that show certificates.
     """
     if redis_url:
-        return RedisIndex(redis_url, ttl_ms=ttl_ms)
+        return RedisIndex(redis_url, ttl_ms=ttl_ms, links=links)
     return MemoryIndex(ttl_ms=ttl_ms)

@@ -74,8 +74,29 @@ def test_service_gives_its_secret_to_router_and_pools() -> None:
     assert router["metadata"]["annotations"] == {TLS_ANNOTATION: "chat-kvasir-tls"}
     for kind, name in (("PrefillPool", "prefill"), ("DecodePool", "decode"), ("KVCachePool", "kv")):
         assert child_of(plan, kind, f"chat-{name}")["spec"]["tlsSecret"] == "chat-kvasir-tls"
+
+
+def test_redis_of_a_secure_service_has_no_plain_port() -> None:
+    plan = plan_for(make_service(security=ON))
     redis = pod_of(child_of(plan, "Deployment", "chat-redis"))
+    assert (flag(redis, "--port"), flag(redis, "--tls-port")) == ("0", "6379")
+    assert flag(redis, "--tls-auth-clients") == "yes"
+    assert flag(redis, "--tls-cert-file") == "/tls/tls.crt"
+    assert "--tls-dir" not in redis["spec"]["containers"][0]["args"], "redis-server has no such"
+    assert volumes(redis)["kvasir-tls"]["secret"]["secretName"] == "chat-kvasir-tls"
+    for kind, name in (("DecodePool", "decode"), ("KVCachePool", "kv")):
+        url = child_of(plan, kind, f"chat-{name}")["spec"]["redisUrl"]
+        assert url == "rediss+mtls://chat-redis.default.svc:6379/0"
+
+
+def test_redis_of_a_plain_service_is_as_it_was() -> None:
+    plan = plan_for(make_service(security={"mtls": False}))
+    redis = pod_of(child_of(plan, "Deployment", "chat-redis"))
+    assert redis["spec"]["containers"][0]["command"] == ["redis-server"]
+    assert flag(redis, "--port") == "6379"
     assert "kvasir-tls" not in volumes(redis)
+    url = child_of(plan, "KVCachePool", "chat-kv")["spec"]["redisUrl"]
+    assert url == "redis://chat-redis.default.svc:6379/0"
 
 
 def test_peers_are_not_offered_to_clients() -> None:

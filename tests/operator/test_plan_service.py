@@ -77,7 +77,7 @@ def test_parts_find_one_another() -> None:
     plan = plan_for(make_service())
     decode = child_of(plan, "DecodePool", "chat-decode")["spec"]
     assert decode["kvNodes"] == ["dns:chat-kv.default.svc:50051"]
-    assert decode["redisUrl"] == "redis://chat-redis.default.svc:6379/0"
+    assert decode["redisUrl"] == "rediss+mtls://chat-redis.default.svc:6379/0"
     pod = child_of(plan, "Deployment", "chat-router")["spec"]["template"]["spec"]
     args = " ".join(pod["containers"][0]["args"])
     assert "--worker dns:chat-prefill.default.svc:50051" in args

@@ -43,7 +43,8 @@ async def _run(settings: KvNodeSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     # 1. What holds the blocks.
-    index = make_index(settings.redis, ttl_ms=settings.lease_ttl_ms)
+    links = Links(settings.tls_dir)
+    index = make_index(settings.redis, ttl_ms=settings.lease_ttl_ms, links=links)
     epoch = time.time_ns() // 1_000_000
     store = NodeStore(settings, uid=settings.uid or os.urandom(16), epoch=epoch, index=index)
     async with contextlib.AsyncExitStack() as stack:
@@ -52,7 +53,7 @@ async def _run(settings: KvNodeSettings) -> None:
         health_servicer = health.aio.HealthServicer()
         server = _make_server(store, health_servicer)
         target = join_target(settings.host, settings.grpc_port)
-        store.address.grpc_port = Links(settings.tls_dir).listen(server, target)
+        store.address.grpc_port = links.listen(server, target)
         await server.start()
         stack.push_async_callback(server.stop, settings.stop_timeout_ms / 1000)
         store.address.http_port = await _start_http(store, settings, stack)

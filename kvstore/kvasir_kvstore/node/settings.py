@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from kvasir_kvstore.peers import DataPeerSettings
+from kvasir_kvstore.redis_pool import SCHEMES
 
 
 class KvNodeSettings(DataPeerSettings):
@@ -41,6 +42,6 @@ class KvNodeSettings(DataPeerSettings):
     @field_validator("redis")
     @classmethod
     def _check_redis(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("redis://", "rediss://", "unix://")):
+        if value is not None and not value.startswith(SCHEMES):
             raise ValueError("not a URL of Redis (redis://HOST:PORT)")  # it may hold a password
         return value

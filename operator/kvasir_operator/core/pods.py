@@ -70,6 +70,7 @@ class Part:
     engine: Engine | None = None
     near: tuple[str, str] | None = None  # a pool to be near to, and the label of the domains
     tls_secret: str = ""  # whose certificate it shows to other parts; "" for plain links
+    takes_links: bool = True  # it is told of the certificate as all of Kvasir's own programs are
     kv_key_secret: str = ""  # whose key encrypts KV blocks; "": they are not encrypted
 
 
@@ -131,7 +132,7 @@ def _container(part: Part) -> Manifest:
     settings = part.settings
     if part.engine is not None:
         settings = PodSettings(resources=part.engine.part_resources)
-    secure = ["--tls-dir", TLS_FOLDER] if part.tls_secret else []
+    secure = ["--tls-dir", TLS_FOLDER] if part.tls_secret and part.takes_links else []
     if part.kv_key_secret:
         secure += ["--kv-key-file", f"{KV_KEY_FOLDER}/{KV_KEY_FILE}"]
     return without_empty(

@@ -12,7 +12,6 @@ from kvasir_operator.api import (
     ModelServiceSpec,
     WorkerPoolTemplate,
 )
-from kvasir_operator.api_pods import PodSettings
 from kvasir_operator.api_security import ROUTER_PEER_PORT
 from kvasir_operator.core import children as make
 from kvasir_operator.core.conditions import (
@@ -35,7 +34,6 @@ from kvasir_operator.core.gateway import (
 )
 from kvasir_operator.core.manifests import (
     MANAGED_BY,
-    REDIS_PORT,
     SERVICE_LABEL,
     WORKER_GRPC_PORT,
     Manifest,
@@ -48,6 +46,7 @@ from kvasir_operator.core.manifests import (
 )
 from kvasir_operator.core.ownership import autoscaler_owner, foreign_owner
 from kvasir_operator.core.pods import GRACE_MARGIN_S, MODEL_FOLDER, Part
+from kvasir_operator.core.redis import index_of, redis_children
 from kvasir_operator.core.rollout import Progress, updated_max
 from kvasir_operator.core.slots import (
     PARTS,
@@ -93,7 +92,7 @@ def plan_service(world: World, spec: ModelServiceSpec) -> Plan:
     owner, slots = world.owner, slots_of(world.owner, spec)
     wanted = [
         make.service_account(owner, owner.name, service_pod_labels(owner)),
-        *_redis(world, spec),
+        *redis_children(world, spec),
         *_pools(world, spec),
         *_router(world, spec),
         *gateway_children(world, spec),
@@ -134,55 +133,10 @@ def _requeue_after_ms(world: World, *, is_settled: bool) -> int | None:
     return interval_ms if is_settled else min(interval_ms, REQUEUE_UNSETTLED_MS)
 
 
-def _index(owner: Owner, spec: ModelServiceSpec) -> Manifest:
-    """Where the pools find the index of blocks."""
-    if spec.kv_cache is None:
-        return {}
-    if spec.redis.url_secret_ref is not None:
-        return {"redisUrlSecretRef": spec.redis.url_secret_ref.model_dump()}
-    own = f"redis://{owner.name}-redis.{owner.namespace}.svc:{REDIS_PORT}/0"
-    return {"redisUrl": spec.redis.url or own}
-
-
 def _kv_nodes(owner: Owner, spec: ModelServiceSpec) -> list[str]:
     if spec.kv_cache is None:
         return []
     return [f"dns:{owner.name}-kv.{owner.namespace}.svc:{WORKER_GRPC_PORT}"]
-
-
-def _redis(world: World, spec: ModelServiceSpec) -> list[Manifest]:
-    if spec.kv_cache is None or spec.redis.url or spec.redis.url_secret_ref:
-        return []
-    owner, name = world.owner, f"{world.owner.name}-redis"
-    labels = role_labels(owner, "redis")
-    part = Part(
-        name="redis",
-        command=("redis-server",),
-        args=(
-            *("--port", str(REDIS_PORT)),
-            *("--bind", "0.0.0.0"),
-            *("--protected-mode", "no"),  # reached by workers and KV nodes, from other pods
-            *("--save", ""),  # the index is rebuilt from the workers' snapshots
-            *("--appendonly", "no"),
-            *("--maxmemory", f"{spec.redis.max_memory_mb}mb"),
-            *("--maxmemory-policy", "allkeys-lru"),
-            *("--dir", "/tmp"),
-        ),
-        ports={"redis": REDIS_PORT},
-        settings=PodSettings(resources=spec.redis.resources),
-        image=spec,
-        default_image=world.default_image,
-        service_account=owner.name,
-        probe_port="",
-        tcp_probe_port="redis",
-    )
-    made = [
-        make.deployment(owner, name, labels, part, replicas=1),
-        make.cluster_service(owner, name, labels, {"redis": REDIS_PORT}),
-    ]
-    if spec.network_policy:
-        made.append(make.network_policy(owner, name, labels, inner_ports=("redis",)))
-    return made
 
 
 def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
@@ -193,7 +147,7 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         exclude_none=True,
         include={"image", "image_pull_policy", "image_pull_secrets", "network_policy"},
     )
-    common = image | _index(owner, spec)
+    common = image | index_of(owner, spec)
     if secret := link_secret(owner.name, spec):
         common |= {"tlsSecret": secret}
     if key := kv_key_secret(owner.name, spec):
