@@ -1,10 +1,10 @@
 """The operator with 1,000 pools and 10,000 pods on a real API server; figures as JSON.
 
-The pods are made by Kubernetes' own controllers and stay objects: nothing schedules them, and this
-script writes their status in the kubelet's place. The operator runs here, with the cluster's
-kubeconfig, so that its memory can be read. The cluster is that of --kubeconfig (pods must not be
-scheduled there), else etcd, API server and controllers alone, if KUBEBUILDER_ASSETS names a folder
-with them, else a kind cluster without a scheduler.
+Everything is written before the operator starts, as its plans and Kubernetes' controllers would
+have made it; neither controllers nor a scheduler run, so that the API server has the machine. The
+operator runs here, with the cluster's kubeconfig, so that its memory can be read. The cluster is
+that of --kubeconfig, else etcd and API server alone, if KUBEBUILDER_ASSETS names a folder with
+them, else a kind cluster without controllers and scheduler.
 
     python e2e/scale/scale.py --json bench/results/operator-scale.json
 """
@@ -29,17 +29,12 @@ from kube_api import ASSETS, kube_api  # noqa: E402
 from scale_run import Size, measure  # noqa: E402
 
 CLUSTER = "kvasir-scale"
-CONTROLLER_ARGS = (
-    "--kube-api-qps=1000",
-    "--kube-api-burst=2000",
-    "--concurrent-statefulset-syncs=20",
-    "--concurrent-replicaset-syncs=20",
-)
+STATIC_PODS = ("kube-scheduler", "kube-controller-manager")
 
 
 @contextmanager
 def kind_cluster(folder: Path) -> Iterator[str]:
-    """A kind cluster without a scheduler; its kubeconfig."""
+    """A kind cluster without controllers and scheduler; its kubeconfig."""
     kubeconfig = str(folder / "kubeconfig")
     run("kind", "delete", "cluster", "--name", CLUSTER, limit_s=300)
     node_image = os.environ.get("KIND_NODE_IMAGE", "")
@@ -47,8 +42,8 @@ def kind_cluster(folder: Path) -> Iterator[str]:
     command += ["--config", str(ROOT / "e2e/scale/kind.yaml"), "--kubeconfig", kubeconfig]
     run(*command, *(["--image", node_image] if node_image else []), limit_s=360)
     try:
-        manifest = "/etc/kubernetes/manifests/kube-scheduler.yaml"
-        run("docker", "exec", f"{CLUSTER}-control-plane", "rm", manifest)
+        manifests = [f"/etc/kubernetes/manifests/{name}.yaml" for name in STATIC_PODS]
+        run("docker", "exec", f"{CLUSTER}-control-plane", "rm", *manifests)
         yield kubeconfig
     finally:
         if not os.environ.get("KEEP"):
@@ -60,23 +55,26 @@ def cluster(stack: ExitStack, folder: Path, kubeconfig: str) -> tuple[str, str]:
     if kubeconfig:
         return kubeconfig, "given"
     if ASSETS:
-        api = stack.enter_context(kube_api(folder, *CONTROLLER_ARGS))
-        return str(api.kubeconfig), "etcd, API server and controllers alone"
+        api = stack.enter_context(kube_api(folder, controllers=""))
+        return str(api.kubeconfig), "etcd and API server alone"
     return stack.enter_context(kind_cluster(folder)), "kind"
 
 
 def verdict(figures: dict[str, Any]) -> list[str]:
     """What the figures do not keep of what is promised."""
     broken = []
-    for what in ("change_to_status_s", "pod_to_status_s"):
+    for what in ("spec_to_status_s", "pod_to_status_s", "drift_to_repair_s"):
         if figures[what]["p99"] >= 1:
             broken.append(f"{what} is 1 s or more at p99")
     if figures["reconcile_s_at_most"]["p99"] > 1:
         broken.append("a reconcile takes more than 1 s at p99")
-    if figures["rss_max_mb"] >= 250:
+    if max(figures["rss_max_mb"], figures["start_again"]["rss_max_mb"]) >= 250:
         broken.append("the operator takes 250 MB or more")
-    if figures["idle"]["writes"] or figures["idle"]["calls"]:
+    idle = figures["idle"]
+    if idle["writes"] or idle["calls"] or idle["writes_that_the_api_server_counts"]:
         broken.append("an idle operator calls the API server")
+    if figures["start_again"]["writes"]:
+        broken.append("an operator that starts writes what is there already")
     return broken
 
 
@@ -84,13 +82,16 @@ def main() -> None:
     """Run and write the figures; status 1 if a promise is broken."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pools", type=int, default=1000)
-    parser.add_argument("--pods-per-pool", type=int, default=10)
+    parser.add_argument("--pods", type=int, default=10_000, help="at least one per pool")
+    parser.add_argument("--touched", type=int, default=300, help="pools that are changed")
     parser.add_argument("--idle-s", type=int, default=90, help="longer than the resync interval")
     parser.add_argument("--changes-per-s", type=float, default=20)
     parser.add_argument("--kubeconfig", default="", help="of a cluster that is there already")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
-    size = Size(args.pools, args.pods_per_pool, args.idle_s, args.changes_per_s)
+    if not 1 <= args.pools <= args.pods:
+        parser.error("--pods: at least one per pool")
+    size = Size(args.pools, args.pods, args.touched, args.idle_s, args.changes_per_s)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         os.environ["KUBECONFIG"], kind = cluster(stack, folder, args.kubeconfig)
@@ -105,7 +106,7 @@ def main() -> None:
     settings = {
         "cluster": kind,
         "pools": size.pools,
-        "pods": size.pools * size.pods_per_pool,
+        "pods": size.pods,
         "changes_per_s": size.changes_per_s,
     }
     result = {"bench": "operator-scale", "machine": machine, "settings": settings, **figures}

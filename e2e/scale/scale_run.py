@@ -1,4 +1,4 @@
-"""One scale run: fill the cluster, change some of it, leave it alone, start the operator again."""
+"""One scale run: fill the cluster, let an operator find it, change some, leave it alone."""
 
 import asyncio
 import os
@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from e2e_shell import CommandError, say
+from scale_objects import IMAGE
 from scale_world import World
 
 PORT = 18470
 URL = f"http://127.0.0.1:{PORT}"
-SETTLE_LIMIT_S = 1800
+SETTLE_LIMIT_S = 300
 START_LIMIT_S = 120
+POLL_INTERVAL_S = 0.2
 REST_S = 10
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 RECONCILE_SECONDS = "kvasir_operator_reconcile_seconds"
@@ -30,7 +32,8 @@ class Size:
     """How much there is of everything."""
 
     pools: int
-    pods_per_pool: int
+    pods: int
+    touched: int
     idle_s: int
     changes_per_s: float
 
@@ -86,7 +89,7 @@ class Operator:
 @asynccontextmanager
 async def operator(folder: Path) -> AsyncIterator[Operator]:
     """Start the operator and wait until its caches are complete; ended with the block."""
-    command = (str(Path(sys.executable).parent / "kvasir"), "operator", "--image", "kvasir:none")
+    command = (str(Path(sys.executable).parent / "kvasir"), "operator", "--image", IMAGE)
     log = folder / "operator.log"
     with log.open("wb") as out:
         process = await asyncio.create_subprocess_exec(
@@ -121,10 +124,13 @@ def _is_ready() -> bool:
 async def measure(size: Size, folder: Path) -> dict[str, Any]:
     """All figures."""
     async with World() as world:
+        figures: dict[str, Any] = {
+            "fill": await world.fill(num_pools=size.pools, num_pods=size.pods)
+        }
         async with operator(folder) as process:
-            figures = await _fill(size, world, process)
+            figures |= {"first_start": await _settle(size, world, process)}
             figures |= await _change(size, world, process)
-            figures |= {"idle": await _idle(size, process)}
+            figures |= {"idle": await _idle(size, world, process)}
             figures |= {
                 "rss_mb": process.memory_mb("VmRSS"),
                 "rss_max_mb": process.memory_mb("VmHWM"),
@@ -133,61 +139,69 @@ async def measure(size: Size, folder: Path) -> dict[str, Any]:
     return figures
 
 
-async def _fill(size: Size, world: World, process: Operator) -> dict[str, Any]:
+async def _settle(size: Size, world: World, process: Operator) -> dict[str, float]:
+    """Until the status of every pool has been written."""
     started_s, told_s = time.monotonic(), 0.0
-    await world.create_pools(size.pools, size.pods_per_pool)
-    say(f"{size.pools} pools created in {time.monotonic() - started_s:.0f} s")
     while (num := world.num_settled()) < size.pools:
         taken_s = time.monotonic() - started_s
         if taken_s > SETTLE_LIMIT_S:
             raise CommandError(f"{num} of {size.pools} pools after {SETTLE_LIMIT_S} s")
-        if taken_s - told_s > 15:
+        if taken_s - told_s > REST_S:
             told_s = taken_s
             say(f"  {num} of {size.pools} pools are settled")
-        await asyncio.sleep(1)
-    settled_s = time.monotonic() - started_s
-    say(f"all settled after {settled_s:.0f} s; RSS {process.memory_mb('VmRSS')} MB")
-    await asyncio.sleep(REST_S)
-    return {
-        "settle": {
-            "seconds": round(settled_s, 1),
-            "reconciles": process.reconciles(),
-            "writes": process.writes(),
-            "operator_cpu_s": round(process.cpu_s(), 1),
-        }
+        await asyncio.sleep(POLL_INTERVAL_S)
+    figures = {
+        "seconds": round(time.monotonic() - started_s, 1),
+        "reconciles": process.reconciles(),
+        "writes": process.writes(),
+        "operator_cpu_s": round(process.cpu_s(), 1),
+        "rss_mb": process.memory_mb("VmRSS"),
     }
-
-
-async def _change(size: Size, world: World, process: Operator) -> dict[str, Any]:
-    before = process.buckets(RECONCILE_SECONDS), process.buckets(QUEUE_SECONDS)
-    spec_s = await world.paced(world.change, size.pools, size.changes_per_s)
-    pods_s = await world.paced(world.fail_pod, size.pools, size.changes_per_s)
-    after = process.buckets(RECONCILE_SECONDS), process.buckets(QUEUE_SECONDS)
-    figures: dict[str, Any] = {
-        "change_to_status_s": _percentiles(spec_s),
-        "pod_to_status_s": _percentiles(pods_s),
-        "queue_s_at_most": _quantiles(before[1], after[1]),
-        "reconcile_s_at_most": _quantiles(before[0], after[0]),
-    }
-    say(f"{len(spec_s)} changes of pools: {figures['change_to_status_s']}")
-    say(f"{len(pods_s)} changes of pods: {figures['pod_to_status_s']}")
+    say(f"the operator has seen to every pool: {figures}")
     await asyncio.sleep(REST_S)
     return figures
 
 
-async def _idle(size: Size, process: Operator) -> dict[str, Any]:
+async def _change(size: Size, world: World, process: Operator) -> dict[str, Any]:
+    before = process.buckets(RECONCILE_SECONDS), process.buckets(QUEUE_SECONDS)
+    figures: dict[str, Any] = {}
+    for what, change in (
+        ("spec_to_status_s", world.change_spec),
+        ("pod_to_status_s", world.fail_pod),
+        ("drift_to_repair_s", world.spoil_child),
+    ):
+        taken_s = await world.paced(change, num=size.touched, per_s=size.changes_per_s)
+        figures[what] = {"changes": len(taken_s), **_percentiles(taken_s)}
+        say(f"{what}: {figures[what]}")
+    figures |= {
+        "reconcile_s_at_most": _quantiles(before[0], process.buckets(RECONCILE_SECONDS)),
+        "queue_s_at_most": _quantiles(before[1], process.buckets(QUEUE_SECONDS)),
+    }
+    say(f"reconciles: {figures['reconcile_s_at_most']}, queue: {figures['queue_s_at_most']}")
+    await asyncio.sleep(REST_S)
+    return figures
+
+
+async def _idle(size: Size, world: World, process: Operator) -> dict[str, Any]:
+    """Counted by the operator and by the API server: an own error would not show in the former."""
     say(f"left alone for {size.idle_s} s")
+    server_start = await world.server_writes()
     start = process.calls(), process.writes(), process.reconciles(), process.cpu_s()
     await asyncio.sleep(size.idle_s)
     end = process.calls(), process.writes(), process.reconciles(), process.cpu_s()
+    server_end = await world.server_writes()
     calls, writes, reconciles, cpu_s = (b - a for a, b in zip(start, end, strict=True))
-    return {
+    counted = {key: num - server_start.get(key, 0.0) for key, num in server_end.items()}
+    figures = {
         "seconds": size.idle_s,
         "calls": calls,
         "writes": writes,
+        "writes_that_the_api_server_counts": {key: num for key, num in counted.items() if num},
         "reconciles": reconciles,
         "operator_cpu_percent": round(100 * cpu_s / size.idle_s, 1),
     }
+    say(f"idle: {figures}")
+    return figures
 
 
 async def _start_again(size: Size, folder: Path) -> dict[str, Any]:
@@ -195,8 +209,9 @@ async def _start_again(size: Size, folder: Path) -> dict[str, Any]:
     started_s = time.monotonic()
     async with operator(folder) as process:
         ready_s = time.monotonic() - started_s
-        while process.reconciles() < size.pools:  # noqa: ASYNC110 (it only tells its sum)
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(SETTLE_LIMIT_S):
+            while process.reconciles() < size.pools:  # noqa: ASYNC110 (it only tells its sum)
+                await asyncio.sleep(POLL_INTERVAL_S)
         figures = {
             "seconds_to_ready": round(ready_s, 1),
             "seconds_to_all_reconciled": round(time.monotonic() - started_s, 1),

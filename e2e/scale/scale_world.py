@@ -1,28 +1,45 @@
-"""The cluster of a scale run: pools are made and changed here, and pods given their status."""
+"""The cluster of a scale run: this script writes what users, controllers and the kubelet would.
+
+No controller and no scheduler may run beside it: pods and the status of workloads are written here.
+"""
 
 import asyncio
+import json
 import random
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import aiohttp
 import kopf
 import yaml
-from e2e_shell import ROOT, CommandError
-from kvasir_operator.api import GROUP, POOL_KINDS, VERSION
-from kvasir_operator.cluster import KubeCluster, login
+from e2e_shell import ROOT, CommandError, say
+from kvasir_operator.cluster import API_PATHS, KubeCluster, login
 from kvasir_operator.watch import Reflector, Watched
+from scale_objects import (
+    NAMESPACE,
+    PLURALS,
+    children_of,
+    is_settled,
+    is_workload,
+    make_pool,
+    pods_of,
+    running_status,
+    workload_status,
+)
 
-NAMESPACE = "kvasir-scale"
-POOLS_URL = f"/apis/{GROUP}/{VERSION}/namespaces/{NAMESPACE}"
-PODS_URL = f"/api/v1/namespaces/{NAMESPACE}/pods"
-PLURALS = {kind.kind: kind.plural for kind in POOL_KINDS}
-WRITERS = 16
+WRITERS = 24
+CALL_LIMIT_S = 60
+CHANGE_LIMIT_S = 60.0
+FILL_LIMIT_S = 900
+PROGRESS_INTERVAL_S = 10
+JSON = "application/json"
 MERGE_PATCH = "application/merge-patch+json"
 APPLY_PATCH = "application/apply-patch+yaml"
-CHANGE_LIMIT_S = 60.0
+WRITE_VERBS = ("APPLY", "DELETE", "DELETECOLLECTION", "PATCH", "POST", "PUT")
+RESOURCES = {plural for _, plural in API_PATHS.values()} - {"leases"}  # that an operator writes
 Object = dict[str, Any]
 
 
@@ -34,44 +51,36 @@ class Name(NamedTuple):
 
 
 class World:
-    """Knows the newest status of every pool by watches, and runs every pod that appears."""
+    """Fills the cluster, then follows the status of every pool by watches, and changes some."""
 
     def __init__(self) -> None:
         info = login(settings=kopf.OperatorSettings())
-        self._kube = KubeCluster(timeout_s=60)
+        self._kube = KubeCluster(timeout_s=CALL_LIMIT_S)
         self._session = aiohttp.ClientSession(
             info.server.rstrip("/"),
-            connector=aiohttp.TCPConnector(ssl=info.as_ssl_context(), limit=2 * WRITERS),
+            connector=aiohttp.TCPConnector(ssl=info.as_ssl_context(), limit=WRITERS + 8),
             headers=info.as_http_headers(),
+            timeout=aiohttp.ClientTimeout(total=CALL_LIMIT_S),
         )
-        self._slots = asyncio.Semaphore(WRITERS)
         self._tasks = asyncio.TaskGroup()
         self._watches: list[asyncio.Task[None]] = []
         self._waiters: dict[Name, tuple[Callable[[Object], bool], asyncio.Future[float]]] = {}
-        self._ran: set[str] = set()  # UIDs of pods that have been given a status
+        self._workloads: dict[Name, Object] = {}
+        self._num_written = 0
         self.pools: dict[Name, Object] = {}
 
     async def __aenter__(self) -> "World":
-        """Make the namespace and Kvasir's kinds, then watch."""
+        """Make the namespace and Kvasir's kinds."""
         await self._tasks.__aenter__()
         for path in sorted((ROOT / "crds").glob("*.yaml")):
             crd = yaml.safe_load(path.read_text())
-            url = (
-                f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
-            )
-            await self.write("PATCH", url, crd, APPLY_PATCH)
+            url = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+            await self._write("PATCH", f"{url}/{crd['metadata']['name']}", crd, APPLY_PATCH)
         namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
-        await self.write("PATCH", f"/api/v1/namespaces/{NAMESPACE}", namespace, APPLY_PATCH)
-        kinds = (*PLURALS, "Pod")
-        for kind in kinds:
-            reflector = Reflector(
-                self._kube,
-                kind,
-                NAMESPACE,
-                on_news=lambda _: None,
-                watched=Watched(labels="", slim=self._on_pod if kind == "Pod" else self._on_pool),
-            )
-            self._watches.append(self._tasks.create_task(reflector.run()))
+        await self._write("PATCH", f"/api/v1/namespaces/{NAMESPACE}", namespace, APPLY_PATCH)
+        async with asyncio.timeout(CALL_LIMIT_S):
+            while not set(PLURALS) <= await self._kube.served_kinds():  # noqa: ASYNC110 (a server)
+                await asyncio.sleep(0.2)
         return self
 
     async def __aexit__(
@@ -87,18 +96,55 @@ class World:
         await self._session.close()
         await self._kube.close()
 
-    async def write(self, method: str, url: str, body: Object, content: str) -> Object:
-        """One call, WRITERS at a time."""
-        params = {"fieldManager": "scale", "force": "true"} if content == APPLY_PATCH else {}
-        headers = {"Content-Type": content}
-        async with (
-            self._slots,
-            self._session.request(method, url, json=body, params=params, headers=headers) as answer,
-        ):
-            if answer.status >= 300:
-                raise CommandError(f"{method} {url}: {answer.status} {await answer.text()}")
-            found: Object = await answer.json()
-            return found
+    async def fill(self, *, num_pools: int, num_pods: int) -> dict[str, float]:
+        """Write everything, then watch the pools; how long it took."""
+        sizes = [num_pods // num_pools + (n < num_pods % num_pools) for n in range(num_pools)]
+        pools = iter([make_pool(n, pods=size) for n, size in enumerate(sizes)])
+        started_s = time.monotonic()
+        progress = asyncio.create_task(self._tell_progress(started_s))
+        try:
+            async with asyncio.timeout(FILL_LIMIT_S), asyncio.TaskGroup() as writers:
+                for _ in range(WRITERS):
+                    writers.create_task(self._fill(pools))
+        finally:
+            progress.cancel()
+        seconds = round(time.monotonic() - started_s, 1)
+        say(f"{num_pools} pools and {num_pods} pods in {seconds} s, {self._num_written} writes")
+        self._watch()
+        return {"seconds": seconds, "writes": self._num_written}
+
+    async def _fill(self, pools: Iterable[Object]) -> None:
+        for body in pools:
+            pool = await self._write("POST", _url(body, is_new=True), body, JSON)
+            name = Name(pool["kind"], pool["metadata"]["name"])
+            for manifest in children_of(pool):
+                child = await self._kube.apply(manifest)
+                self._num_written += 1
+                if is_workload(child):
+                    self._workloads[name] = child
+                    await self._run(child)
+
+    async def _run(self, workload: Object) -> None:
+        """A workload's pods, all of them ready."""
+        for body in pods_of(workload):
+            pod = await self._write("POST", _url(body, is_new=True), body, JSON)
+            await self._write_status(pod, running_status(pod))
+        await self._write_status(workload, workload_status(workload))
+
+    async def _tell_progress(self, started_s: float) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_INTERVAL_S)
+            taken_s = time.monotonic() - started_s
+            done = f"{len(self._workloads)} pools, {self._num_written} writes"
+            say(f"  {done}, {self._num_written / taken_s:.0f} a second")
+
+    def _watch(self) -> None:
+        for kind in PLURALS:
+            watched = Watched(labels="", slim=self._on_pool)
+            reflector = Reflector(
+                self._kube, kind, NAMESPACE, on_news=lambda _: None, watched=watched
+            )
+            self._watches.append(self._tasks.create_task(reflector.run()))
 
     def _on_pool(self, pool: Object) -> None:
         """Nothing is kept but what is looked at here."""
@@ -108,54 +154,82 @@ class World:
         if holds is not None and future is not None and not future.done() and holds(pool):
             future.set_result(time.monotonic())
 
-    def _on_pod(self, pod: Object) -> None:
-        uid = pod["metadata"]["uid"]
-        if uid not in self._ran and "deletionTimestamp" not in pod["metadata"]:
-            self._ran.add(uid)
-            container = pod["spec"]["containers"][0]
-            status = running_status(container["name"], container["image"])
-            self._tasks.create_task(self.write_pod(pod["metadata"]["name"], status))
+    async def _write(self, method: str, url: str, body: Object, content: str) -> Object:
+        params = {"fieldManager": "scale", "force": "true"} if content == APPLY_PATCH else {}
+        headers = {"Content-Type": content}
+        call = self._session.request(method, url, json=body, params=params, headers=headers)
+        async with call as answer:
+            if answer.status >= 300:
+                raise CommandError(f"{method} {url}: {answer.status} {await answer.text()}")
+            self._num_written += 1
+            found: Object = await answer.json()
+            return found
 
-    async def write_pod(self, name: str, status: Object) -> None:
-        """Write a pod's status as the kubelet would."""
-        await self.write("PATCH", f"{PODS_URL}/{name}/status", {"status": status}, MERGE_PATCH)
+    async def _write_status(self, obj: Object, status: Object) -> None:
+        """As its controller or the kubelet would."""
+        await self._write("PATCH", f"{_url(obj)}/status", {"status": status}, MERGE_PATCH)
 
-    async def create_pools(self, num: int, pods_per_pool: int) -> None:
-        """Pools of the three kinds in turn."""
-        kinds = list(PLURALS)
-        async with asyncio.TaskGroup() as tasks:
-            for n in range(num):
-                body = make_pool(kinds[n % len(kinds)], n, pods_per_pool)
-                url = f"{POOLS_URL}/{PLURALS[body['kind']]}"
-                tasks.create_task(self.write("POST", url, body, "application/json"))
+    async def server_writes(self) -> dict[str, float]:
+        """Writes that the API server has counted, by verb and resource, where operators write."""
+        async with self._session.get("/metrics") as answer:
+            text = await answer.text()
+        found: dict[str, float] = {}
+        for labels, count in re.findall(r"^apiserver_request_total{(.*)} (\S+)$", text, re.M):
+            fields = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+            if fields["verb"] in WRITE_VERBS and fields["resource"] in RESOURCES:
+                key = f"{fields['verb']} {fields['resource']}"
+                found[key] = found.get(key, 0.0) + float(count)
+        return found
 
-    async def change(self, name: Name) -> float:
+    async def change_spec(self, name: Name) -> float:
         """Change a pool's spec; seconds until its status describes the change."""
-        wanted = self.pools[name]["metadata"]["generation"] + 1
-        url = f"{POOLS_URL}/{PLURALS[name.kind]}/{name.name}"
-        write = self.write("PATCH", url, {"spec": {"maxReplicas": 99}}, MERGE_PATCH)
+        pool = self.pools[name]
+        wanted = pool["metadata"]["generation"] + 1
+        url = _url({"kind": name.kind, **pool})
         return await self._until(
-            name, lambda pool: pool.get("status", {}).get("observedGeneration") == wanted, write
+            name,
+            lambda pool: pool.get("status", {}).get("observedGeneration") == wanted,
+            self._write("PATCH", url, {"spec": {"maxReplicas": 99}}, MERGE_PATCH),
         )
 
     async def fail_pod(self, name: Name) -> float:
         """Let a pod be unready for a moment; seconds until the status says so, the longer time."""
-        before = self.pools[name]["status"]
-        url = f"{PODS_URL}?limit=1&labelSelector={before['selector']}"
-        async with self._session.get(url) as answer:
-            pod = (await answer.json())["items"][0]["metadata"]["name"]
-        ready: int = before["readyReplicas"]
-        fails_s = await self._set_ready(name, pod, "False", wanted=ready - 1)
-        return max(fails_s, await self._set_ready(name, pod, "True", wanted=ready))
+        ready: int = self.pools[name]["status"]["readyReplicas"]
+        fails_s = await self._set_ready(name, wanted=ready - 1)
+        return max(fails_s, await self._set_ready(name, wanted=ready))
 
-    async def _set_ready(self, name: Name, pod: str, state: str, *, wanted: int) -> float:
+    async def _set_ready(self, name: Name, *, wanted: int) -> float:
+        """A worker's pod as the kubelet tells of it; of KV nodes their StatefulSet tells."""
+        workload = self._workloads[name]
+        if workload["kind"] == "StatefulSet":
+            obj, status = workload, workload_status(workload) | {"readyReplicas": wanted}
+        else:
+            obj = pods_of(workload)[0]
+            is_ready = str(wanted == workload["spec"]["replicas"])
+            status = {"conditions": [{"type": "Ready", "status": is_ready}]}
         return await self._until(
             name,
             lambda pool: pool["status"].get("readyReplicas") == wanted,
-            self.write_pod(pod, {"conditions": [{"type": "Ready", "status": state}]}),
+            self._write_status(obj, status),
         )
 
-    async def _until(self, name: Name, holds: Callable[[Object], bool], write: Any) -> float:
+    async def spoil_child(self, name: Name) -> float:
+        """Change what the operator made; seconds until it is as it was."""
+        url = _url({"kind": "PodDisruptionBudget", "metadata": {"name": name.name}})
+        started_s = time.monotonic()
+        spoilt = await self._write("PATCH", url, {"spec": {"maxUnavailable": 7}}, MERGE_PATCH)
+        folder, _, own_name = url.rpartition("/")
+        query = {"watch": "true", "fieldSelector": f"metadata.name={own_name}"}
+        query["resourceVersion"] = spoilt["metadata"]["resourceVersion"]
+        async with self._session.get(folder, params=query) as answer:
+            event = json.loads(await answer.content.readline())
+        if event["object"]["spec"]["maxUnavailable"] != 1:
+            raise CommandError(f"{name} was not repaired: {event}")
+        return time.monotonic() - started_s
+
+    async def _until(
+        self, name: Name, holds: Callable[[Object], bool], write: Awaitable[object]
+    ) -> float:
         future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._waiters[name] = (holds, future)
         started_s = time.monotonic()
@@ -165,9 +239,11 @@ class World:
         del self._waiters[name]
         return taken_s
 
-    async def paced(self, change: Callable[[Name], Any], num: int, per_s: float) -> list[float]:
+    async def paced(
+        self, change: Callable[[Name], Coroutine[Any, Any, float]], *, num: int, per_s: float
+    ) -> list[float]:
         """Change `num` pools at this rate, whether or not the last one is done; the seconds."""
-        names = random.Random(1).sample(sorted(self.pools), num)
+        names = random.Random(1).sample(sorted(self.pools), min(num, len(self.pools)))
         async with asyncio.TaskGroup() as tasks:
             made = []
             for name in names:
@@ -180,44 +256,7 @@ class World:
         return sum(is_settled(pool) for pool in self.pools.values())
 
 
-def make_pool(kind: str, number: int, pods: int) -> Object:
-    """One pool; its pods are never started."""
-    spec: Object = {"replicas": pods}
-    if kind != "KVCachePool":
-        spec["model"] = {"name": "none", "source": {"image": {"reference": "none"}}}
-    return {
-        "apiVersion": f"{GROUP}/{VERSION}",
-        "kind": kind,
-        "metadata": {"name": f"pool-{number}", "namespace": NAMESPACE},
-        "spec": spec,
-    }
-
-
-def is_settled(pool: Object) -> bool:
-    """Whether a pool serves and nothing is under way."""
-    found = {c["type"]: c["status"] for c in pool["status"].get("conditions", [])}
-    return found.get("Available") == "True" and found.get("Progressing") == "False"
-
-
-def running_status(container: str, image: str) -> Object:
-    """The status of a pod that runs and is ready."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    kinds = ("PodScheduled", "Initialized", "ContainersReady", "Ready")
-    return {
-        "phase": "Running",
-        "podIP": "127.0.0.1",
-        "podIPs": [{"ip": "127.0.0.1"}],
-        "startTime": now,
-        "conditions": [{"type": k, "status": "True", "lastTransitionTime": now} for k in kinds],
-        "containerStatuses": [
-            {
-                "name": container,
-                "image": image,
-                "imageID": "none",
-                "ready": True,
-                "started": True,
-                "restartCount": 0,
-                "state": {"running": {"startedAt": now}},
-            }
-        ],
-    }
+def _url(obj: Object, *, is_new: bool = False) -> str:
+    prefix, plural = API_PATHS[obj["kind"]]
+    url = f"{prefix}/namespaces/{NAMESPACE}/{plural}"
+    return url if is_new else f"{url}/{obj['metadata']['name']}"

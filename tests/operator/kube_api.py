@@ -96,8 +96,8 @@ class KubeApi:
 
 
 @contextmanager
-def kube_api(folder: Path, *controller_args: str) -> Iterator[KubeApi]:
-    """A cluster of etcd, API server and controllers, with Kvasir's CRDs."""
+def kube_api(folder: Path, *, controllers: str = CONTROLLERS) -> Iterator[KubeApi]:
+    """A cluster of etcd, API server and these controllers (if any), with Kvasir's CRDs."""
     api_port = free_port()
     server = f"https://127.0.0.1:{api_port}"
     kubeconfig = _kubeconfig(folder, server)
@@ -114,10 +114,9 @@ def kube_api(folder: Path, *controller_args: str) -> Iterator[KubeApi]:
             program(folder, "kube-apiserver", f"--etcd-servers={etcd_url}", *server_args)
         )
         _wait_until_ready(folder, server)
-        controllers = _controller_args(folder, key, kubeconfig)
-        stack.enter_context(
-            program(folder, "kube-controller-manager", *controllers, *controller_args)
-        )
+        if controllers:
+            args = _controller_args(folder, key, kubeconfig, controllers)
+            stack.enter_context(program(folder, "kube-controller-manager", *args))
         api = KubeApi(folder, kubeconfig)
         api("apply", "--server-side", "-f", str(Path(__file__).parents[2] / "crds"))
         api("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
@@ -166,12 +165,14 @@ def _server_args(folder: Path, key: Path, port: int) -> tuple[str, ...]:
     )
 
 
-def _controller_args(folder: Path, key: Path, kubeconfig: Path) -> tuple[str, ...]:
+def _controller_args(
+    folder: Path, key: Path, kubeconfig: Path, controllers: str
+) -> tuple[str, ...]:
     return (
         f"--kubeconfig={kubeconfig}",
         f"--authentication-kubeconfig={kubeconfig}",
         f"--authorization-kubeconfig={kubeconfig}",
-        f"--controllers={CONTROLLERS}",
+        f"--controllers={controllers}",
         "--leader-elect=false",
         f"--secure-port={free_port()}",
         f"--cert-dir={folder}/certs-kcm",
