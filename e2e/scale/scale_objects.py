@@ -49,11 +49,11 @@ def is_workload(child: Object) -> bool:
     return child["kind"] in WORKLOADS
 
 
-def workload_status(workload: Object) -> Object:
-    """The status that says: every pod is there and ready."""
+def workload_status(workload: Object, *, unready: int = 0) -> Object:
+    """The status that says: every pod is there, and ready but for a few."""
     num = workload["spec"]["replicas"]
     status: Object = {"observedGeneration": workload["metadata"]["generation"], "replicas": num}
-    status |= {"readyReplicas": num, "availableReplicas": num}
+    status |= {"readyReplicas": num - unready, "availableReplicas": num - unready}
     if workload["kind"] == "StatefulSet":
         status |= {"updatedReplicas": num, "currentReplicas": num}
     return status

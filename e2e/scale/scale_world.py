@@ -201,12 +201,12 @@ class World:
     async def _set_ready(self, name: Name, *, wanted: int) -> float:
         """A worker's pod as the kubelet tells of it; of KV nodes their StatefulSet tells."""
         workload = self._workloads[name]
+        unready = workload["spec"]["replicas"] - wanted
         if workload["kind"] == "StatefulSet":
-            obj, status = workload, workload_status(workload) | {"readyReplicas": wanted}
+            obj, status = workload, workload_status(workload, unready=unready)
         else:
             obj = pods_of(workload)[0]
-            is_ready = str(wanted == workload["spec"]["replicas"])
-            status = {"conditions": [{"type": "Ready", "status": is_ready}]}
+            status = {"conditions": [{"type": "Ready", "status": str(not unready)}]}
         return await self._until(
             name,
             lambda pool: pool["status"].get("readyReplicas") == wanted,

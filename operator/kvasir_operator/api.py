@@ -49,7 +49,7 @@ REPLICA_RULES = (
         "replicas must not be greater than maxReplicas: lower replicas or raise maxReplicas",
     ),
 )
-REDIS_URL_PATTERN = r"^rediss?://.+"
+REDIS_URL_PATTERN = r"^(redis|rediss|rediss\+mtls)://.+"
 MODEL_RULE = Rule(
     "self.model == oldSelf.model",
     "model cannot be changed: create another ModelService and move clients to it",
@@ -126,11 +126,6 @@ class RouterSettings(PodSettings):
 
     RULES = (
         Rule("self.httpPort != self.grpcPort", "httpPort and grpcPort must differ: change one"),
-        Rule(
-            f"self.httpPort != {ROUTER_PEER_PORT} && self.grpcPort != {ROUTER_PEER_PORT}",
-            f"httpPort and grpcPort must not be {ROUTER_PEER_PORT}, where routers tell one another "
-            "what they know: choose another port",
-        ),
     )
 
 
@@ -189,7 +184,8 @@ class IndexSettings(ApiModel):
         default=None,
         pattern=REDIS_URL_PATTERN,
         max_length=1024,
-        description="Redis with the index of blocks; absent: there is no shared index.",
+        description="Redis with the index of blocks; absent: there is no shared index. "
+        "rediss+mtls://: it shows and demands certificates as other parts do (tlsSecret).",
     )
     redis_url_secret_ref: KeyRef | None = Field(
         default=None, description="The key of a Secret with the URL of Redis, password and all."
@@ -239,6 +235,13 @@ class ModelServiceSpec(EngineSettings, ImageSettings):
             "!has(self.gateway) || !self.gateway.pickerTls || !has(self.security) || "
             "!has(self.security.mtls) || self.security.mtls",
             "gateway.pickerTls needs security.mtls: set mtls, or pickerTls to false",
+        ),
+        Rule(
+            "(has(self.security) && has(self.security.mtls) && !self.security.mtls) || "
+            f"!has(self.router) || (self.router.httpPort != {ROUTER_PEER_PORT} && "
+            f"self.router.grpcPort != {ROUTER_PEER_PORT})",
+            f"router.httpPort and router.grpcPort must not be {ROUTER_PEER_PORT}, where routers "
+            "tell one another what they know over TLS: choose another port",
         ),
     )
     model: Model = Field(description="The model that is served. It cannot be changed later.")

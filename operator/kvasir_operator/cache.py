@@ -30,7 +30,9 @@ class CachedCluster:
         self._kube = kube
         self._on_news = on_news
         self._reflectors = {
-            (kind, namespace): Reflector(kube, kind, namespace, on_news=self._tell, watched=watched)
+            (kind, namespace): Reflector(
+                kube, kind, namespace, on_news=self._tell, watched=watched, spared=self._uids
+            )
             for kind, watched in WATCHED.items()
             for namespace in namespaces or ("",)
         }
@@ -39,7 +41,20 @@ class CachedCluster:
         """Keep the caches up to date."""
         async with asyncio.TaskGroup() as tasks:
             for (kind, namespace), reflector in self._reflectors.items():
-                tasks.create_task(reflector.run(), name=f"watch of {kind} {namespace}")
+                run = self._run_last(reflector) if kind == "Event" else reflector.run()
+                tasks.create_task(run, name=f"watch of {kind} {namespace}")
+
+    async def _run_last(self, reflector: Reflector) -> None:
+        """Which events are about objects of ours shows once these are known."""
+        for other in self._reflectors.values():
+            if other.kind != reflector.kind:
+                await other.is_synced.wait()
+        await reflector.run()
+
+    def _uids(self) -> set[str]:
+        """All that is known but the events: what events may be about."""
+        reflectors = (r for r in self._reflectors.values() if r.kind != "Event")
+        return {uid for reflector in reflectors for uid in reflector.store.uids()}
 
     async def wait_until_synced(self) -> None:
         """Wait until every kind has been listed."""

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from kvasir_operator.api import API_VERSION, KINDS, MODEL_SERVICE, ModelServiceSpec
 from kvasir_operator.core.manifests import Manifest, ref_of
-from kvasir_operator.core.plan import make_plan, with_fleet
+from kvasir_operator.core.plan import make_plan, secrets_of, with_fleet
 from kvasir_operator.core.planner.facts import Demand, Load
 from kvasir_operator.core.planning import TelemetryView
 from kvasir_operator.core.slots import selected_refs
@@ -34,6 +34,7 @@ class OfflinePlan:
 
     resource: Manifest
     children: tuple[Manifest, ...]
+    secrets: tuple[tuple[str, str], ...]  # names and types of those that the operator fills
     problems: tuple[str, ...]
     fleet: Manifest  # status.plan; empty without a planner or a load
 
@@ -108,7 +109,9 @@ def _plan_one(
             below = make_plan(_world(_named(child, Path(child["kind"])), image))
             children += below.children
             problems += [f"{child['metadata']['name']}: {p}" for p in _problems(below.status)]
-    return OfflinePlan(resource, tuple(children), tuple(problems), fleet)
+    links = secrets_of(resource)
+    made = links.made() if links else ()
+    return OfflinePlan(resource, tuple(children), made, tuple(problems), fleet)
 
 
 def _checked(resource: Manifest) -> Manifest:

@@ -42,7 +42,7 @@ from kvasir_operator.core.plan import (
     service_of,
     with_fleet,
 )
-from kvasir_operator.core.slots import selected_refs, with_links_kept
+from kvasir_operator.core.slots import selected_pools, selected_refs, with_links_kept
 from kvasir_operator.core.views import PodView, WorkerFacts
 from kvasir_operator.core.world import Plan, World
 from kvasir_operator.drain import Drainer
@@ -119,7 +119,9 @@ class Reconciler:
         if wanted is None:
             return world, 0
         try:
-            problems, num_writes = await self._secrets.keep(world.owner, wanted)
+            problems, num_writes = await self._secrets.keep(
+                world.owner, wanted, users=selected_pools(world)
+            )
         except ClusterError as error:
             if not error.is_refusal:
                 raise
@@ -237,7 +239,7 @@ class Reconciler:
             if is_as_desired(manifest, live.get(ref)):
                 continue
             try:
-                live[ref] = await self._cluster.apply(manifest)
+                live[ref] = await self._cluster.apply(_of_the_seen(manifest, live.get(ref)))
                 num_writes += 1
                 logger.info("applied %s %s/%s", *ref)
             except ClusterError as error:
@@ -280,6 +282,16 @@ class Reconciler:
             num_writes = 1
         self._drainer.start(world.owner.ref, pod, timeout_s=timeout_s)
         return num_writes
+
+
+def _of_the_seen(manifest: Manifest, seen: Manifest | None) -> Manifest:
+    """Refused (409) unless it changes the very object that was planned for.
+
+    One of the same name that was made since is somebody else's: forced, it would be taken over.
+    """
+    if seen is None:
+        return manifest
+    return {**manifest, "metadata": {**manifest["metadata"], "uid": seen["metadata"]["uid"]}}
 
 
 def _pod_ref(world: World, pod: PodView) -> Ref:

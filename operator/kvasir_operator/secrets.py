@@ -1,13 +1,15 @@
 """The Secret of a service with the certificate that its parts show one another: made and rotated.
 
 core/secrets.py decides the steps; here they are carried out. The Secret of somebody else, like
-cert-manager, is only looked at.
+cert-manager, is only looked at. A Secret goes with its service, unless pools that stand alone use
+it: they own it, too, and a service of the same name takes it over.
 """
 
 import base64
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from kvasir_proto.links import AUTHORITIES, CERTIFICATE, KEY
@@ -15,8 +17,9 @@ from kvasir_proto.links import AUTHORITIES, CERTIFICATE, KEY
 from kvasir_operator.certificates import make_bundle, read_authorities, read_leaf, utc_now
 from kvasir_operator.cluster import Cluster
 from kvasir_operator.core.conditions import Problem, Reason
+from kvasir_operator.core.drift import is_as_desired
 from kvasir_operator.core.manifests import Manifest, Owner, Ref, child, is_owned_by
-from kvasir_operator.core.plan import LinkSecrets
+from kvasir_operator.core.plan import CERTIFICATE_TYPE, KEY_TYPE, LinkSecrets
 from kvasir_operator.core.pods import KV_KEY_FILE
 from kvasir_operator.core.secrets import SecretView, Step, next_step
 from kvasir_operator.core.service import service_pod_labels
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 NEXT_CERTIFICATE, NEXT_KEY = "next.crt", "next.key"  # not mounted into pods
 KV_KEY_BYTES = 32
+SECRET_FIELDS = ("tlsSecret", "kvKeySecret")  # where a pool names the Secrets that it mounts
 STEP_ANNOTATION = "kvasir.dev/certificate-step"  # when the latest step was taken
 Data = dict[str, bytes]
 
@@ -35,50 +39,116 @@ class SecretKeeper:
     def __init__(self, cluster: Cluster, *, clock: Callable[[], datetime] = utc_now) -> None:
         self._cluster, self._clock = cluster, clock
 
-    async def keep(self, owner: Owner, wanted: LinkSecrets) -> tuple[list[Problem], int]:
-        """Take the steps that are due; what is wrong, and the number of writes."""
-        name, is_own = wanted.certificate, wanted.is_own
-        problems, num_writes = await self._keep_certificate(owner, name, is_own=is_own)
+    async def keep(
+        self, owner: Owner, wanted: LinkSecrets, *, users: Sequence[Manifest] = ()
+    ) -> tuple[list[Problem], int]:
+        """Take the steps that are due; what is wrong, and the number of writes.
+
+        `users` are pools that stand alone: those that name a Secret keep it.
+        """
+        certificate = _Place(owner, wanted.certificate, users)
+        problems, num_writes = await self._keep_certificate(certificate, is_own=wanted.is_own)
         if wanted.kv_key:
-            more, num_more = await self._keep_key(owner, wanted.kv_key)
+            more, num_more = await self._keep_key(_Place(owner, wanted.kv_key, users))
             problems, num_writes = [*problems, *more], num_writes + num_more
         return problems, num_writes
 
-    async def _keep_key(self, owner: Owner, name: str) -> tuple[list[Problem], int]:
+    async def _keep_key(self, place: "_Place") -> tuple[list[Problem], int]:
         """A key stays: parts read it when they start, and those of two keys exchange no KV."""
-        live = await self._cluster.fetch(Ref("Secret", owner.namespace, name))
-        if live is not None and not is_owned_by(live, owner.uid):
-            return [_taken_name(owner, name)], 0
-        if len(_data(live).get(KV_KEY_FILE, b"")) >= KV_KEY_BYTES:
-            return [], 0
-        data = {KV_KEY_FILE: base64.b64encode(secrets.token_hex(KV_KEY_BYTES).encode())}
-        await self._cluster.apply(_manifest(owner, name, data, live, kind="Opaque"))
-        logger.info("made the key of the KV of %s/%s", owner.namespace, owner.name)
-        return [], 1
+        live = await self._cluster.fetch(place.ref)
+        if not place.may_hold(live):
+            return [place.taken_name()], 0
+        data = {KV_KEY_FILE: _data(live).get(KV_KEY_FILE, b"")}
+        if len(data[KV_KEY_FILE]) < KV_KEY_BYTES:
+            data = {KV_KEY_FILE: base64.b64encode(secrets.token_hex(KV_KEY_BYTES).encode())}
+        return [], await self._apply(place.manifest(data, live, kind=KEY_TYPE), live)
 
     async def _keep_certificate(
-        self, owner: Owner, name: str, *, is_own: bool
+        self, place: "_Place", *, is_own: bool
     ) -> tuple[list[Problem], int]:
         """`is_own`: the operator makes the Secret; else its owner does."""
-        ref = Ref("Secret", owner.namespace, name)
-        live = await self._cluster.fetch(ref)
+        owner, live = place.owner, await self._cluster.fetch(place.ref)
         if not is_own:
-            return _problems_of_foreign(ref, live, now=self._clock()), 0
-        if live is not None and not is_owned_by(live, owner.uid):
-            return [_taken_name(owner, name)], 0
-        now, data = self._clock(), _data(live)
+            return _problems_of_foreign(place.ref, live, now=self._clock()), 0
+        if not place.may_hold(live):
+            return [place.taken_name()], 0
+        now, data, stepped = self._clock(), _data(live), _annotation(live)
         dns_name = f"{owner.name}.{owner.namespace}.kvasir.internal"
-        view = view_of(data, stepped=_annotation(live))
+        view = view_of(data, stepped=stepped)
         step = next_step(view, name=dns_name, now_ms=int(now.timestamp() * 1000))
-        if step is Step.KEEP:
-            return [], 0
-        data = taken(step, data, dns_name, now=now)
-        manifest = _manifest(owner, name, data, live, kind="kubernetes.io/tls")
-        stepped = now.isoformat(timespec="seconds")
+        if step is not Step.KEEP:
+            data, stepped = taken(step, data, dns_name, now=now), now.isoformat(timespec="seconds")
+            logger.info("certificate %s/%s: %s", *place.ref[1:], step.name.lower())
+        manifest = place.manifest(data, live, kind=CERTIFICATE_TYPE)
         manifest["metadata"]["annotations"] = {STEP_ANNOTATION: stepped}
+        return [], await self._apply(manifest, live)
+
+    async def _apply(self, manifest: Manifest, live: Manifest | None) -> int:
+        """Apply what differs; the number of writes."""
+        if is_as_desired(manifest, live):
+            return 0
         await self._cluster.apply(manifest)
-        logger.info("certificate of %s/%s: %s", owner.namespace, name, step.name.lower())
-        return [], 1
+        return 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One Secret of a service, and who uses it."""
+
+    owner: Owner
+    name: str
+    pools: Sequence[Manifest]  # that stand alone and take part in the service
+
+    @property
+    def ref(self) -> Ref:
+        """Where it is."""
+        return Ref("Secret", self.owner.namespace, self.name)
+
+    def _users(self) -> list[Manifest]:
+        """References to the pools whose pods cannot start without the Secret."""
+        named = (p for p in self.pools if self.name in map(p["spec"].get, SECRET_FIELDS))
+        return [
+            {
+                "apiVersion": pool["apiVersion"],
+                "kind": pool["kind"],
+                "name": pool["metadata"]["name"],
+                "uid": pool["metadata"]["uid"],
+            }
+            for pool in named
+        ]
+
+    def may_hold(self, live: Manifest | None) -> bool:
+        """Whether the Secret is the service's, or an earlier one of its name left it to pools."""
+        if live is None or is_owned_by(live, self.owner.uid):
+            return True
+        owners = live["metadata"].get("ownerReferences", ())
+        controllers = [(o["kind"], o["name"]) for o in owners if o.get("controller")]
+        is_orphan = set(controllers) <= {(self.owner.kind, self.owner.name)}
+        users = {user["uid"] for user in self._users()}
+        return is_orphan and any(reference["uid"] in users for reference in owners)
+
+    def taken_name(self) -> Problem:
+        """Somebody else has a Secret of this name."""
+        owner = f"{self.owner.kind} {self.owner.name}"
+        text = f"Secret {self.name} exists and does not belong to {owner}"
+        return Problem(Reason.NAME_CONFLICT, text)
+
+    def manifest(self, data: Data, live: Manifest | None, *, kind: str) -> Manifest:
+        """The Secret with this data; refused if somebody has changed it since it was read."""
+        manifest = child(
+            self.owner,
+            "v1",
+            "Secret",
+            name=self.name,
+            labels=service_pod_labels(self.owner),
+            type=kind,
+            data={key: base64.b64encode(value).decode() for key, value in data.items()},
+        )
+        manifest["metadata"]["ownerReferences"] += self._users()
+        if live is not None:
+            version = live["metadata"]["resourceVersion"]
+            manifest["metadata"] |= {"resourceVersion": version}
+        return manifest
 
 
 def view_of(data: Data, *, stepped: str) -> SecretView:
@@ -143,23 +213,3 @@ def _time_ms(text: str) -> int:
         return int(datetime.fromisoformat(text).timestamp() * 1000)
     except ValueError:
         return 0
-
-
-def _taken_name(owner: Owner, name: str) -> Problem:
-    text = f"Secret {name} exists and does not belong to {owner.kind} {owner.name}"
-    return Problem(Reason.NAME_CONFLICT, text)
-
-
-def _manifest(owner: Owner, name: str, data: Data, live: Manifest | None, *, kind: str) -> Manifest:
-    manifest = child(
-        owner,
-        "v1",
-        "Secret",
-        name=name,
-        labels=service_pod_labels(owner),
-        type=kind,
-        data={key: base64.b64encode(value).decode() for key, value in data.items()},
-    )
-    if live is not None:  # nobody has changed it since it was read
-        manifest["metadata"]["resourceVersion"] = live["metadata"]["resourceVersion"]
-    return manifest

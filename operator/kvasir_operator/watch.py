@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 BACKOFF_S_MIN = 0.5
 BACKOFF_S_MAX = 30.0
 SHORT_WATCH_S = 1.0  # one that ends sooner without an event is not made again at once
-WARNINGS_MAX = 4096  # latest warning events that are kept
+WARNINGS_MAX = 4096  # warning events that are kept: of others, as long as there is room
 POOL_KIND_BY_ROLE = {role: kind for kind, role in ROLES.items()}
 
 
@@ -133,11 +133,12 @@ class Reflector:
         *,
         on_news: Callable[[Entry], None],
         watched: Watched = CHILD,
+        spared: Callable[[], Collection[str]] = frozenset,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.kind = kind
         self.namespace = namespace
-        self.store = Store(limit=watched.limit)
+        self.store = Store(limit=watched.limit, spared=spared)
         self.is_synced = asyncio.Event()
         self.problem = "not listed yet"
         self.alive_s = now_s()  # when the API server last gave a sign of life

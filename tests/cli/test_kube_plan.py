@@ -85,3 +85,16 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, text: str, words: str
 def test_rate_without_a_planner_is_refused(tmp_path: Path) -> None:
     result = plan(tmp_path, "--rate", "1", planner=None)
     assert isinstance(result.exception, RefusedError)
+
+
+def test_secrets_are_told_by_name_and_type_only(tmp_path: Path) -> None:
+    result = plan(tmp_path)
+    assert "Secret chat-kvasir-tls (kubernetes.io/tls)" in result.output
+    assert "Secret chat-kvasir-kv-key (Opaque)" in result.output
+    output = plan(tmp_path, "--yaml").output
+    assert "# Secret chat-kvasir-tls (kubernetes.io/tls)" in output
+    assert "BEGIN" not in output
+    given = plan(tmp_path, security={"secretName": "own"}).output
+    assert "Secret chat-kvasir-kv-key" in given
+    assert "Secret own" not in given
+    assert "Secret" not in plan(tmp_path, security={"mtls": False}).output

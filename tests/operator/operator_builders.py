@@ -238,6 +238,11 @@ class FakeCluster:
             raise self.refused[ref]
         self.writes.append(("apply", ref))
         live = self.objects.get(ref, {"metadata": {"uid": f"uid-of-{ref.name}", "generation": 0}})
+        uid = manifest["metadata"].get("uid", live["metadata"]["uid"])
+        if uid != live["metadata"]["uid"] or ("uid" in manifest["metadata"]) > (
+            ref in self.objects
+        ):
+            raise ClusterError(409, "Conflict", "UID mismatch")
         expected = manifest["metadata"].get("resourceVersion")
         if expected is not None and expected != live["metadata"].get("resourceVersion"):
             raise ClusterError(409, "Conflict", "the object has been modified")
@@ -308,8 +313,8 @@ def _remove(node: Any, fields: Manifest) -> None:
 
 
 def _fields(manifest: Any) -> Manifest:
-    """fieldsV1 of a manifest; lists count as atomic."""
-    skipped = ("apiVersion", "kind", "name", "namespace", "resourceVersion")
+    """fieldsV1 of a manifest; lists count as atomic, but for owners."""
+    skipped = ("apiVersion", "kind", "name", "namespace", "resourceVersion", "uid")
     if not isinstance(manifest, dict):
         return {}
     top = "kind" in manifest and "metadata" in manifest
@@ -320,4 +325,7 @@ def _fields(manifest: Any) -> Manifest:
         if top and key == "metadata":
             value = {k: v for k, v in value.items() if k not in skipped}
         fields[f"f:{key}"] = _fields(value)
+        if key == "ownerReferences":
+            owners = (json.dumps({"uid": owner["uid"]}) for owner in value)
+            fields[f"f:{key}"] = {f"k:{owner}": {} for owner in owners}
     return fields

@@ -98,6 +98,7 @@ REFUSED_SERVICES = {
     "vllm without its image": ({"engine": "vllm"}, "vllm must be set if and only if engine is"),
     "vllm with KV nodes": ({**VLLM, "kvCache": {}}, "kvCache needs engine kvasir"),
     "vllm with a planner": ({**VLLM, "planner": {}}, "planner needs engine kvasir"),
+    "port of the routers' peers": ({"router": {"grpcPort": 50054}}, "choose another port"),
 }
 
 
@@ -108,6 +109,16 @@ def test_contradictions_of_a_service_are_refused(
     service = make_object("ModelService", "bad", {"model": MODEL, **spec})
     service["metadata"] = {"name": "bad", "namespace": "default"}
     assert message in api.apply(service, check=False)
+
+
+def test_port_of_peers_is_free_where_links_are_plain(api: KubeApi) -> None:
+    spec = {"model": MODEL, "router": {"grpcPort": 50054}, "security": {"mtls": False}}
+    service = make_object("ModelService", "plain", spec)
+    service["metadata"] = {"name": "plain", "namespace": "default"}
+    assert "created" in api.apply(service)
+    refusal = api.apply(service | {"spec": spec | {"security": {"mtls": True}}}, check=False)
+    assert "choose another port" in refusal
+    api("delete", "msvc", "plain")
 
 
 def test_workers_with_vllm_are_made_and_stay(api: KubeApi) -> None:

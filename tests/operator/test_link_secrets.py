@@ -27,7 +27,7 @@ from kvasir_operator.core.secrets import (
 from kvasir_operator.errors import ClusterError
 from kvasir_operator.secrets import SecretKeeper, view_of
 from kvasir_proto.links import AUTHORITIES, CERTIFICATE, KEY, Links
-from operator_builders import FakeCluster, condition_of, make_service
+from operator_builders import FakeCluster, condition_of, make_object, make_service
 from test_reconcile import make_reconciler
 
 NAME = "chat.default.kvasir.internal"
@@ -289,6 +289,60 @@ async def test_key_of_kv_is_made_once_and_stays() -> None:
     cluster.objects[key]["data"]["kv.key"] = base64.b64encode(b"short").decode()
     assert await keeper.keep(OWNER, wanted) == ([], 1)
     assert data_of(cluster.objects[key])["kv.key"] not in (made["kv.key"], b"short")
+
+
+def selected(**spec: Any) -> Manifest:
+    """A pool that stands alone and takes part in the service."""
+    return make_object("PrefillPool", "l40", spec)
+
+
+def owners_of(secret: Manifest) -> list[tuple[str, bool]]:
+    references = secret["metadata"]["ownerReferences"]
+    return [(r["name"], r.get("controller", False)) for r in references]
+
+
+async def test_pools_that_stand_alone_keep_the_secrets_that_they_name() -> None:
+    cluster = FakeCluster()
+    keeper = SecretKeeper(cluster)
+    wanted = LinkSecrets("chat-kvasir-tls", True, "chat-kvasir-kv-key")
+    key = Ref("Secret", "default", "chat-kvasir-kv-key")
+    pool = selected(tlsSecret="chat-kvasir-tls")
+    assert await keeper.keep(OWNER, wanted) == ([], 2)
+    certificate = data_of(cluster.objects[REF])
+    assert await keeper.keep(OWNER, wanted, users=[pool]) == ([], 1)
+    assert await keeper.keep(OWNER, wanted, users=[pool]) == ([], 0)
+    assert owners_of(cluster.objects[REF]) == [("chat", True), ("l40", False)]
+    assert owners_of(cluster.objects[key]) == [("chat", True)], "the pool does not name it"
+    assert await keeper.keep(OWNER, wanted) == ([], 1), "selected no longer"
+    assert owners_of(cluster.objects[REF]) == [("chat", True)]
+    assert data_of(cluster.objects[REF]) == certificate
+
+
+@pytest.mark.parametrize("is_collected", [True, False])
+async def test_service_made_anew_takes_over_what_its_pools_kept(is_collected: bool) -> None:
+    cluster = FakeCluster()
+    keeper, users = SecretKeeper(cluster), [selected(tlsSecret="chat-kvasir-tls")]
+    await keeper.keep(OWNER, OWN, users=users)
+    kept = data_of(cluster.objects[REF])
+    metadata = cluster.objects[REF]["metadata"]
+    if is_collected:  # by Kubernetes: the reference to what is gone
+        metadata["ownerReferences"] = metadata["ownerReferences"][1:]
+    again = replace(OWNER, uid="another life")
+    [problem], _ = await keeper.keep(again, OWN)
+    assert problem.reason is Reason.NAME_CONFLICT, "no pool of its own keeps it"
+    assert await keeper.keep(again, OWN, users=users) == ([], 1)
+    assert data_of(cluster.objects[REF]) == kept
+    references = cluster.objects[REF]["metadata"]["ownerReferences"]
+    assert [r["uid"] for r in references] == ["another life", "uid-of-l40"]
+
+
+async def test_secret_of_another_service_is_not_taken_over() -> None:
+    cluster = FakeCluster()
+    keeper, users = SecretKeeper(cluster), [selected(tlsSecret="chat-kvasir-tls")]
+    other = replace(OWNER, name="other", uid="uid-of-other")
+    await keeper.keep(other, OWN, users=users)
+    [problem], num_writes = await keeper.keep(OWNER, OWN, users=users)
+    assert (problem.reason, num_writes) == (Reason.NAME_CONFLICT, 0)
 
 
 async def test_key_of_somebody_else_is_never_overwritten() -> None:

@@ -1,5 +1,6 @@
 """Reconciles against a cluster in memory: convergence, no idle writes, refusals, drains."""
 
+import pytest
 from kvasir_operator.core.manifests import (
     DELETION_COST_ANNOTATION,
     DRAIN_ANNOTATION,
@@ -123,6 +124,41 @@ async def test_drift_is_repaired_and_foreign_fields_stay() -> None:
     template = cluster.objects[REPLICA_SET]["spec"]["template"]
     assert template["spec"]["enableServiceLinks"] is False
     assert cluster.objects[REPLICA_SET]["metadata"]["labels"]["team"] == "serving"
+
+
+class StaleCluster(FakeCluster):
+    """Reads show an object as it was before somebody made it anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stale: dict[Ref, Manifest] = {}
+
+    async def get(self, ref: Ref) -> Manifest | None:
+        """See Cluster."""
+        return self.stale[ref] if ref in self.stale else await super().get(ref)
+
+
+async def test_object_made_anew_by_others_is_not_taken_over() -> None:
+    cluster = StaleCluster()
+    reconciler = await make_settled_pool(cluster, replicas=1)
+    budget = Ref("PodDisruptionBudget", "default", "chat-decode")
+    seen = await cluster.get(budget)
+    assert seen is not None
+    seen["spec"]["maxUnavailable"] = 7  # drift, which is to be repaired
+    cluster.stale[budget] = seen
+    theirs: Manifest = {
+        "kind": "PodDisruptionBudget",
+        "metadata": {"name": budget.name, "namespace": "default", "uid": "theirs"},
+        "spec": {"maxUnavailable": 7},
+    }
+    cluster.add(theirs)
+    with pytest.raises(ClusterError, match="409"):
+        await reconciler.reconcile(DECODE)
+    assert cluster.objects[budget] is theirs
+    cluster.stale.clear()
+    await reconciler.reconcile(DECODE)
+    status = cluster.objects[DECODE]["status"]
+    assert condition_of(status, "Degraded")["reason"] == "NameConflict"
 
 
 async def test_status_after_a_change_tells_of_the_change() -> None:

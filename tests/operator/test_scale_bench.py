@@ -59,7 +59,7 @@ def test_small_run_keeps_what_is_promised_at_rest(tmp_path: Path) -> None:
     )
     assert result.exists(), done.stdout + done.stderr
     figures = json.loads(result.read_text())
-    assert figures["first_start"]["writes"] == 7, "the status of each pool"
+    assert figures["first_start"]["writes"] == 14, "of each pool, the status and an event"
     assert figures["start_again"]["writes"] == 0
     idle = figures["idle"]
     assert (idle["writes"], idle["writes_that_the_api_server_counts"]) == (0, {})

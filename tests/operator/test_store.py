@@ -187,6 +187,24 @@ def test_limit_drops_what_came_first() -> None:
     assert sorted(entry.key.name for entry in store.in_namespace("ns")) == ["a", "c"]
 
 
+def test_objects_of_spared_groups_outlive_a_flood() -> None:
+    store = Store(limit=4, spared=lambda: {"ours"})
+    store.put(make_entry("a", 1, group="ours"))
+    for version in range(2, 100):
+        store.put(make_entry(f"other-{version}", version, group=f"theirs-{version}"))
+        assert len(store) <= 4
+    names = [entry.key.name for entry in store.in_namespace("ns")]
+    assert names[0] == "a"
+    assert names[-1] == "other-99"
+
+
+def test_limit_holds_for_spared_groups_too() -> None:
+    store = Store(limit=2, spared=lambda: {"ours"})
+    for version, name in enumerate("abc", 1):
+        store.put(make_entry(name, version, group="ours"))
+    assert sorted(entry.key.name for entry in store.in_namespace("ns")) == ["b", "c"]
+
+
 def test_reads_are_copies_selected_by_labels() -> None:
     store = Store()
     store.put(make_entry("a", 1, spec={"n": 1}))

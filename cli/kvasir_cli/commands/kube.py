@@ -99,6 +99,8 @@ def _memory_mb(model_dir: Path | None) -> int | None:
 
 
 def _show_yaml(one: OfflinePlan) -> None:
+    for name, kind in one.secrets:
+        click.echo(f"# Secret {name} ({kind}): the operator makes what it holds")
     click.echo(yaml.safe_dump_all(one.children, sort_keys=False).rstrip())
     click.echo("---")
 
@@ -112,6 +114,8 @@ def _show(one: OfflinePlan) -> None:
         replicas = child.get("spec", {}).get("replicas")
         count = "" if replicas is None else f" x {replicas}"
         click.echo(f"  {child['kind']} {child['metadata']['name']}{count}")
+    for name, kind in one.secrets:
+        click.echo(f"  Secret {name} ({kind})")
     for problem in one.problems:
         click.secho(f"  problem: {problem}", fg="red")
     if one.fleet:

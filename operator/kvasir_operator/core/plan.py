@@ -22,6 +22,7 @@ from kvasir_operator.core.service import plan_service, service_children, service
 from kvasir_operator.core.slots import kv_key_secret, link_secret, selecting, slots_of
 from kvasir_operator.core.world import Plan, World
 
+CERTIFICATE_TYPE, KEY_TYPE = "kubernetes.io/tls", "Opaque"
 WORKER_POOLS = ("PrefillPool", "DecodePool")
 
 
@@ -59,6 +60,11 @@ class LinkSecrets:
     certificate: str
     is_own: bool  # the operator makes the certificate
     kv_key: str
+
+    def made(self) -> tuple[tuple[str, str], ...]:
+        """Names and types of those that the operator makes."""
+        own = (self.certificate, CERTIFICATE_TYPE) if self.is_own else ("", "")
+        return tuple(made for made in (own, (self.kv_key, KEY_TYPE)) if made[0])
 
 
 def secrets_of(obj: Manifest) -> LinkSecrets | None:

@@ -100,6 +100,12 @@ def selected_refs(obj: Manifest) -> tuple[Ref, ...]:
     )
 
 
+def selected_pools(world: "World") -> list[Manifest]:
+    """The pools that stand alone and take part in this service, as far as they are there."""
+    found = (world.live.get(ref) for ref in selected_refs(world.obj))
+    return [pool for pool in found if pool is not None]
+
+
 def selecting(pool: Ref, services: Iterable[Manifest]) -> Manifest | None:
     """The service that a pool takes part in: the oldest that selects it."""
     found = [service for service in services if pool in selected_refs(service)]

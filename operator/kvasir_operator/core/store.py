@@ -8,7 +8,7 @@ Bytes take a tenth of the memory that objects take, and every read is a copy of 
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from sys import intern
 from typing import NamedTuple
@@ -50,10 +50,21 @@ def encode(obj: Manifest, *, group: str) -> Entry:
 
 
 class Store:
-    """The objects of one kind. `limit` bounds their number: the first to come are dropped."""
+    """The objects of one kind.
 
-    def __init__(self, *, limit: int | None = None) -> None:
+    `limit` bounds their number. Over it, those of groups that nobody cares for (`spared` names the
+    others) are dropped, the first to come first, half the limit at once; and if there are none,
+    the first of all.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit: int | None = None,
+        spared: Callable[[], Collection[str]] = frozenset,
+    ) -> None:
         self._limit = limit
+        self._spared = spared
         self._entries: dict[Key, Entry] = {}
         self._groups: dict[tuple[str, str], set[Key]] = {}  # by namespace and group
         self._deleted: set[str] = set()  # UIDs that we deleted, until the watch has told so, too
@@ -80,6 +91,10 @@ class Store:
     def in_namespace(self, namespace: str) -> Iterator[Entry]:
         """All objects of a namespace ("": of all)."""
         return (e for e in self._entries.values() if namespace in ("", e.key.namespace))
+
+    def uids(self) -> Iterator[str]:
+        """The UIDs of all objects."""
+        return (entry.uid for entry in self._entries.values())
 
     def saw(self, version: int) -> None:
         """The watch has brought everything up to this version."""
@@ -150,9 +165,18 @@ class Store:
             self._remove(present)
         self._entries[entry.key] = entry
         self._groups.setdefault((entry.key.namespace, entry.group), set()).add(entry.key)
-        if self._limit is not None and len(self._entries) > self._limit:
-            self._remove(next(iter(self._entries.values())))
+        self._keep_limit()
         return present is None or present.data != entry.data
+
+    def _keep_limit(self) -> None:
+        if self._limit is None or len(self._entries) <= self._limit:
+            return
+        spared = self._spared()
+        others = [e for e in self._entries.values() if e.group not in spared]
+        for entry in others[: max(1, self._limit // 2)]:
+            self._remove(entry)
+        if not others:
+            self._remove(next(iter(self._entries.values())))
 
     def _remove(self, entry: Entry) -> None:
         del self._entries[entry.key]
