@@ -11,6 +11,7 @@ from pydantic import Field
 
 from kvasir_operator.api_base import NAME_PATTERN, ApiModel, Rule, map_list
 from kvasir_operator.api_gateway import GatewaySettings
+from kvasir_operator.api_kv import KvNodeSettings
 from kvasir_operator.api_planner import PlannerSettings, WorkerPrice
 from kvasir_operator.api_pods import KeyRef, PodSettings, Resources
 from kvasir_operator.api_security import ROUTER_PEER_PORT, LinkSettings, SecuritySettings
@@ -18,7 +19,6 @@ from kvasir_operator.api_status import ModelServiceStatus, PoolStatus
 from kvasir_operator.api_types import (
     REPLICAS_MAX,
     EngineSettings,
-    KvNodeSettings,
     Model,
     Slo,
     WorkerSettings,

@@ -257,9 +257,11 @@ class VolumeMount(ApiModel):
 
     RULES = (
         Rule(
-            "!self.mountPath.matches('^/(tmp$|(tls|kv-key|model)(/|$))|(^|/)[.][.]?(/|$)|//|/$|:')",
-            "mountPath must not hide /tmp, /tls, /kv-key or /model, which Kvasir mounts itself: "
-            "choose a plain absolute path, without . or .. or ':' in it and without '/' at its end",
+            "!self.mountPath.matches('^/(tmp$|(tls|kv-key|kv-disk|model)(/|$))"
+            "|(^|/)[.][.]?(/|$)|//|/$|:')",
+            "mountPath must not hide /tmp, /tls, /kv-key, /kv-disk or /model, which Kvasir mounts "
+            "itself: choose a plain absolute path, without . or .. or ':' in it and without '/' "
+            "at its end",
         ),
         Rule(
             "!has(self.subPath) || !self.subPath.matches('(^|/)[.][.](/|$)')",

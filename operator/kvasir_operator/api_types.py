@@ -139,13 +139,6 @@ KV_FITS_RULE = Rule(
     "the memory limit must be greater than kvCacheMb: raise resources.limits.memory or lower "
     "kvCacheMb",
 )
-NODE_FITS_RULE = Rule(
-    "!has(self.resources.limits) || !('memory' in self.resources.limits) || "
-    "quantity(string(self.resources.limits['memory']))"
-    ".asApproximateFloat() > double(self.memoryMb) * 1048576.0",
-    "the memory limit must be greater than memoryMb: raise resources.limits.memory or lower "
-    "memoryMb",
-)
 
 
 class WorkerSettings(PodSettings):
@@ -216,18 +209,6 @@ class EngineSettings(ApiModel):
     )
     vllm: VllmSettings | None = Field(
         default=None, description="The vLLM server, where engine is vllm."
-    )
-
-
-class KvNodeSettings(PodSettings):
-    """A KV node."""
-
-    RULES: ClassVar[tuple[Rule, ...]] = (NODE_FITS_RULE,)
-    memory_mb: int = Field(
-        default=512,
-        ge=1,
-        le=4_194_304,
-        description="Memory for KV blocks in one node, in MiB; the memory limit must cover it.",
     )
 
 

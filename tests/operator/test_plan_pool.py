@@ -1,6 +1,7 @@
 """Plans of pools: children, scale-in with drain, status."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from kvasir_operator.core.manifests import Manifest
@@ -78,6 +79,45 @@ def test_worker_gets_its_flags() -> None:
     assert args.endswith("--redis redis://r:6379/0 --x")
     names = {variable["name"] for variable in container["env"]}
     assert {"KVASIR_POD_NAME", "KVASIR_POD_UID", "KVASIR_POD_IP"} <= names
+
+
+def kv_nodes(**spec: Any) -> Manifest:
+    """The StatefulSet of a KVCachePool, its spec."""
+    plan = plan_for(make_object("KVCachePool", NAME, {"replicas": 2, **spec}))
+    found: Manifest = child_of(plan, "StatefulSet", NAME)["spec"]
+    return found
+
+
+def test_nodes_without_a_disk_are_as_they_were() -> None:
+    nodes = kv_nodes()
+    [container] = nodes["template"]["spec"]["containers"]
+    assert not {"--disk-dir", "--block-ttl-ms", "--tenant-share-max"} & set(container["args"])
+    assert [v["name"] for v in nodes["template"]["spec"]["volumes"]] == ["tmp"]
+    assert "volumeClaimTemplates" not in nodes
+
+
+def test_disk_without_a_claim_goes_with_the_pod() -> None:
+    nodes = kv_nodes(disk={"sizeMb": 1000}, blockTtlSeconds=60, tenantSharePercentMax=25)
+    [container] = nodes["template"]["spec"]["containers"]
+    args = " ".join(container["args"])
+    assert "--disk-dir /kv-disk/blocks --disk-mb 1000" in args
+    assert "--block-ttl-ms 60000 --tenant-share-max 0.25" in args
+    assert {"name": "kvasir-disk", "mountPath": "/kv-disk"} in container["volumeMounts"]
+    disk = {"name": "kvasir-disk", "emptyDir": {"sizeLimit": "1100Mi"}}
+    assert disk in nodes["template"]["spec"]["volumes"]
+    assert "volumeClaimTemplates" not in nodes
+
+
+def test_disk_with_a_claim_goes_with_the_node() -> None:
+    nodes = kv_nodes(disk={"volumeClaim": {"storageClassName": "fast"}})
+    [claim] = nodes["volumeClaimTemplates"]
+    assert claim["metadata"]["name"] == "kvasir-disk"
+    assert claim["spec"]["storageClassName"] == "fast"
+    assert claim["spec"]["resources"]["requests"] == {"storage": "4506Mi"}
+    kept = {"whenDeleted": "Delete", "whenScaled": "Delete"}
+    assert nodes["persistentVolumeClaimRetentionPolicy"] == kept
+    volumes = [v["name"] for v in nodes["template"]["spec"]["volumes"]]
+    assert volumes == ["tmp"], "the StatefulSet adds the claim's own"
 
 
 def test_pods_are_locked_down() -> None:

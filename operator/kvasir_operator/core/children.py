@@ -108,9 +108,22 @@ def _service(
 
 
 def stateful_set(
-    owner: Owner, name: str, labels: dict[str, str], part: Part, *, replicas: int
+    owner: Owner,
+    name: str,
+    labels: dict[str, str],
+    part: Part,
+    *,
+    replicas: int,
+    claims: Sequence[Manifest] = (),
 ) -> Manifest:
-    """Pods with names that last; all start at once, the highest ordinal leaves first."""
+    """Pods with names that last; all start at once, the highest ordinal leaves first.
+
+    Volumes that are claimed for a pod go with it.
+    """
+    kept = {
+        "volumeClaimTemplates": list(claims),
+        "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete", "whenScaled": "Delete"},
+    }
     return child(
         owner,
         "apps/v1",
@@ -123,6 +136,7 @@ def stateful_set(
             "podManagementPolicy": "Parallel",
             "selector": {"matchLabels": labels},
             "template": pod_template(part, labels),
+            **(kept if claims else {}),
         },
     )
 

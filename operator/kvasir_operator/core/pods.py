@@ -69,6 +69,8 @@ class Part:
     secret_env: Mapping[str, KeyRef] = field(default_factory=dict)  # never in args: ps shows those
     engine: Engine | None = None
     near: tuple[str, str] | None = None  # a pool to be near to, and the label of the domains
+    volumes: Sequence[Manifest] = ()  # of its own, besides those of its settings
+    mounts: Sequence[Manifest] = ()
     tls_secret: str = ""  # whose certificate it shows to other parts; "" for plain links
     takes_links: bool = True  # it is told of the certificate as all of Kvasir's own programs are
     kv_key_secret: str = ""  # whose key encrypts KV blocks; "": they are not encrypted
@@ -111,6 +113,7 @@ def pod_template(part: Part, labels: dict[str, str]) -> Manifest:
                     {"name": "tmp", "emptyDir": {}},
                     *([_model_volume(source)] if source else []),
                     *_secret_volumes(part),
+                    *part.volumes,
                     *(_as_written(volume) for volume in part.settings.volumes),
                 ],
             }
@@ -150,7 +153,7 @@ def _container(part: Part) -> Manifest:
             "resources": settings.resources.model_dump(exclude_defaults=True),
             "securityContext": _locked_down(),
             "terminationMessagePolicy": "FallbackToLogsOnError",
-            "volumeMounts": [*_mounts(part, settings), *_secret_mounts(part)],
+            "volumeMounts": [*_mounts(part, settings), *_secret_mounts(part), *part.mounts],
             **_probes(part),
         }
     )

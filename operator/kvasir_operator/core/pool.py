@@ -11,6 +11,7 @@ from kvasir_operator.api import DecodePoolSpec, KVCachePoolSpec, PrefillPoolSpec
 from kvasir_operator.core import children as make
 from kvasir_operator.core.conditions import Problem
 from kvasir_operator.core.fit import memory_problem
+from kvasir_operator.core.kv_nodes import disk_claims, disk_mounts, disk_volumes, tier_args
 from kvasir_operator.core.manifests import (
     REVISION_LABEL,
     WORKER_DATA_PORT,
@@ -88,7 +89,14 @@ def _plan_kv_nodes(world: World, spec: KVCachePoolSpec, around: list[Manifest]) 
     """KV nodes keep their names; one that is not wanted just leaves: its blocks are a cache."""
     owner = world.owner
     part = _part(world, spec)
-    nodes = make.stateful_set(owner, owner.name, pool_labels(owner), part, replicas=spec.replicas)
+    nodes = make.stateful_set(
+        owner,
+        owner.name,
+        pool_labels(owner),
+        part,
+        replicas=spec.replicas,
+        claims=disk_claims(spec),
+    )
     children, conflicts = without_conflicts(world, [*around, nodes])
     workload = workload_view(world.live.get(ref_of(nodes)))
     pods = pod_views(world.pods, world.warnings)
@@ -298,7 +306,7 @@ def _is_drained(world: World, spec: WorkerPoolSpec, pod: PodView) -> bool:
 def _part(world: World, spec: PoolSpec) -> Part:
     owner = world.owner
     if isinstance(spec, KVCachePoolSpec):
-        args = ["kvnode", *_common_args(), "--memory-mb", str(spec.memory_mb)]
+        args = ["kvnode", *_common_args(), *tier_args(spec)]
         model, grace_s = None, 30
     else:
         args = ["worker", *_common_args(), *_worker_args(owner, spec)]
@@ -318,6 +326,8 @@ def _part(world: World, spec: PoolSpec) -> Part:
         secret_env={"KVASIR_REDIS": ref} if (ref := spec.redis_url_secret_ref) else {},
         model=model,
         needs_weights=True,
+        volumes=disk_volumes(spec) if isinstance(spec, KVCachePoolSpec) else (),
+        mounts=disk_mounts(spec) if isinstance(spec, KVCachePoolSpec) else (),
         engine=_engine(spec),
         near=_near(spec),
         grace_s=grace_s,

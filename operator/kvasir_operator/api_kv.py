@@ -1,0 +1,80 @@
+"""The API of KV nodes: memory, disk, and what may stay in them for how long."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from kvasir_operator.api_base import ApiModel, Rule
+from kvasir_operator.api_pods import PodSettings
+
+TIER_MB_MAX = 4_194_304
+TTL_S_MAX = 31_536_000
+HAS_CLAIM = "has({0}.disk) && has({0}.disk.volumeClaim)"
+NODE_FITS_RULE = Rule(
+    "!has(self.resources.limits) || !('memory' in self.resources.limits) || "
+    "quantity(string(self.resources.limits['memory']))"
+    ".asApproximateFloat() > double(self.memoryMb) * 1048576.0",
+    "the memory limit must be greater than memoryMb: raise resources.limits.memory or lower "
+    "memoryMb",
+)
+CLAIM_RULE = Rule(
+    f"({HAS_CLAIM.format('self')}) == ({HAS_CLAIM.format('oldSelf')}) && "
+    f"(!({HAS_CLAIM.format('self')}) || self.disk == oldSelf.disk)",
+    "disk with volumeClaim cannot be set, changed or removed later, for volumes stay as they were "
+    "made: create another pool",
+)
+
+
+class VolumeClaim(ApiModel):
+    """A PersistentVolumeClaim for each KV node; it goes with its node."""
+
+    storage_class_name: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
+        max_length=253,
+        description="The StorageClass. Absent: the cluster's default.",
+    )
+
+
+class KvDisk(ApiModel):
+    """A tier of blocks on disk, below memory."""
+
+    size_mb: int = Field(
+        default=4096,
+        ge=64,
+        le=TIER_MB_MAX,
+        description="Room for blocks on a node's disk, in MiB; the volume is a tenth larger.",
+    )
+    volume_claim: VolumeClaim | None = Field(
+        default=None,
+        description="A claim per node: blocks outlive restarts and moves of a pod, and go when the "
+        "node is scaled away. Absent: an emptyDir, which outlives restarts of the container only.",
+    )
+
+
+class KvNodeSettings(PodSettings):
+    """A KV node."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (NODE_FITS_RULE, CLAIM_RULE)
+    memory_mb: int = Field(
+        default=512,
+        ge=1,
+        le=TIER_MB_MAX,
+        description="Memory for KV blocks in one node, in MiB; the memory limit must cover it.",
+    )
+    disk: KvDisk | None = Field(
+        default=None,
+        description="Blocks that memory has no room for go to disk. Absent: memory only.",
+    )
+    block_ttl_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        le=TTL_S_MAX,
+        description="Blocks are dropped this long after they came. Absent: when room is needed.",
+    )
+    tenant_share_percent_max: int = Field(
+        default=100,
+        ge=1,
+        le=100,
+        description="How much of each tier the blocks of one tenant may take, in percent.",
+    )

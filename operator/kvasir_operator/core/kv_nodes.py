@@ -1,0 +1,54 @@
+"""What a KV node keeps blocks on: its arguments, its volumes and the claims for them."""
+
+from collections.abc import Sequence
+
+from kvasir_operator.api import KVCachePoolSpec
+from kvasir_operator.core.manifests import Manifest
+
+DISK_FOLDER, DISK_VOLUME = "/kv-disk", "kvasir-disk"
+BLOCKS_FOLDER = f"{DISK_FOLDER}/blocks"  # beside what a file system keeps at its root
+
+
+def tier_args(spec: KVCachePoolSpec) -> Sequence[str]:
+    """How much blocks may take, where and for how long."""
+    args = ["--memory-mb", str(spec.memory_mb)]
+    if spec.disk is not None:
+        args += ["--disk-dir", BLOCKS_FOLDER, "--disk-mb", str(spec.disk.size_mb)]
+    if spec.block_ttl_seconds is not None:
+        args += ["--block-ttl-ms", str(1000 * spec.block_ttl_seconds)]
+    if spec.tenant_share_percent_max < 100:
+        args += ["--tenant-share-max", str(spec.tenant_share_percent_max / 100)]
+    return args
+
+
+def disk_mounts(spec: KVCachePoolSpec) -> list[Manifest]:
+    """Where a node finds its disk."""
+    if spec.disk is None:
+        return []
+    return [{"name": DISK_VOLUME, "mountPath": DISK_FOLDER}]
+
+
+def disk_volumes(spec: KVCachePoolSpec) -> list[Manifest]:
+    """The disk of a node that has no claim: it goes with the pod."""
+    if spec.disk is None or spec.disk.volume_claim is not None:
+        return []
+    return [{"name": DISK_VOLUME, "emptyDir": {"sizeLimit": _volume_size(spec.disk.size_mb)}}]
+
+
+def disk_claims(spec: KVCachePoolSpec) -> list[Manifest]:
+    """The claims that a StatefulSet makes for its pods, one per node."""
+    if spec.disk is None or spec.disk.volume_claim is None:
+        return []
+    chosen = spec.disk.volume_claim.storage_class_name
+    body: Manifest = {
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": _volume_size(spec.disk.size_mb)}},
+        **({"storageClassName": chosen} if chosen else {}),
+    }
+    kind = {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
+    return [{**kind, "metadata": {"name": DISK_VOLUME}, "spec": body}]
+
+
+def _volume_size(size_mb: int) -> str:
+    """A tenth more than blocks may take: a file system keeps some for itself."""
+    return f"{-(-size_mb * 11 // 10)}Mi"
