@@ -82,7 +82,10 @@ def test_redis_of_a_secure_service_has_no_plain_port() -> None:
     assert (flag(redis, "--port"), flag(redis, "--tls-port")) == ("0", "6379")
     assert flag(redis, "--tls-auth-clients") == "yes"
     assert flag(redis, "--tls-cert-file") == "/tls/tls.crt"
-    assert "--tls-dir" not in redis["spec"]["containers"][0]["args"], "redis-server has no such"
+    [container] = redis["spec"]["containers"]
+    assert "--tls-dir" not in container["args"], "redis-server has no such"
+    for probe in (container["readinessProbe"], container["livenessProbe"]):
+        assert probe["exec"]["command"] == ["redis-cli", "-s", "/tmp/redis.sock", "ping"]
     assert volumes(redis)["kvasir-tls"]["secret"]["secretName"] == "chat-kvasir-tls"
     for kind, name in (("DecodePool", "decode"), ("KVCachePool", "kv")):
         url = child_of(plan, kind, f"chat-{name}")["spec"]["redisUrl"]
@@ -94,6 +97,7 @@ def test_redis_of_a_plain_service_is_as_it_was() -> None:
     redis = pod_of(child_of(plan, "Deployment", "chat-redis"))
     assert redis["spec"]["containers"][0]["command"] == ["redis-server"]
     assert flag(redis, "--port") == "6379"
+    assert redis["spec"]["containers"][0]["livenessProbe"]["tcpSocket"] == {"port": "redis"}
     assert "kvasir-tls" not in volumes(redis)
     url = child_of(plan, "KVCachePool", "chat-kv")["spec"]["redisUrl"]
     assert url == "redis://chat-redis.default.svc:6379/0"

@@ -64,6 +64,7 @@ class Part:
     needs_weights: bool = False
     probe_port: str = "http"  # "" for none over HTTP
     tcp_probe_port: str = ""
+    probe_command: Sequence[str] = ()  # instead of both
     grace_s: int = 30
     env: Mapping[str, str] = field(default_factory=dict)
     secret_env: Mapping[str, KeyRef] = field(default_factory=dict)  # never in args: ps shows those
@@ -230,8 +231,19 @@ def _without_false(body: Manifest) -> Manifest:
 
 
 def _probes(part: Part) -> Manifest:
+    if part.probe_command:  # a process each time: a busy node may take a while
+        action: Manifest = {"exec": {"command": list(part.probe_command)}}
+        return {
+            "readinessProbe": {**action, "periodSeconds": 5, "timeoutSeconds": 10},
+            "livenessProbe": {
+                **action,
+                "periodSeconds": 20,
+                "timeoutSeconds": 20,
+                "failureThreshold": 6,
+            },
+        }
     if not part.probe_port:
-        action: Manifest = {"tcpSocket": {"port": part.tcp_probe_port}}
+        action = {"tcpSocket": {"port": part.tcp_probe_port}}
         return {
             "readinessProbe": {**action, "periodSeconds": 2, "timeoutSeconds": 3},
             "livenessProbe": {**action, "periodSeconds": 10, "timeoutSeconds": 5},

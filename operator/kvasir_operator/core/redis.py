@@ -2,7 +2,7 @@
 
 Where the parts of the service show certificates, Redis does, too, and demands them; it then has no
 plain port. Its own socket, in its pod, lets it be told of renewed certificates: it would read them
-at its start only.
+at its start only. Probes ask there as well: Redis logs a connection without TLS as an error.
 """
 
 from collections.abc import Sequence
@@ -76,6 +76,7 @@ def redis_children(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         service_account=owner.name,
         probe_port="",
         tcp_probe_port="redis",
+        probe_command=("redis-cli", "-s", SOCKET, "ping") if secret else (),
         tls_secret=secret,
         takes_links=False,
     )
