@@ -43,10 +43,12 @@ double exercise_integers(int rounds) {
 #pragma GCC unroll 32
     for (int c = 0; c < kChains; ++c) sums[c] = V::dot(sums[c], y, x);
   }
-  float lanes[V::kWidth];
+  typename V::F total = V::to_float(sums[0]);
 #pragma GCC unroll 32
-  for (int c = 0; c < kChains; ++c) V::store(lanes, V::to_float(sums[c]));
-  source = static_cast<int32_t>(lanes[0]);
+  for (int c = 1; c < kChains; ++c) total = V::add(total, V::to_float(sums[c]));
+  float lanes[V::kWidth];
+  V::store(lanes, total);
+  source = lanes[0] > 0;
   return 8.0 * rounds * kChains * V::kWidth;
 }
 
