@@ -34,8 +34,8 @@ LOCATE_NODES_MAX = 8
 """Nodes asked for one chain, in the order of their rank, when no Redis is shared."""
 OFFER_TIMEOUT_MS = 10_000
 OFFERS_RUNNING_MAX = 2
-OFFER_NODES_MAX = 2
-"""A node that cannot take an offer is replaced by the next in rank, once."""
+OFFER_NODES_SPARE = 1
+"""So many nodes that cannot take an offer are replaced by the next in rank."""
 OFFER_NAMES_WAITING_MAX = 8192
 FETCHES_MAX = 8
 
@@ -83,8 +83,18 @@ class KvTier:
         plane: DataPlane | None = None,
         registry: CollectorRegistry | None = None,
         offer_names_waiting_max: int = OFFER_NAMES_WAITING_MAX,
+        replicas: int = 1,
     ) -> None:
-        """`nodes`: HOST:PORT or dns:HOST:PORT. Raises ValueError for a malformed spec or URL."""
+        """A tier of these nodes.
+
+        Args:
+            nodes: HOST:PORT or dns:HOST:PORT.
+            replicas: nodes that each block is offered to.
+
+        Raises:
+            ValueError: a spec or URL is malformed.
+        """
+        self._replicas = replicas
         self._nodes = NodeSet(nodes, links=links)
         self._index = RedisIndex(redis_url, links=links) if redis_url else None
         self._puller = NamedPuller(pool, plane or DataPlane(), pulls_max=FETCHES_MAX)
@@ -145,29 +155,26 @@ class KvTier:
         if not names:
             return FetchResult(0, 0, "")
         end_s = time.monotonic() + timeout_ms / 1000
-        runs, problem = await self._locate(names, chain_head or names[0], end_s=end_s)
-        num_fetched = bytes_moved = 0
-        for run in runs:
-            wanted = slice(run.first, run.end)
-            result = await self._pull(run, names[wanted], blocks[wanted], end_s=end_s)
-            bytes_moved += result.bytes_moved
-            num_ok = _num_leading(result)
-            if num_ok < run.count and not result.error:
-                rest = slice(run.first + num_ok, run.end)
-                lost = Run(run.holder, rest.start, run.count - num_ok)
-                loaded, moved = await self._load(lost, names[rest], blocks[rest], end_s=end_s)
-                num_ok, bytes_moved = num_ok + loaded, bytes_moved + moved
-            num_fetched += num_ok
-            if num_ok < run.count:
-                problem = result.error
-                if _ms_until(end_s) > 1:  # else they may only have come late
-                    await self._forget_stale(run, names[wanted][num_ok:], result.error)
-                break
+        head = chain_head or names[0]
+        runs, problem = await self._locate(names, head, end_s=end_s)
+        known = runs[-1].end if runs else 0
+        result = await self._fetch(runs, names, blocks, end_s=end_s)
+        if result.problem and self._index is not None:  # the holder is away: another may have them
+            done = result.num_fetched_leading
+            runs, _ = await self._ask_nodes(names[done:], head, end_s=end_s)
+            if runs:
+                known = max(known, done + runs[-1].end)
+                more = await self._fetch(runs, names[done:], blocks[done:], end_s=end_s)
+                result = FetchResult(
+                    done + more.num_fetched_leading,
+                    result.bytes_moved + more.bytes_moved,
+                    more.problem,
+                )
+        num_fetched = result.num_fetched_leading
         self._metrics.blocks.labels("fetched").inc(num_fetched)
-        known = sum(run.count for run in runs)
         self._metrics.blocks.labels("lost").inc(known - num_fetched)
         self._metrics.blocks.labels("unknown").inc(len(names) - known)
-        return FetchResult(num_fetched, bytes_moved, problem)
+        return FetchResult(num_fetched, result.bytes_moved, result.problem or problem)
 
     async def offer(
         self,
@@ -223,7 +230,7 @@ class KvTier:
     async def _ask_nodes(
         self, names: Sequence[bytes], chain_head: bytes, *, end_s: float
     ) -> tuple[list[Location], str]:
-        targets = rank_nodes(chain_head, self._nodes.live())[:LOCATE_NODES_MAX]
+        targets = rank_nodes(chain_head, self._nodes.weights())[:LOCATE_NODES_MAX]
         timeout_ms = min(_ms_until(end_s), LOCATE_TIMEOUT_MS)
         answers = await asyncio.gather(
             *(self._nodes.locate(target, names, timeout_ms=timeout_ms) for target in targets),
@@ -239,6 +246,33 @@ class KvTier:
             else:
                 runs.append(answer)
         return leading_runs(runs, num_names=len(names)), problem if not runs else ""
+
+    async def _fetch(
+        self,
+        runs: Sequence[Location],
+        names: Sequence[bytes],
+        blocks: Sequence[int],
+        *,
+        end_s: float,
+    ) -> FetchResult:
+        """Fetches run after run until one does not come whole."""
+        num_fetched = bytes_moved = 0
+        for run in runs:
+            wanted = slice(run.first, run.end)
+            result = await self._pull(run, names[wanted], blocks[wanted], end_s=end_s)
+            bytes_moved += result.bytes_moved
+            num_ok = _num_leading(result)
+            if num_ok < run.count and not result.error:
+                rest = slice(run.first + num_ok, run.end)
+                lost = Run(run.holder, rest.start, run.count - num_ok)
+                loaded, moved = await self._load(lost, names[rest], blocks[rest], end_s=end_s)
+                num_ok, bytes_moved = num_ok + loaded, bytes_moved + moved
+            num_fetched += num_ok
+            if num_ok < run.count:
+                if _ms_until(end_s) > 1:  # else they may only have come late
+                    await self._forget_stale(run, names[wanted][num_ok:], result.error)
+                return FetchResult(num_fetched, bytes_moved, result.error)
+        return FetchResult(num_fetched, bytes_moved, "")
 
     async def _pull(
         self, run: Location, names: Sequence[bytes], blocks: Sequence[int], *, end_s: float
@@ -297,17 +331,21 @@ class KvTier:
                 self._offers_changed.notify_all()
 
     async def _send(self, offer: _Offer) -> str:
-        """Offers to the chain's node, else to the next in rank; "ok" or why not."""
+        """Offers to the chain's nodes, the next in rank for one that fails; "ok" or why not."""
         reason = "no_node"
-        for target in rank_nodes(offer.chain_head, self._nodes.live())[:OFFER_NODES_MAX]:
+        num_left = self._replicas
+        ranked = rank_nodes(offer.chain_head, self._nodes.weights())
+        for target in ranked[: self._replicas + OFFER_NODES_SPARE]:
             try:
                 await self._nodes.offer(target, offer.request)
             except KvasirError as error:
                 log.warning("offering KV blocks to %s: %s", target, error.message)
                 reason = error.reason.value
-            else:
-                return "ok"
-        return reason
+                continue
+            num_left -= 1
+            if not num_left:
+                break
+        return "ok" if num_left < self._replicas else reason
 
 
 def _num_leading(result: PullResult) -> int:

@@ -2,7 +2,8 @@
 
     BlockIndex
       MemoryIndex   in this process
-      RedisIndex    in Redis, shared by a cluster; one round trip a call
+      RedisIndex    in Redis, shared by a cluster; one round trip a call (to each node concerned,
+                    if Redis itself is a cluster)
 
 Every entry is a lease that its holder renews. No call raises because the index is away: it
 answers with a miss, and `healthy` and `problem` say so. That a holder still has a block is decided
@@ -21,9 +22,11 @@ import redis
 from google.protobuf.message import DecodeError
 from kvasir_proto.links import Links
 from kvasir_proto.v1 import common_pb2
+from redis.asyncio.cluster import RedisCluster
+from redis.exceptions import RedisClusterException
 
 from kvasir_kvstore.core.placement import Run
-from kvasir_kvstore.redis_pool import connect
+from kvasir_kvstore.redis_url import close, connect
 
 log = logging.getLogger(__name__)
 
@@ -210,9 +213,15 @@ class RedisIndex:
         if not names:
             return True
         keys = [_KEY_PREFIX + name for name in names]
+        packed = _pack(holder)
 
         async def run() -> Any:
-            return await self._redis.eval(_WITHDRAW, len(keys), *keys, _pack(holder))
+            if not isinstance(self._redis, RedisCluster):
+                return await self._redis.eval(_WITHDRAW, len(keys), *keys, packed)
+            pipeline = self._redis.pipeline()  # a script's keys must lie on one node
+            for key in keys:
+                pipeline.execute_command("EVAL", _WITHDRAW, 1, key, packed)
+            return await pipeline.execute()
 
         return await self._call(run) is not None
 
@@ -223,6 +232,8 @@ class RedisIndex:
 
         async def run() -> list[bytes | None]:
             keys = [_KEY_PREFIX + name for name in names]
+            if isinstance(self._redis, RedisCluster):
+                return cast(list[bytes | None], await self._redis.mget_nonatomic(keys))
             return cast(list[bytes | None], await self._redis.mget(keys))
 
         return _locations(await self._call(run) or [])
@@ -238,7 +249,7 @@ class RedisIndex:
 
     async def close(self) -> None:
         """Closes the connections."""
-        await self._redis.aclose()
+        await close(self._redis)
 
     async def _call(self, call: Callable[[], Awaitable[Result]]) -> Result | None:
         """The call's result; None if Redis is, or has just been, away."""
@@ -247,7 +258,7 @@ class RedisIndex:
         try:
             async with asyncio.timeout(2 * self._timeout_s):
                 result = await call()
-        except (redis.RedisError, OSError, TimeoutError) as error:
+        except (redis.RedisError, RedisClusterException, OSError, TimeoutError) as error:
             if not self._problem:
                 log.warning("block index: Redis is away: %s", error or type(error).__name__)
             self._problem = f"Redis: {error or type(error).__name__}"

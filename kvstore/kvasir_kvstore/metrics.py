@@ -28,6 +28,7 @@ NODE_COUNTERS = {
     "blocks_unavailable": "Offered blocks that the source had no more, or whose frames were bad",
     "bytes_pulled": "KV bytes pulled from workers",
     "blocks_evicted": "Blocks given up for others",
+    "blocks_moved": "Blocks that other nodes took over, since their chains belong there",
     "blocks_expired": "Blocks given up because their time was over",
     "frames_quarantined": "Frames whose checksum or form was wrong",
     "blocks_served": "Blocks sent to peers",

@@ -8,6 +8,7 @@ core/placement.py.
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from kvasir_proto.links import Links
 from kvasir_proto.rpc_errors import error_from_rpc
 from kvasir_proto.v1 import kvnode_pb2, kvnode_pb2_grpc
 
-from kvasir_kvstore.core.placement import Run
+from kvasir_kvstore.core.placement import Run, node_weight
 from kvasir_kvstore.index import Location
 from kvasir_kvstore.peers import join_target, parse_spec
 
@@ -44,17 +45,26 @@ class _Node:
     stub: "kvnode_pb2_grpc.KvNodeAsyncStub"
     links_version: int
     problem: str = "not asked yet"
+    bytes_capacity: int = 1
+    started_ms: int = 0
 
 
 class NodeSet:
     """The nodes behind the specs; the event loop owns it."""
 
     def __init__(
-        self, specs: Sequence[str], *, links: Links | None = None, interval_ms: int = 1000
+        self,
+        specs: Sequence[str],
+        *,
+        links: Links | None = None,
+        interval_ms: int = 1000,
+        asks_live: bool = False,
     ) -> None:
+        """`asks_live`: nodes are probed while they answer, too, so that a new life is noticed."""
         self._specs = [parse_spec(spec) for spec in specs]
         self._links = links or Links()
         self._interval_s = interval_ms / 1000
+        self._asks_live = asks_live
         self._nodes: dict[str, _Node] = {}
         self._resolve_problem = ""
         self._watcher: asyncio.Task[None] | None = None
@@ -76,6 +86,24 @@ class NodeSet:
     def live(self) -> list[str]:
         """Targets of the nodes that answered last time."""
         return [target for target, node in self._nodes.items() if not node.problem]
+
+    def weights(self) -> dict[str, float]:
+        """What each live node counts for in the ranking."""
+        now_ms = time.time_ns() // 1_000_000
+        lives = self.lives()
+        oldest_age_ms = now_ms - min(lives.values(), default=now_ms)
+        return {
+            target: node_weight(
+                self._nodes[target].bytes_capacity,
+                age_ms=now_ms - started_ms,
+                oldest_age_ms=oldest_age_ms,
+            )
+            for target, started_ms in lives.items()
+        }
+
+    def lives(self) -> dict[str, int]:
+        """When each live node started, in Unix milliseconds: another number is another life."""
+        return {target: n.started_ms for target, n in self._nodes.items() if not n.problem}
 
     @property
     def problem(self) -> str:
@@ -158,7 +186,8 @@ class NodeSet:
         for target in sorted(targets - set(self._nodes))[: NODES_MAX - len(self._nodes)]:
             self._nodes[target] = self._dial(target)
         await self._renew_channels()
-        probes = [self._probe(t, node) for t, node in self._nodes.items() if node.problem]
+        asked = [(t, n) for t, n in self._nodes.items() if n.problem or self._asks_live]
+        probes = [self._probe(target, node) for target, node in asked]
         await asyncio.gather(*probes)
 
     def _dial(self, target: str) -> _Node:
@@ -197,11 +226,14 @@ class NodeSet:
 
     async def _probe(self, target: str, node: _Node) -> None:
         try:
-            await node.stub.Describe(
+            found = await node.stub.Describe(
                 kvnode_pb2.DescribeKvNodeRequest(), timeout=PROBE_TIMEOUT_MS / 1000
             )
         except grpc.aio.AioRpcError as error:
             node.problem = error_from_rpc(error).message or "does not answer"
         else:
-            log.info("KV node %s answers", target)
+            if node.problem:
+                log.info("KV node %s answers", target)
             node.problem = ""
+            node.bytes_capacity = found.bytes_capacity
+            node.started_ms = found.address.epoch

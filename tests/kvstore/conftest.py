@@ -19,19 +19,20 @@ class RedisServer:
                 "these tests need a real redis-server: apt-get install redis-server "
                 "(`make test` does so where it may)"
             )
-        self._binary = binary
+        self.binary = binary
         self._folder = folder
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, more: dict[str, str] | None = None) -> None:
         log = self._folder / "redis.log"
         options = {"port": self.port, "bind": "127.0.0.1", "save": "", "appendonly": "no"}
+        options |= more or {}
         flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [self._binary, *flags], cwd=self._folder, stdout=output, stderr=output
+                [self.binary, *flags], cwd=self._folder, stdout=output, stderr=output
             )
         wait_until(lambda: b"Ready to accept connections" in log.read_bytes(), "redis-server")
 

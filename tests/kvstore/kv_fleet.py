@@ -50,6 +50,10 @@ class NodeProcess:
     def start(self) -> None:
         """Starts the process and waits until it is ready."""
         self.spawn()
+        self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Waits until a process that was spawned is ready."""
         wait_until(self._is_ready, self.spec, timeout_s=60)
 
     def spawn(self) -> None:
@@ -153,6 +157,7 @@ async def make_holder(
     redis_url: str | None = None,
     num_blocks: int = 64,
     plane: DataPlane | None = None,
+    replicas: int = 1,
 ) -> AsyncIterator[Holder]:
     plane = plane or DataPlane()
     pool = make_pool(
@@ -175,7 +180,7 @@ async def make_holder(
     address = common_pb2.PeerAddress(
         name="w", uid=uid, epoch=1, host="127.0.0.1", data_port=server.port
     )
-    tier = KvTier(pool, nodes=nodes, redis_url=redis_url, plane=plane)
+    tier = KvTier(pool, nodes=nodes, redis_url=redis_url, plane=plane, replicas=replicas)
     await tier.start()
     try:
         yield Holder(pool, server, address, tier)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from kvasir_sim.settings import SimSettings
 
+from kvasir_cli.commands.sim_cache import cache
 from kvasir_cli.commands.sim_generate import generate
 from kvasir_cli.commands.sim_plan import plan
 from kvasir_cli.commands.sim_sweep import sweep
@@ -58,5 +59,6 @@ sim.add_command(
     )
 )
 sim.add_command(sweep)
+sim.add_command(cache)
 sim.add_command(plan)
 sim.add_command(generate)

@@ -245,6 +245,7 @@ async def _start_tier(host: Host, pool: BlockPool, stack: AsyncExitStack) -> KvT
         plane=settings.data_plane,
         registry=host.metrics.registry,
         offer_names_waiting_max=settings.offer_blocks_max,
+        replicas=settings.kv_replicas,
     )
     await tier.start()
     stack.push_async_callback(tier.close)

@@ -33,6 +33,8 @@ class WorkerSettings(DataPeerSettings):
     """CPU path of the kernels; None: the best that runs here."""
     kv_nodes: tuple[str, ...] = ()
     """HOST:PORT or dns:HOST:PORT of their gRPC; none: no KV tier."""
+    kv_replicas: int = Field(default=1, ge=1, le=8)
+    """KV nodes that each block is offered to."""
     redis: str | None = None
     """URL of the block index, if it is Redis."""
 

@@ -109,6 +109,10 @@ class BlockCache:
         """Names held, in the order in which they came."""
         return list(self._held)
 
+    def origins(self) -> dict[bytes, Origin]:
+        """Where each block held comes from."""
+        return {name: held.origin for name, held in self._held.items()}
+
     def find(self, name: bytes, *, now_ms: int) -> Held | None:
         """The block, unless it is not held or its time is over."""
         held = self._held.get(name)

@@ -9,8 +9,12 @@ touches of the cache, which gives uses long ago less weight without a sweep: in
 
 all blocks age at one rate, so that their order by score is their order by frequency now, and it
 changes only for the block that is touched (LRFU, Lee et al., 2001). Blocks given up are remembered
-by name for as many touches as there are slots, with their frequency: one that comes back is
-known. Pure; who may be given up is left to the cache.
+by name for a while, with their frequency: one that comes back is known.
+
+A short half life makes this LRU, a long one LFU; which is right differs between loads and sizes. So
+a few half lives are tried all the time, each in a model of the cache that sees every 16th name and
+holds as many fewer (Waldspurger et al., 2017), and the one whose model had the most hits is used.
+Pure; who may be given up is left to the cache.
 """
 
 import heapq
@@ -19,9 +23,14 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-HALF_LIFE_PER_SLOT = 16.0
-GHOSTS_PER_SLOT = 1.0
+HALF_LIVES_PER_SLOT = (0.25, 1.0, 4.0, 16.0)
+GHOSTS_PER_SLOT = 4
 HEAP_SLACK = 1024
+SAMPLING_MAX = 16
+MODEL_SLOTS_MIN = 64
+TRIAL_TOUCHES_PER_SLOT = 4
+HITS_KEPT = 0.5
+"""Of the hits of earlier trials, at each new one."""
 
 _Entry = tuple[float, bytes]
 """Score and name."""
@@ -35,18 +44,24 @@ class _Known:
     group: bytes
 
 
-class ValueOrder:
-    """Names by value, over all and within each group."""
+class Ranking:
+    """Names by value under one half life, over all and within each group."""
 
-    def __init__(self, num_slots: int, *, half_life_per_slot: float = HALF_LIFE_PER_SLOT) -> None:
-        self._half_life = max(1.0, num_slots * half_life_per_slot)
-        self._ghosts_max = int(num_slots * GHOSTS_PER_SLOT)
+    def __init__(self, num_slots: int, *, half_life: float) -> None:
+        self.half_life = half_life
+        self._ghosts_max = num_slots * GHOSTS_PER_SLOT
         self._touches = 0
         self._known: dict[bytes, _Known] = {}
         self._ghosts: OrderedDict[bytes, _Known] = OrderedDict()
         self._all: list[_Entry] = []
         self._groups: defaultdict[bytes, list[_Entry]] = defaultdict(list)
         self._group_sizes = Counter[bytes]()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._known
 
     def add(self, name: bytes, *, group: bytes = b"") -> None:
         """A name comes in, or comes back."""
@@ -61,7 +76,9 @@ class ValueOrder:
         """A name goes for another reason than its value, and is not remembered."""
         self._leave(name)
 
-    def take(self, group: bytes | None, may_go: Callable[[bytes], bool]) -> bytes | None:
+    def take(
+        self, group: bytes | None, may_go: Callable[[bytes], bool] = lambda _: True
+    ) -> bytes | None:
         """Removes and returns the least valuable name (of the group) that may go, if any."""
         heap = self._all if group is None else self._groups[group]
         refused: list[_Entry] = []
@@ -79,12 +96,27 @@ class ValueOrder:
             heapq.heappush(heap, entry)
         return taken
 
+    def use(self, half_life: float) -> None:
+        """Ranks all names anew."""
+        if half_life == self.half_life:
+            return
+        self.half_life = half_life
+        self._all.clear()
+        self._groups.clear()
+        for name, known in self._known.items():
+            score = known.at + half_life * math.log2(known.frequency)
+            self._known[name] = _Known(known.frequency, known.at, score, known.group)
+            self._all.append((score, name))
+            self._groups[known.group].append((score, name))
+        for heap in (self._all, *self._groups.values()):
+            heapq.heapify(heap)
+
     def _note(self, name: bytes, before: _Known | None, group: bytes) -> None:
         self._touches += 1
         frequency = 1.0
         if before is not None:
-            frequency += before.frequency * 0.5 ** ((self._touches - before.at) / self._half_life)
-        score = self._touches + self._half_life * math.log2(frequency)
+            frequency += before.frequency * 0.5 ** ((self._touches - before.at) / self.half_life)
+        score = self._touches + self.half_life * math.log2(frequency)
         self._known[name] = _Known(frequency, self._touches, score, group)
         self._push(self._all, (score, name), size=len(self._known))
         self._push(self._groups[group], (score, name), size=self._group_sizes[group])
@@ -110,3 +142,73 @@ class ValueOrder:
         self._ghosts[name] = known
         if len(self._ghosts) > self._ghosts_max:
             self._ghosts.popitem(last=False)
+
+
+class _Trials:
+    """Models of the cache, one per half life, and how many hits each would have had."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._sampling = max(1, min(SAMPLING_MAX, num_slots // MODEL_SLOTS_MIN))
+        self._slots = max(1, num_slots // self._sampling)
+        self._models = {
+            half_life: Ranking(self._slots, half_life=half_life * self._slots)
+            for half_life in HALF_LIVES_PER_SLOT
+        }
+        self._hits = dict.fromkeys(HALF_LIVES_PER_SLOT, 0.0)
+        self._touches = 0
+
+    def wanted(self, name: bytes) -> float | None:
+        """The half life, per slot, to be used from now on; None: as before."""
+        if int.from_bytes(name[:4], "big") % self._sampling:
+            return None
+        for half_life, model in self._models.items():
+            if name in model:
+                self._hits[half_life] += 1
+                model.touch(name)
+                continue
+            model.add(name)
+            if len(model) > self._slots:
+                model.take(None)
+        self._touches += 1
+        if self._touches % (TRIAL_TOUCHES_PER_SLOT * self._slots):
+            return None
+        best = max(self._hits, key=lambda half_life: self._hits[half_life])
+        self._hits = {half_life: HITS_KEPT * hits for half_life, hits in self._hits.items()}
+        return best
+
+
+class ValueOrder:
+    """Names by value, under the half life that suits the load."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._num_slots = num_slots
+        self._ranking = Ranking(num_slots, half_life=num_slots)
+        self._trials = _Trials(num_slots)
+
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._ranking
+
+    def add(self, name: bytes, *, group: bytes = b"") -> None:
+        """A name comes in, or comes back."""
+        self._ranking.add(name, group=group)
+        self._wanted(name)
+
+    def touch(self, name: bytes) -> None:
+        """A name that is in was wanted."""
+        self._ranking.touch(name)
+        self._wanted(name)
+
+    def discard(self, name: bytes) -> None:
+        """A name goes for another reason than its value, and is not remembered."""
+        self._ranking.discard(name)
+
+    def take(
+        self, group: bytes | None, may_go: Callable[[bytes], bool] = lambda _: True
+    ) -> bytes | None:
+        """Removes and returns the least valuable name (of the group) that may go, if any."""
+        return self._ranking.take(group, may_go)
+
+    def _wanted(self, name: bytes) -> None:
+        half_life = self._trials.wanted(name)
+        if half_life is not None:
+            self._ranking.use(half_life * self._num_slots)

@@ -124,6 +124,10 @@ class Arena:
         is_on_disk = self.disk is not None and self.disk.find(name) is not None
         return is_on_disk or self.cache.find(name, now_ms=self._now_ms()) is not None
 
+    def num_leading(self, names: Sequence[bytes]) -> int:
+        """How many of the names, from the first on, a tier has."""
+        return next((i for i, name in enumerate(names) if not self.holds(name)), len(names))
+
     def missing(self, names: Sequence[bytes]) -> list[bytes]:
         """Names that no tier has and that are not on their way, each once, in order."""
         missing = self.cache.missing(names)

@@ -19,6 +19,7 @@ from kvasir_kvstore.node.http import make_app
 from kvasir_kvstore.node.service import KvNodeService
 from kvasir_kvstore.node.settings import KvNodeSettings
 from kvasir_kvstore.node.store import NodeStore
+from kvasir_kvstore.nodes import NodeSet
 from kvasir_kvstore.peers import join_target
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,13 @@ async def _run(settings: KvNodeSettings) -> None:
         stack.push_async_callback(server.stop, settings.stop_timeout_ms / 1000)
         store.address.http_port = await _start_http(store, settings, stack)
         await store.restore()
-        leases = asyncio.create_task(store.keep_leases())
-        stack.push_async_callback(_cancel, leases)
+        tasks = [asyncio.create_task(store.keep_leases())]
+        if settings.kv_nodes:
+            nodes = NodeSet(settings.kv_nodes, links=links, asks_live=True)
+            stack.push_async_callback(nodes.close)
+            await nodes.start()
+            tasks.append(asyncio.create_task(store.move(nodes)))
+        stack.push_async_callback(_cancel, tasks)
         await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
         log.info(
             "KV node %s at %s: grpc %d, http %d, data %d",
@@ -71,10 +77,11 @@ async def _run(settings: KvNodeSettings) -> None:
         )
         # 3. Until told to stop, or until a task of its own ends, which is a bug.
         waiting = asyncio.create_task(stop.wait())
-        await asyncio.wait({waiting, leases}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({waiting, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
-        if leases.done():
-            leases.result()
+        for task in tasks:
+            if task.done():
+                task.result()
         log.info("KV node %s stops", settings.name)
         store.is_draining = True
         store.hub.close()
@@ -115,6 +122,7 @@ async def _set_health(
         await servicer.set(service, status)
 
 
-async def _cancel(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+async def _cancel(tasks: "list[asyncio.Task[None]]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from kvasir_kvstore.peers import DataPeerSettings
-from kvasir_kvstore.redis_pool import SCHEMES
+from kvasir_kvstore.peers import DataPeerSettings, parse_spec
+from kvasir_kvstore.redis_url import check_redis_url
 
 
 class KvNodeSettings(DataPeerSettings):
@@ -21,6 +21,13 @@ class KvNodeSettings(DataPeerSettings):
     """Blocks are given up so long after they were stored; 0: no limit."""
     tenant_share_max: float = Field(default=1.0, gt=0, le=1)
     """Part of each tier that blocks of one tenant may take."""
+    kv_nodes: tuple[str, ...] = ()
+    """HOST:PORT or dns:HOST:PORT of all KV nodes' gRPC: blocks move to the nodes that chains belong
+    to when some come or go; none: they stay where they were offered."""
+    kv_replicas: int = Field(default=1, ge=1, le=8)
+    """KV nodes that each block is kept on; workers' setting of the same name."""
+    move_mb_per_s: float = Field(default=64, gt=0)
+    """Blocks move to other nodes at no more than this, in MiB per second."""
     redis: str | None = None
     """URL of the block index that all share; none: an index in this process."""
 
@@ -39,9 +46,16 @@ class KvNodeSettings(DataPeerSettings):
     stop_timeout_ms: int = Field(default=3_000, ge=0)
     """After SIGTERM, running calls may take so long to end."""
 
+    @field_validator("kv_nodes")
+    @classmethod
+    def _check_kv_nodes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for spec in value:
+            parse_spec(spec)
+        return value
+
     @field_validator("redis")
     @classmethod
     def _check_redis(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(SCHEMES):
-            raise ValueError("not a URL of Redis (redis://HOST:PORT)")  # it may hold a password
+        if value is not None:
+            check_redis_url(value)
         return value

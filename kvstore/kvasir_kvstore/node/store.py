@@ -17,12 +17,15 @@ from kvasir_proto.v1 import common_pb2, kvnode_pb2
 
 from kvasir_kvstore.core.block import NAME_BYTES
 from kvasir_kvstore.core.cache import Origin
+from kvasir_kvstore.core.placement import Run, leading_runs
 from kvasir_kvstore.events import EventHub
 from kvasir_kvstore.index import BlockIndex, Location
 from kvasir_kvstore.metrics import NodeMetrics
 from kvasir_kvstore.node.arena import Arena, Filled, check_layout
 from kvasir_kvstore.node.block_file import BlockFile
+from kvasir_kvstore.node.moves import Mover
 from kvasir_kvstore.node.settings import KvNodeSettings
+from kvasir_kvstore.nodes import NodeSet
 from kvasir_kvstore.pulls import can_pull_from
 
 log = logging.getLogger(__name__)
@@ -66,7 +69,6 @@ class NodeStore:
             host=settings.peer_host,
             data_port=self._port_holder.getsockname()[1],
         )
-        self._arena: Arena | None = None
         self.metrics = NodeMetrics(self._scrape, self._tiers)
         self.counts = Counts()
         self.hub = EventHub(
@@ -76,8 +78,10 @@ class NodeStore:
             on_dropped=self.metrics.watchers_dropped.inc,
         )
         self.is_draining = False
+        self._arena: Arena | None = None
         self._is_arena_wanted = False  # workers have blocks of its layout; else a disk had
         self._arena_changes = asyncio.Lock()
+        self._mover: Mover | None = None
         self._gone: dict[bytes, None] = {}  # names to withdraw from the index
         self._turn = asyncio.Semaphore(settings.offers_running_max)
         self._num_offers = 0
@@ -111,7 +115,7 @@ class NodeStore:
         return response
 
     async def locate(self, names: Sequence[bytes]) -> list[Location]:
-        """Where the longest known leading part of the names is held.
+        """Where the longest known leading part of the names is held; here, as far as it goes.
 
         Raises:
             KvasirError: malformed.
@@ -119,6 +123,11 @@ class NodeStore:
         _check_names(names)
         if self._arena is not None:
             self._arena.touch(names)
+            num_held = self._arena.num_leading(names)
+            if num_held == len(names):
+                return [Run(self.address, 0, num_held)] if names else []
+            here = [Run(self.address, 0, num_held)]
+            return leading_runs([here, await self._index.locate(names)], num_names=len(names))
         return await self._index.locate(names)
 
     async def load(self, names: Sequence[bytes], *, timeout_ms: int) -> int:
@@ -161,6 +170,16 @@ class NodeStore:
         problems = [] if self._index.healthy else [f"index: {self._index.problem}"]
         problems += [tier.problem for tier in self._tiers() if tier.problem]
         return [*problems, self._disk_problem] if self._disk_problem else problems
+
+    async def move(self, nodes: NodeSet) -> None:
+        """Keeps chains on the nodes they belong to, until cancelled."""
+
+        def held() -> tuple[common_pb2.KvLayout | None, dict[bytes, Origin]]:
+            arena = self._arena
+            return (arena.layout, arena.cache.origins()) if arena else (None, {})
+
+        self._mover = Mover(self._settings, nodes, self.address, held=held)
+        await self._mover.run()
 
     async def keep_leases(self) -> None:
         """Keeps the index right until cancelled: renews entries, at once when an index is back."""
@@ -337,6 +356,7 @@ class NodeStore:
         values |= {
             "offers_running": self._num_offers,
             "index_healthy": self._index.healthy,
+            "blocks_moved": self._mover.blocks_moved if self._mover else 0,
             "blocks_total": 0,
             "blocks_used": 0,
         }

@@ -15,7 +15,7 @@ from kvasir_operator.core.pods import TLS_FOLDER, Part
 from kvasir_operator.core.slots import link_secret
 from kvasir_operator.core.world import World
 
-LINKED = "rediss+mtls"  # see kvasir_kvstore.redis_pool
+LINKED = "rediss+mtls"  # see kvasir_kvstore.redis_url
 SOCKET = "/tmp/redis.sock"
 RENEW_INTERVAL_S = 10
 SERVE_AND_RENEW = """\

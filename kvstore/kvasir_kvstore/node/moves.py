@@ -1,0 +1,110 @@
+"""Brings blocks to the KV nodes that their chains belong to, when nodes come or go.
+
+Decides which chains are offered to whom: after a change of the live nodes, those in memory here
+that belong (core/placement.py) to a node to which they did not belong before. The other node pulls,
+as it does from workers, and says what it has already, so that two holders of a chain do no harm.
+What has moved is not given up here: it loses its value as it is no longer asked for. One chain
+after the other, in the background, at a bounded rate; what failed is tried again in the next round.
+"""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from kvasir_proto.errors import KvasirError
+from kvasir_proto.v1 import common_pb2, kvnode_pb2
+
+from kvasir_kvstore.core.cache import Origin
+from kvasir_kvstore.core.placement import rank_nodes
+from kvasir_kvstore.node.settings import KvNodeSettings
+from kvasir_kvstore.nodes import NodeSet
+from kvasir_kvstore.peers import join_target
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 1.0
+NAMES_PER_OFFER = 64
+OFFER_TIMEOUT_MS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """The live nodes: what each counts for, and which life of it that is."""
+
+    weights: Mapping[str, float]
+    lives: Mapping[str, int]
+
+    def share(self, chain_head: bytes, replicas: int) -> set[tuple[str, int]]:
+        """The nodes that a chain belongs to, and their lives."""
+        ranked = rank_nodes(chain_head, self.weights)[:replicas]
+        return {(target, self.lives[target]) for target in ranked}
+
+
+class Mover:
+    """One node's part of keeping chains where they belong."""
+
+    def __init__(
+        self,
+        settings: KvNodeSettings,
+        nodes: NodeSet,
+        address: common_pb2.PeerAddress,
+        *,
+        held: Callable[[], tuple[common_pb2.KvLayout | None, Mapping[bytes, Origin]]],
+    ) -> None:
+        """`held`: the layout, and the blocks in memory with where they come from."""
+        self._nodes, self._address, self._held = nodes, address, held
+        self._replicas = settings.kv_replicas
+        self._bytes_per_s = settings.move_mb_per_s * (1 << 20)
+        self._placed: _Members | None = None
+        """With these, all is where it belongs."""
+        self.blocks_moved = 0
+
+    async def run(self) -> None:
+        """Moves what is to be moved until cancelled."""
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            members = _Members(self._nodes.weights(), self._nodes.lives())
+            if members != self._placed and await self._place(members):
+                self._placed = members
+
+    async def _place(self, members: "_Members") -> bool:
+        """Offers chains to nodes they newly belong to; False: not all could be."""
+        layout, held = self._held()
+        if layout is None:
+            return True
+        chains: defaultdict[Origin, list[bytes]] = defaultdict(list)
+        for name, origin in held.items():
+            chains[origin].append(name)
+        is_done = True
+        for origin, names in chains.items():
+            head = origin.chain_head
+            before = self._placed.share(head, self._replicas) if self._placed else set()
+            for target, _ in sorted(members.share(head, self._replicas) - before):
+                for start in range(0, len(names), NAMES_PER_OFFER):
+                    part = names[start : start + NAMES_PER_OFFER]
+                    is_done &= await self._offer(target, part, origin, layout)
+        return is_done
+
+    async def _offer(
+        self, target: str, names: list[bytes], origin: Origin, layout: common_pb2.KvLayout
+    ) -> bool:
+        if target == join_target(self._address.host, self._address.grpc_port):
+            return True
+        request = kvnode_pb2.OfferRequest(
+            source=self._address,
+            layout=layout,
+            names=names,
+            timeout_ms=OFFER_TIMEOUT_MS,
+            tenant=origin.tenant,
+            chain_head=origin.chain_head,
+        )
+        try:
+            answer = await self._nodes.offer(target, request)
+        except KvasirError as error:
+            log.info("moving blocks to %s: %s", target, error.message)
+            return False
+        self.blocks_moved += answer.num_pulled
+        await asyncio.sleep(answer.num_pulled * layout.block_bytes / self._bytes_per_s)
+        return True
