@@ -62,6 +62,20 @@ def test_long_prompt_is_handed_over_and_reused(router: str) -> None:
     assert second.usage["prompt_tokens_details"]["cached_tokens"] > 0
 
 
+@pytest.mark.timeout(300)
+def test_index_is_reached_with_a_certificate_only(kubectl: Kubectl) -> None:
+    shell = partial(kubectl, "exec", "deployment/smollm2-redis", "--", "redis-cli")
+    wait_for(
+        "blocks in the index",
+        lambda: int(shell("-s", "/tmp/redis.sock", "dbsize", quiet=True)) > 0,
+        limit_s=60,
+    )
+    shell("-p", "6379", "ping", expect_failure=True)
+    shell("--tls", "--cacert", "/tls/ca.crt", "-p", "6379", "ping", expect_failure=True)
+    shown = ("--cert", "/tls/tls.crt", "--key", "/tls/tls.key")
+    assert "PONG" in shell("--tls", "--cacert", "/tls/ca.crt", *shown, "-p", "6379", "ping")
+
+
 @pytest.mark.timeout(600)
 def test_idle_operator_writes_nothing(kubectl: Kubectl, operator: Kubectl) -> None:
     """Three tries: a probe that fails once on a busy machine is a change that must be written."""

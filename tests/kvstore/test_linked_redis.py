@@ -36,13 +36,13 @@ def write(folder: Path, made: Bundle, *, authorities: bytes = b"") -> Path:
 class LinkedRedis:
     """redis-server, told of renewed certificates by the command that runs it."""
 
-    def __init__(self, folder: Path, made: Bundle) -> None:
+    def __init__(self, folder: Path, made: Bundle, *, interval_s: float = 0.1) -> None:
         self.tls = write(folder / "server", made)
         self.log = folder / "redis.log"
         port, socket = free_port(), str(folder / "redis.sock")
         self.url = f"rediss+mtls://127.0.0.1:{port}/0"
         command = (
-            *renewing_command(str(self.tls), socket, interval_s=0.1),
+            *renewing_command(str(self.tls), socket, interval_s=interval_s),
             *tls_args(str(self.tls), socket, port=port),
             *("--bind", "127.0.0.1", "--save", ""),
         )
@@ -140,6 +140,10 @@ async def test_both_sides_follow_a_rotation(
     await index._redis.connection_pool.disconnect()
     assert len(await index.locate(NAMES)) == 1, "and are made anew with the files of now"
     assert await answers(server.url, Links(write(tmp_path / "old", made, authorities=both)))
+
+
+def test_a_stop_does_not_wait_for_the_next_look(tmp_path: Path, made: Bundle) -> None:
+    LinkedRedis(tmp_path, made, interval_s=3600).stop()
 
 
 async def test_half_written_certificates_are_tried_again(server: LinkedRedis) -> None:

@@ -263,3 +263,19 @@ def test_a_selected_pool_must_show_the_certificate_of_its_service() -> None:
         [(reason, text)] = problems_of(plan_for(service, pool))
         assert reason == "LinkMismatch"
         assert "tlsSecret must be chat-kvasir-tls" in text
+
+
+@pytest.mark.parametrize(
+    ("url", "is_wrong"),
+    [
+        ("redis://chat-redis.default.svc:6379/0", True),
+        ("rediss+mtls://chat-redis.default.svc:6379/0", False),
+        ("redis://elsewhere:6379/0", False),
+    ],
+)
+def test_a_selected_pool_must_call_the_redis_of_its_service_as_it_answers(
+    url: str, *, is_wrong: bool
+) -> None:
+    found = problems_of(plan_for(make_selecting("gpu"), make_pool("gpu", redisUrl=url)))
+    assert [reason for reason, _ in found] == (["LinkMismatch"] if is_wrong else [])
+    assert not is_wrong or "redisUrl must be rediss+mtls://chat-redis" in found[0][1]

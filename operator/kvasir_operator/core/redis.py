@@ -12,16 +12,15 @@ from kvasir_operator.api_pods import PodSettings
 from kvasir_operator.core import children as make
 from kvasir_operator.core.manifests import REDIS_PORT, Manifest, Owner, role_labels
 from kvasir_operator.core.pods import TLS_FOLDER, Part
-from kvasir_operator.core.slots import link_secret
+from kvasir_operator.core.slots import link_secret, own_redis_url
 from kvasir_operator.core.world import World
 
-LINKED = "rediss+mtls"  # see kvasir_kvstore.redis_url
 SOCKET = "/tmp/redis.sock"
 RENEW_INTERVAL_S = 10
 SERVE_AND_RENEW = """\
 folder=$0 socket=$1 interval=$2; shift 3
 redis-server "$@" & server=$!
-trap 'kill -TERM $server' TERM INT
+trap 'kill -TERM $server $!; wait $server; exit $?' TERM INT
 files() { cat "$folder/tls.crt" "$folder/tls.key" "$folder/ca.crt" | cksum; }
 seen=$(files)
 while kill -0 $server 2>/dev/null; do
@@ -42,9 +41,7 @@ def index_of(owner: Owner, spec: ModelServiceSpec) -> Manifest:
         return {}
     if spec.redis.url_secret_ref is not None:
         return {"redisUrlSecretRef": spec.redis.url_secret_ref.model_dump()}
-    scheme = LINKED if link_secret(owner.name, spec) else "redis"
-    own = f"{scheme}://{owner.name}-redis.{owner.namespace}.svc:{REDIS_PORT}/0"
-    return {"redisUrl": spec.redis.url or own}
+    return {"redisUrl": spec.redis.url or own_redis_url(owner, spec)}
 
 
 def redis_children(world: World, spec: ModelServiceSpec) -> list[Manifest]:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from kvasir_operator.api import MODEL_SERVICE, ModelServiceSpec
 from kvasir_operator.core.conditions import Problem, Reason
-from kvasir_operator.core.manifests import TLS_ANNOTATION, Manifest, Owner, Ref
+from kvasir_operator.core.manifests import REDIS_PORT, TLS_ANNOTATION, Manifest, Owner, Ref
 
 if TYPE_CHECKING:
     from kvasir_operator.core.world import World
 
+LINKED_REDIS = "rediss+mtls"  # see kvasir_kvstore.redis_url
 PARTS = {"prefill": "PrefillPool", "decode": "DecodePool", "kv": "KVCachePool"}
 SELECTED_FIELDS = {"prefillPools": "PrefillPool", "decodePools": "DecodePool"}
 
@@ -52,6 +53,12 @@ def link_secret(service: str, spec: ModelServiceSpec) -> str:
     """The Secret with the certificate of a service's parts; "": links are plain."""
     security = spec.security
     return (security.secret_name or f"{service}-kvasir-tls") if security.has_certificates else ""
+
+
+def own_redis_url(owner: Owner, spec: ModelServiceSpec) -> str:
+    """The Redis that the operator runs for a service."""
+    scheme = LINKED_REDIS if link_secret(owner.name, spec) else "redis"
+    return f"{scheme}://{owner.name}-redis.{owner.namespace}.svc:{REDIS_PORT}/0"
 
 
 def with_links_kept(obj: Manifest, router: Manifest | None) -> Manifest:
@@ -150,6 +157,10 @@ def selection_problem(world: "World", slot: Slot, spec: ModelServiceSpec) -> Pro
         if (pool["spec"].get(field) or "") != wanted:
             text = f"{slot}: {field} must be {wanted or 'absent'}, as its ModelService has it"
             return Problem(Reason.LINK_MISMATCH, text)
+    url, own = pool["spec"].get("redisUrl") or "", own_redis_url(world.owner, spec)
+    if url != own and url.partition("://")[2] == own.partition("://")[2]:
+        text = f"{slot}: redisUrl must be {own}, as that Redis takes no other connections"
+        return Problem(Reason.LINK_MISMATCH, text)
     return None
 
 
