@@ -22,17 +22,22 @@ E = TypeVar("E", worker_pb2.WorkerEvent, kvnode_pb2.KvNodeEvent)
 """Events of one shape: sequence, snapshot, stored, removed, description."""
 
 
+def _snapshot(kind: type[E], held: Iterable[bytes]) -> list[E]:
+    """Events that say all that is held."""
+    names = list(held)
+    return [
+        kind(snapshot=start == 0, stored=names[start : start + NAMES_PER_EVENT_MAX])
+        for start in range(0, max(len(names), 1), NAMES_PER_EVENT_MAX)
+    ]
+
+
 class Watcher(Generic[E]):
     """One stream of events; `put` is called by the hub, `next_event` by the stream's owner."""
 
     def __init__(self, kind: type[E], snapshot: Iterable[bytes], *, queue_max: int) -> None:
-        names = list(snapshot)
-        first = kind(snapshot=True, stored=names[:NAMES_PER_EVENT_MAX])
         self._queue: asyncio.Queue[E | None] = asyncio.Queue()
-        self._queue.put_nowait(first)
-        for start in range(NAMES_PER_EVENT_MAX, len(names), NAMES_PER_EVENT_MAX):
-            rest = kind(stored=names[start : start + NAMES_PER_EVENT_MAX])
-            self._queue.put_nowait(rest)
+        for event in _snapshot(kind, snapshot):
+            self._queue.put_nowait(event)
         self._size_max = self._queue.qsize() + queue_max
         self.is_cut_off = False
 
@@ -108,6 +113,13 @@ class EventHub(Generic[E]):
     def description_changed(self) -> None:
         """Role, drain or health changed: watchers hear of it at once."""
         self._send(self._described())
+
+    def tell_anew(self) -> None:
+        """Watchers hear all that is held, as if they had just come, and the description."""
+        first, *rest = _snapshot(self._kind, self.held if self._announces else ())
+        first.MergeFrom(self._described())
+        for event in (first, *rest):
+            self._send(event)
 
     def close(self) -> None:
         """Ends every stream."""

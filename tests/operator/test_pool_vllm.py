@@ -1,11 +1,13 @@
 """Pools whose engine is vLLM: the pod of a server and a worker, and a service without prefill."""
 
+import json
 from typing import Any
 
 from kvasir_cli.settings_options import options
 from kvasir_engine.worker.settings import WorkerSettings
+from kvasir_kvstore.core import block
 from kvasir_operator.core.manifests import Manifest
-from kvasir_operator.core.vllm import VLLM_URL
+from kvasir_operator.core.vllm import BLOCK_TOKENS, VLLM_URL
 from operator_builders import (
     child_of,
     condition_of,
@@ -46,6 +48,21 @@ def test_vllm_serves_the_model_to_its_own_pod_alone() -> None:
     assert "--host 127.0.0.1 --port 8000" in text
     assert "ports" not in engine
     assert {"name": "model", "mountPath": "/model", "readOnly": True} in engine["volumeMounts"]
+
+
+def test_the_worker_follows_vllms_events_through_their_common_folder() -> None:
+    _, engine, worker = containers_of()
+    config = json.loads(engine["args"][engine["args"].index("--kv-events-config") + 1])
+    assert (config["enable_kv_cache_events"], config["publisher"]) == (True, "zmq")
+    told = {"--vllm-events": config["endpoint"], "--vllm-replay": config["replay_endpoint"]}
+    for flag, url in told.items():
+        assert worker["args"][worker["args"].index(flag) + 1] == url
+        assert url.startswith("ipc:///tmp/")
+    shared = {"name": "tmp", "mountPath": "/tmp"}
+    assert shared in engine["volumeMounts"]
+    assert shared in worker["volumeMounts"]
+    size = engine["args"][engine["args"].index("--block-size") + 1]
+    assert int(size) == block.BLOCK_TOKENS == BLOCK_TOKENS
 
 
 def test_it_starts_before_the_worker_and_ends_after_it() -> None:

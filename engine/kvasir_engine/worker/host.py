@@ -103,6 +103,8 @@ class Host:
         self.fetch_rates = FetchRates()
         self.links = Links(settings.tls_dir)
         self.peers = Peers(self.links, close_grace_s=settings.request_timeout_ms / 1000)
+        self.tells_blocks = settings.block_events and settings.vllm_url is None
+        """Whether events say which blocks it holds; vLLM's are yet to be followed."""
         self.serving: Serving | None = None
         self.outside: Outside | None = None
 
@@ -172,14 +174,13 @@ class Host:
             kv_transfer_healthy=self.health.healthy,
             kv_transfer_error=self.health.error,
             version=_VERSION,
-            blocks_unannounced=not self.settings.block_events,
+            blocks_unannounced=not self.tells_blocks,
             kv_crossed=self.health.has_crossed,
         )
         if self.outside is not None:
             description.fingerprint = self.outside.fingerprint
             description.context_length = self.outside.context_length
             description.isa = "vllm"
-            description.blocks_unannounced = True
             _add_load(description, self.outside.load)
         if self.serving is not None:
             _add_model(description, self.serving)

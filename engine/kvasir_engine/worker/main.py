@@ -195,6 +195,8 @@ async def _load(parts: Parts, stack: AsyncExitStack) -> None:
     if parts.vllm is not None:
         await stack.enter_async_context(remote.connected(host, parts.vllm))
         parts.keep(remote.watch(host, parts.vllm), name="vLLM checks")
+        if host.settings.vllm_events:
+            parts.keep(remote.follow_events(host, parts.vllm), name="vLLM events")
         return
     # 1. Model, KV memory, engine, data plane.
     serving = await stack.enter_async_context(loading.serving(host))

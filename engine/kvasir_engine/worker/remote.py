@@ -1,8 +1,9 @@
 """A worker whose engine is a vLLM server beside it: routers see a worker like any other.
 
 Decides when vLLM can serve, and what routers are told of it. Its KV stays in vLLM: nothing is
-handed off, fetched or offered, so every prompt is computed where it is decoded, and routers go by
-what they sent here instead of block events. Prompts wait in vLLM's queue, not in this process.
+handed off, fetched or offered, so every prompt is computed where it is decoded. Routers hear what
+vLLM has cached from its KV events (vllm_events.py); without those they go by what they sent here.
+Prompts wait in vLLM's queue, not in this process.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from kvasir_proto.errors import KvasirError
 from kvasir_proto.v1 import worker_pb2
 
 from kvasir_engine.core.types import EngineLoad, FinishReason, TokenEvent
+from kvasir_engine.core.vllm_blocks import VllmBlocks
 from kvasir_engine.text import Tokenizer
 from kvasir_engine.worker.generate import Delta, Done, Generator
 from kvasir_engine.worker.host import Host, Outside
@@ -47,6 +49,7 @@ class Served:
     limits: Limits
     eos_token_ids: frozenset[int]
     fingerprint: bytes
+    blocks: VllmBlocks
 
 
 class Rates:
@@ -100,6 +103,7 @@ class VllmGenerator(Generator):
         stops = stop_token_ids(message.sampling, served.eos_token_ids)
         num_tokens = len(message.token_ids) + len(message.resume_token_ids)
         trace.prefill_worker = self._host.settings.name
+        served.blocks.salted(message.tenant_salt)
         usage, is_first, before_s = VllmUsage(), True, time.monotonic()
         self._tokens_waiting += num_tokens
         try:
@@ -182,6 +186,7 @@ async def connected(host: Host, generator: VllmGenerator) -> AsyncIterator[None]
             ),
             eos_token_ids=frozenset(tokenizer.eos_token_ids),
             fingerprint=fingerprint,
+            blocks=VllmBlocks(fingerprint),
         )
         yield
     finally:
@@ -196,6 +201,14 @@ async def _context_length(host: Host, vllm: Vllm) -> int:
         except KvasirError as error:
             _loading(host, error.message)
         await asyncio.sleep(CHECK_INTERVAL_S)
+
+
+async def follow_events(host: Host, generator: VllmGenerator) -> None:
+    """Keeps routers informed of vLLM's blocks."""
+    from kvasir_engine.worker.vllm_events import VllmEvents  # its libraries are an extra
+
+    assert generator.served is not None
+    await VllmEvents(host, generator.served.blocks).run()
 
 
 async def watch(host: Host, generator: VllmGenerator) -> None:

@@ -1,5 +1,6 @@
 """Settings of one worker process: what it serves, where it listens and what bounds it."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, Self
 
@@ -20,6 +21,11 @@ class WorkerSettings(DataPeerSettings):
     """What it serves: prompts for decode workers, whole requests, or both."""
     vllm_url: str | None = None
     """vLLM's OpenAI server computes, not the engine of this process: http://127.0.0.1:8000."""
+    vllm_events: str | None = None
+    """Where vLLM publishes KV events (ZeroMQ: ipc:///tmp/kv-events); none: routers go by what they
+    sent it. Needs the extra: pip install 'kvasir[vllm]'."""
+    vllm_replay: str | None = None
+    """Where vLLM repeats KV events; without it a missing one makes all blocks unknown."""
 
     stream_port: int = Field(default=0, ge=0, le=65535)
     """Token streams for routers, where there is a tls_dir; without one they are on http_port."""
@@ -85,6 +91,23 @@ class WorkerSettings(DataPeerSettings):
             raise ValueError(
                 "vllm_url needs role both and no kv_nodes: vLLM keeps its KV to itself"
             )
+        return self
+
+    @field_validator("vllm_events", "vllm_replay")
+    @classmethod
+    def _check_zmq(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("ipc://", "tcp://")):
+            raise ValueError(f"{value!r} is no address of ZeroMQ (ipc://PATH or tcp://HOST:PORT)")
+        return value
+
+    @model_validator(mode="after")
+    def _check_events(self) -> Self:
+        if self.vllm_events and not (self.vllm_url and self.block_events):
+            raise ValueError("vllm_events needs vllm_url and block_events")
+        if self.vllm_replay and not self.vllm_events:
+            raise ValueError("vllm_replay needs vllm_events")
+        if self.vllm_events and not all(map(find_spec, ("zmq", "msgspec"))):
+            raise ValueError("vllm_events needs an extra: pip install 'kvasir[vllm]'")
         return self
 
     @model_validator(mode="after")

@@ -29,7 +29,7 @@ from kvasir_operator.core.pods import GRACE_MARGIN_S, MODEL_FOLDER, Engine, Part
 from kvasir_operator.core.pool_status import PoolFacts, pool_status
 from kvasir_operator.core.roles import Flip, Phase, plan_roles
 from kvasir_operator.core.views import PodView, pod_views, worker_views, workload_view
-from kvasir_operator.core.vllm import VLLM_URL, vllm_engine
+from kvasir_operator.core.vllm import EVENTS_URL, REPLAY_URL, VLLM_URL, vllm_engine
 from kvasir_operator.core.workers import Goal, Step, plan_step
 from kvasir_operator.core.world import (
     REQUEUE_DRAINING_MS,
@@ -366,6 +366,7 @@ def _common_args() -> list[str]:
 
 def _worker_args(owner: Owner, spec: WorkerPoolSpec) -> list[str]:
     role, engine = "both", ["--vllm-url", VLLM_URL]
+    engine += ["--vllm-events", EVENTS_URL, "--vllm-replay", REPLAY_URL]
     if spec.vllm is None:
         role = ROLES[owner.kind]
         engine = ["--threads", str(spec.threads), "--kv-cache-mb", str(spec.kv_cache_mb)]

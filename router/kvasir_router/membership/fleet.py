@@ -93,7 +93,8 @@ class Fleet:
     def on_event(self, member: Member, event: worker_pb2.WorkerEvent) -> None:
         """Learns from a member's event."""
         if member.description is not None and member.description.blocks_unannounced:
-            pass  # its cache is imitated, see `routed`
+            if event.snapshot:  # its cache is imitated from now on, see `routed`
+                self._prefix.forget(member.name)
         elif event.snapshot:
             self._prefix.snapshot(member.name, event.stored)
         else:
