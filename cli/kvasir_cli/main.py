@@ -39,6 +39,7 @@ ENTRIES = (
     Entry(MODELS, "model", "model:model", "Get, import and make model folders."),
     Entry(MEASURE, "bench", "bench:bench", "Measure the engine, a fleet or KV transfer."),
     Entry(MEASURE, "engine", "engine:engine", "Run the engine alone: logits of given tokens."),
+    Entry(MEASURE, "kv", "kv:kv", "Probe what codecs of KV cost a model."),
     Entry(MEASURE, "sim", "sim:sim", "Run the fleet's decisions under a simulated clock."),
     Entry(MEASURE, "kube", "kube:kube", "Show what the operator would make of a file."),
     Entry(PARTS, "worker", "process:worker", "Serve a model: prefill, decode or both."),

@@ -1,5 +1,6 @@
 """Logits of a token sequence, for comparing this engine with another from outside."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,20 @@ from kvasir_kvstore.core.block import BLOCK_TOKENS
 from kvasir_proto.errors import KvasirError, Reason
 
 from kvasir_engine.formats import KvFormat
-from kvasir_engine.model import LoadedModel, load_model, new_kv_arrays
+from kvasir_engine.model import KvArrays, LoadedModel, load_model, new_kv_arrays
 
 
-def sequence_logits(model: LoadedModel, ids: np.ndarray, *, chunk: int) -> np.ndarray:
-    """float32 [length, vocab]: logits after each token, computed `chunk` tokens per step."""
+def sequence_logits(
+    model: LoadedModel,
+    ids: np.ndarray,
+    *,
+    chunk: int,
+    after_chunk: Callable[[KvArrays, int], None] = lambda *_: None,
+) -> np.ndarray:
+    """float32 [length, vocab]: logits after each token, computed `chunk` tokens per step.
+
+    `after_chunk` is given the KV and the number of tokens that are in it.
+    """
     length = len(ids)
     num_blocks = -(-length // BLOCK_TOKENS)
     arrays = new_kv_arrays(model, num_blocks)
@@ -29,6 +39,7 @@ def sequence_logits(model: LoadedModel, ids: np.ndarray, *, chunk: int) -> np.nd
             completes=np.empty(0, np.int32),
             arrived=np.empty(0, np.int32),
         )
+        after_chunk(arrays, end)
     assert arrays.ready.any() == 0, "no block was declared complete"
     return logits
 

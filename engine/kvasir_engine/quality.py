@@ -57,14 +57,22 @@ def run_quality(
     ]
 
 
+def whole_window(model: LoadedModel, window: np.ndarray) -> np.ndarray:
+    """Logits of one window, in one step."""
+    return sequence_logits(model, window, chunk=len(window))
+
+
 def perplexity(
-    model: LoadedModel, ids: np.ndarray, progress: Callable[[int], None] = lambda _: None
+    model: LoadedModel,
+    ids: np.ndarray,
+    progress: Callable[[int], None] = lambda _: None,
+    logits_of: Callable[[LoadedModel, np.ndarray], np.ndarray] = whole_window,
 ) -> float:
     """exp of the mean negative log-likelihood of all tokens but the first of each window."""
     loss, num_scored = 0.0, 0
     for start in range(0, len(ids), WINDOW_TOKENS):
         window = ids[start : start + WINDOW_TOKENS]
-        logits = sequence_logits(model, window, chunk=len(window))[:-1]
+        logits = logits_of(model, window)[:-1]
         top = logits.max(axis=1)
         totals = np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)) + top
         loss += float((totals - logits[np.arange(len(window) - 1), window[1:]]).sum())
