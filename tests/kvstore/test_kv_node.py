@@ -194,7 +194,7 @@ async def test_redis_away_degrades_and_its_return_restores_the_entries(
             await a.offer(names)
             own_redis.stop()
             result = await b.tier.locate_and_fetch(names, [0, 1, 2], timeout_ms=5000)
-            assert result.num_fetched_leading == 0
+            assert result.num_fetched_leading == 3, "nodes answer from what they hold"
             assert "Redis" in b.tier.problem
             assert b.tier.healthy
 

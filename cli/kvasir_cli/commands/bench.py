@@ -150,6 +150,21 @@ def kv(json_file: Path | None) -> None:
         click.echo(f"wrote {json_file}")
 
 
+@bench.command()
+@JSON_FILE
+@click.option("--redis", metavar="URL", help="Measure the index in this Redis, too.")
+def index(json_file: Path | None, redis: str | None) -> None:
+    """Measure look-ups in the block index, and what they tell a tenant of another's cache."""
+    from kvasir_kvstore.bench_index import run_bench_index
+
+    try:
+        rows = run_bench_index(redis, report=click.echo)
+    except (ValueError, OSError) as error:
+        raise click.UsageError(f"--redis: {error}") from error
+    if json_file is not None:
+        _write(json_file, {"bench": "index", "rows": [asdict(row) for row in rows]})
+
+
 @contextlib.contextmanager
 def _fleet(model: Path, counts: dict[str, int]) -> Any:
     import random
