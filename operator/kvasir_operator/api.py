@@ -49,7 +49,7 @@ REPLICA_RULES = (
         "replicas must not be greater than maxReplicas: lower replicas or raise maxReplicas",
     ),
 )
-REDIS_URL_PATTERN = r"^(redis|rediss|rediss\+mtls)://.+"
+REDIS_URL_PATTERN = r"^(redis|rediss|rediss\+mtls|redis\+sentinel|redis\+cluster)://.+"
 MODEL_RULE = Rule(
     "self.model == oldSelf.model",
     "model cannot be changed: create another ModelService and move clients to it",
@@ -64,7 +64,7 @@ def redis_rules(url: str) -> tuple[Rule, ...]:
             f"only one of {url} and {url}SecretRef may be set: remove the other",
         ),
         Rule(
-            f"!has(self.{url}) || !self.{url}.matches('^[a-z]+://[^/]*@')",
+            f"!has(self.{url}) || !self.{url}.matches('^[a-z+]+://[^/]*@')",
             f"{url} must not hold a user or password, which everybody could read: put the whole "
             f"URL into a Secret and name its key in {url}SecretRef",
         ),
@@ -138,7 +138,8 @@ class RedisSettings(ApiModel):
         pattern=REDIS_URL_PATTERN,
         max_length=1024,
         description="An existing Redis without a password, redis://HOST:PORT/DB; rediss:// for "
-        "TLS, with ?ssl_ca_certs=PATH of a mounted volume where its CA is not a public one.",
+        "TLS, with ?ssl_ca_certs=PATH of a mounted volume where its CA is not a public one; "
+        "redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB; redis+cluster://HOST:PORT.",
     )
     url_secret_ref: KeyRef | None = Field(
         default=None,
@@ -325,6 +326,12 @@ class WorkerPoolSpec(
         default=(),
         max_length=64,
         description="KV nodes to use: HOST:PORT, or dns:HOST:PORT for every address of a name.",
+    )
+    kv_copies: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="KV nodes that each block is offered to: `copies` of the KVCachePool.",
     )
     network_policy: bool = Field(default=False, description=NETWORK_POLICY_TEXT)
     peer_pool: str | None = Field(

@@ -72,6 +72,19 @@ class KvNodeSettings(PodSettings):
         le=TTL_S_MAX,
         description="Blocks are dropped this long after they came. Absent: when room is needed.",
     )
+    copies: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="KV nodes that each block is kept on: with 2, losing a node loses no block.",
+    )
+    move_mb_per_second: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="When nodes come or go, blocks move to the nodes that they then belong to, at "
+        "no more than this per node, in MiB per second. Absent: they stay where they are.",
+    )
     tenant_share_percent_max: int = Field(
         default=100,
         ge=1,

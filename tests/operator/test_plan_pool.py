@@ -18,6 +18,7 @@ from operator_builders import (
     make_object,
     make_pod,
     make_replica_set,
+    make_service,
     make_stateful_set,
     make_workers,
     make_world,
@@ -91,7 +92,8 @@ def kv_nodes(**spec: Any) -> Manifest:
 def test_nodes_without_a_disk_are_as_they_were() -> None:
     nodes = kv_nodes()
     [container] = nodes["template"]["spec"]["containers"]
-    assert not {"--disk-dir", "--block-ttl-ms", "--tenant-share-max"} & set(container["args"])
+    added = {"--disk-dir", "--block-ttl-ms", "--tenant-share-max", "--kv-replicas", "--kv-node"}
+    assert not added & set(container["args"])
     assert [v["name"] for v in nodes["template"]["spec"]["volumes"]] == ["tmp"]
     assert "volumeClaimTemplates" not in nodes
 
@@ -106,6 +108,20 @@ def test_disk_without_a_claim_goes_with_the_pod() -> None:
     disk = {"name": "kvasir-disk", "emptyDir": {"sizeLimit": "1100Mi"}}
     assert disk in nodes["template"]["spec"]["volumes"]
     assert "volumeClaimTemplates" not in nodes
+
+
+def test_copies_are_a_matter_of_nodes_and_workers() -> None:
+    [node] = kv_nodes(copies=2, moveMbPerSecond=32)["template"]["spec"]["containers"]
+    args = " ".join(node["args"])
+    assert "--kv-replicas 2" in args
+    assert f"--kv-node dns:{NAME}.default.svc:50051 --move-mb-per-s 32" in args
+    plan = plan_for(make_service(kvCache={"copies": 2}))
+    for kind, part in (("PrefillPool", "prefill"), ("DecodePool", "decode")):
+        pool = child_of(plan, kind, f"chat-{part}")["spec"]
+        assert pool["kvCopies"] == 2
+        [worker] = pod_spec(plan_for(make_object(kind, NAME, pool)))["containers"]
+        assert "--kv-replicas 2" in " ".join(worker["args"])
+    assert "kvCopies" not in child_of(plan_for(make_service()), "DecodePool", "chat-decode")["spec"]
 
 
 def test_disk_with_a_claim_goes_with_the_node() -> None:

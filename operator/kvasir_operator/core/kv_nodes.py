@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 from kvasir_operator.api import KVCachePoolSpec
-from kvasir_operator.core.manifests import Manifest
+from kvasir_operator.core.manifests import WORKER_GRPC_PORT, Manifest, Owner
 
 DISK_FOLDER, DISK_VOLUME = "/kv-disk", "kvasir-disk"
 BLOCKS_FOLDER = f"{DISK_FOLDER}/blocks"  # beside what a file system keeps at its root
 
 
-def tier_args(spec: KVCachePoolSpec) -> Sequence[str]:
-    """How much blocks may take, where and for how long."""
+def tier_args(owner: Owner, spec: KVCachePoolSpec) -> Sequence[str]:
+    """How much blocks may take, where, for how long and how often."""
     args = ["--memory-mb", str(spec.memory_mb)]
     if spec.disk is not None:
         args += ["--disk-dir", BLOCKS_FOLDER, "--disk-mb", str(spec.disk.size_mb)]
@@ -18,6 +18,11 @@ def tier_args(spec: KVCachePoolSpec) -> Sequence[str]:
         args += ["--block-ttl-ms", str(1000 * spec.block_ttl_seconds)]
     if spec.tenant_share_percent_max < 100:
         args += ["--tenant-share-max", str(spec.tenant_share_percent_max / 100)]
+    if spec.copies > 1:
+        args += ["--kv-replicas", str(spec.copies)]
+    if spec.move_mb_per_second is not None:
+        all_nodes = f"dns:{owner.name}.{owner.namespace}.svc:{WORKER_GRPC_PORT}"
+        args += ["--kv-node", all_nodes, "--move-mb-per-s", str(spec.move_mb_per_second)]
     return args
 
 

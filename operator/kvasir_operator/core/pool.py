@@ -306,7 +306,7 @@ def _is_drained(world: World, spec: WorkerPoolSpec, pod: PodView) -> bool:
 def _part(world: World, spec: PoolSpec) -> Part:
     owner = world.owner
     if isinstance(spec, KVCachePoolSpec):
-        args = ["kvnode", *_common_args(), *tier_args(spec)]
+        args = ["kvnode", *_common_args(), *tier_args(owner, spec)]
         model, grace_s = None, 30
     else:
         args = ["worker", *_common_args(), *_worker_args(owner, spec)]
@@ -379,4 +379,6 @@ def _worker_args(owner: Owner, spec: WorkerPoolSpec) -> list[str]:
     ]
     for node in spec.kv_nodes:
         args += ["--kv-node", node]
+    if spec.kv_copies > 1:
+        args += ["--kv-replicas", str(spec.kv_copies)]
     return args + (["--stream-port", str(WORKER_STREAM_PORT)] if spec.tls_secret else [])

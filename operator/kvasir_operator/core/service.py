@@ -156,6 +156,8 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         mode="json", by_alias=True, exclude_none=True, include={"model", "engine", "vllm"}
     )
     worker = common | engine | {"kvNodes": _kv_nodes(owner, spec)}
+    if spec.kv_cache is not None and spec.kv_cache.copies > 1:
+        worker |= {"kvCopies": spec.kv_cache.copies}
     slots = slots_of(owner, spec)
     bodies = {
         slot.part: _body(
