@@ -114,8 +114,9 @@ class EventHub(Generic[E]):
         """Role, drain or health changed: watchers hear of it at once."""
         self._send(self._described())
 
-    def tell_anew(self) -> None:
-        """Watchers hear all that is held, as if they had just come, and the description."""
+    def tell_anew(self, held: Iterable[bytes]) -> None:
+        """`held` is all that is held; watchers hear it, and the description, as if just come."""
+        self.held = dict.fromkeys(held)
         first, *rest = _snapshot(self._kind, self.held if self._announces else ())
         first.MergeFrom(self._described())
         for event in (first, *rest):

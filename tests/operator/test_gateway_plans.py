@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kvasir_cli.settings_options import options
 from kvasir_operator.api import ModelServiceSpec
 from kvasir_operator.core.gateway import gateway_refs
 from kvasir_operator.core.manifests import Manifest, Ref, ref_of
 from kvasir_operator.core.plan import make_plan
 from kvasir_operator.offline import plan_offline, read_resources
+from kvasir_router.settings import RouterSettings
 from operator_builders import child_of, condition_of, make_service, make_world, plan_for
 
 ROUTE = {"parents": [{"name": "edge", "namespace": "infra"}], "hostnames": ["chat.example.com"]}
@@ -79,6 +81,8 @@ def test_routers_answer_gateways_on_a_port_of_its_own(
     assert args[args.index("--advertise-host") + 1] == "$(KVASIR_POD_IP)"
     assert ports["grpc-picker"] == 9002
     assert ("--picker-tls" in args) == has_tls
+    known = {flag for option in options(RouterSettings) for flag in option.opts}
+    assert {arg for arg in args if arg.startswith("--")} <= known
 
 
 def test_picker_that_was_to_show_a_certificate_and_has_none_is_told() -> None:

@@ -72,7 +72,7 @@ class FakeEvents:
         self._replay = self._context.socket(zmq.ROUTER)
         self._publisher.bind(self.url)
         self._replay.bind(self.replay_url)
-        self.buffer: deque[tuple[int, bytes]] = deque(maxlen=100)
+        self.buffer: deque[tuple[int, bytes]] = deque(maxlen=10_000)
         self._sequence = 0
         self.num_replays = 0
         self._task = asyncio.create_task(self._answer())

@@ -12,6 +12,7 @@ from fake_vllm_events import CLEARED, fake_events, hashes_of, removed, stored
 from kvasir_engine.text import Tokenizer
 from kvasir_engine.worker.settings import WorkerSettings
 from kvasir_kvstore.core import block
+from kvasir_proto.v1 import worker_pb2
 from kvasir_router.server import RouterServer
 from kvasir_router.settings import RouterSettings
 from pydantic import ValidationError
@@ -88,7 +89,10 @@ async def test_what_was_cached_before_the_worker_came_is_asked_for(
             assert held(worker) == names(worker, PROMPT)
 
 
-async def test_a_lost_batch_is_asked_for(model: Path, folder: Path) -> None:
+async def test_a_lost_batch_is_asked_for(
+    model: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     async with fake_events(folder) as vllm, beside_vllm(model, folder) as worker:
         await follows(worker)
         await vllm.publish(stored(PROMPT[:32]))
@@ -96,7 +100,7 @@ async def test_a_lost_batch_is_asked_for(model: Path, folder: Path) -> None:
         await vllm.publish(stored(PROMPT[:64], since=1), lost=True)
         await vllm.publish(stored(PROMPT, since=2))
         await until(lambda: held(worker) == names(worker, PROMPT))
-        assert worker.host.tells_blocks
+        assert "starting over" not in caplog.text
         await vllm.publish(removed(*hashes_of(PROMPT)[1:]))
         await until(lambda: held(worker) == names(worker, PROMPT)[:1])
 
@@ -221,6 +225,24 @@ async def test_routers_route_by_what_vllm_holds(model: Path, folder: Path) -> No
             await until(lambda: view().prefix.leading(known) == {})
         finally:
             await router.stop()
+
+
+async def test_a_long_past_cuts_no_watcher_off(model: Path, folder: Path) -> None:
+    past = [[token] * 32 for token in range(1_200)]
+    async with (
+        beside_vllm(model, folder, watch_queue_max=50) as worker,
+        fake_events(folder) as vllm,
+    ):
+        watching = worker.stub.WatchEvents(worker_pb2.WatchEventsRequest(), timeout=60)
+        assert (await watching.read()).description.blocks_unannounced
+        for token_ids in past:
+            await vllm.publish(stored(token_ids), lost=True)
+        await follows(worker)
+        while (event := await watching.read()).description.blocks_unannounced:
+            pass
+        assert event.snapshot
+        assert len(set(event.stored)) == len(past)
+        watching.cancel()
 
 
 @pytest.mark.parametrize(

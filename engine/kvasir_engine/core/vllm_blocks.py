@@ -92,13 +92,17 @@ class VllmBlocks:
                 gone = [name for key in event.hashes for name in self._names.pop(key, ())]
                 return Change(removed=tuple(gone))
             case Cleared():
-                return Change(removed=self.forget())
+                gone = list(self.names())
+                self.forget()
+                return Change(removed=tuple(gone))
 
-    def forget(self) -> tuple[bytes, ...]:
-        """Nothing is known any more; the names that were."""
-        gone = tuple(name for names in self._names.values() for name in names)
+    def names(self) -> tuple[bytes, ...]:
+        """All names, parents before children."""
+        return tuple(name for names in self._names.values() for name in names)
+
+    def forget(self) -> None:
+        """Nothing is known any more."""
         self._names.clear()
-        return gone
 
     def _store(self, event: Stored) -> tuple[bytes, ...]:
         size = event.block_tokens
@@ -130,7 +134,7 @@ class VllmBlocks:
             known = self._names.get(event.parent)
             return known[-1] if known and not extra else None
         if not extra:  # vLLM tells a salt with the first block only
-            return block.root(self._fingerprint) if self.are_whole else None
+            return block.root(self._fingerprint)
         salt = self._salts.get(extra[0]) if len(extra) == 1 else None
         return None if salt is None else block.root(self._fingerprint, salt)
 

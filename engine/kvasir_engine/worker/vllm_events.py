@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 REPLAY_TIMEOUT_S = 30.0
 RETRY_S = 0.5
 SEQUENCE_BYTES = 8
+BATCHES_AT_ONCE = 16
+"""Of a replay, before other tasks have their turn: a read that finds one does not wait."""
+
 END_OF_REPLAY = b"\xff" * SEQUENCE_BYTES
 QUEUE_MAX = 100_000
 """Batches that wait here while others are applied; vLLM drops what is more, which shows."""
@@ -67,7 +70,7 @@ class VllmEvents:
 
     def _forget(self) -> None:
         self._next, self._latest, self._is_following = 0, -1, False
-        self._host.hub.blocks_changed(stored=(), removed=self._blocks.forget())
+        self._blocks.forget()
         self._show()
 
     def _show(self) -> None:
@@ -76,7 +79,7 @@ class VllmEvents:
         if tells != self._host.tells_blocks:
             log.info("vLLM's KV events %s", "are followed" if tells else "are not followed")
             self._host.tells_blocks = tells
-            self._host.hub.tell_anew()
+            self._host.hub.tell_anew(self._blocks.names() if tells else ())
 
     async def _follow(self) -> None:
         """One connection, to its end."""
@@ -144,6 +147,8 @@ class VllmEvents:
                         _, sequence, payload = _checked(frames)
                         first = sequence if first is None else first
                         self._apply(sequence, payload)
+                        if sequence % BATCHES_AT_ONCE == 0:
+                            await asyncio.sleep(0)
         except TimeoutError:
             raise EventsLostError("vLLM does not repeat its events") from None
 
@@ -154,7 +159,8 @@ class VllmEvents:
             raise EventFormatError(f"a batch is not MessagePack: {error}") from error
         for event in events_of(batch):
             change = self._blocks.apply(event)
-            self._host.hub.blocks_changed(stored=change.stored, removed=change.removed)
+            if self._host.tells_blocks:
+                self._host.hub.blocks_changed(stored=change.stored, removed=change.removed)
         self._next = sequence + 1
 
 
