@@ -2,7 +2,7 @@
 
 Look-ups are of a chain of 256 blocks that is known whole. Probes are look-ups by a tenant of a
 prompt that another tenant has cached, beside those of one that nobody has, taking turns; `p_value`
-is of a permutation test on the difference of their mean times: small only if they differ.
+is of a signed-rank test by permutation: a small one says that the times differ.
 """
 
 import asyncio
@@ -18,7 +18,8 @@ from kvasir_kvstore.index import BlockIndex, MemoryIndex, RedisIndex
 
 CHAIN_BLOCKS = 256
 LOOKUPS = 500
-PROBES = 1000
+PROMPTS = 50
+PROBES = 2000
 PERMUTATIONS = 2000
 FINGERPRINT = bytes(16)
 
@@ -90,18 +91,29 @@ async def _lookups(index: BlockIndex) -> LookupRow:
 
 
 async def _probes(index: BlockIndex) -> ProbeRow:
-    await index.announce(_names(1, tenant=b"a"), _holder())
-    cached, uncached = _names(1, tenant=b"b"), _names(2, tenant=b"b")
-    num_found = sum(run.count for run in await index.locate(cached))
-    times_ms = np.array(
-        [(await _time_ms(index, cached), await _time_ms(index, uncached)) for _ in range(PROBES)]
-    )
+    for prompt in range(PROMPTS):
+        await index.announce(_names(prompt, tenant=b"a"), _holder())
+    order = np.random.default_rng(1).permutation(2 * PROMPTS)  # where names lie in memory matters
+    made = {int(prompt): _names(int(prompt), tenant=b"b") for prompt in order}
+    cached = [made[prompt] for prompt in range(PROMPTS)]
+    uncached = [made[PROMPTS + prompt] for prompt in range(PROMPTS)]
+    found = [run for names in cached for run in await index.locate(names)]
+    times_ms = np.empty((PROBES, 2))
+    for probe in range(PROBES):
+        pair = cached[probe % PROMPTS], uncached[probe % PROMPTS]
+        for kind in (0, 1) if probe // PROMPTS % 2 else (1, 0):  # neither is always the first
+            times_ms[probe, kind] = await _time_ms(index, pair[kind])
     differences = times_ms[:, 0] - times_ms[:, 1]
+    ranks = np.argsort(np.argsort(np.abs(differences))) + 1  # a few slow answers weigh no more
     signs = np.random.default_rng(0).choice([-1, 1], (PERMUTATIONS, PROBES))
-    chance = np.abs(signs @ differences) >= abs(differences.sum())
-    p50 = np.median(times_ms, axis=0)
+    chance = np.abs(signs @ ranks) >= abs((np.sign(differences) * ranks).sum())
+    p50 = np.median(times_ms, axis=0).round(5)
     return ProbeRow(
-        index.kind, num_found, float(p50[0]), float(p50[1]), round(float(chance.mean()), 3)
+        index.kind,
+        sum(run.count for run in found),
+        float(p50[0]),
+        float(p50[1]),
+        round(float(chance.mean()), 3),
     )
 
 

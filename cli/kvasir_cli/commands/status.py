@@ -170,8 +170,9 @@ def _tier_lines(found: kvnode_pb2.KvNodeDescription) -> list[str]:
     """What is where below a KV node's memory, and what does not work."""
     lines = []
     for tier in found.tiers:
+        total = f"/{tier.blocks_total}" if tier.blocks_total else ""
         line = (
-            f"{tier.name} {tier.blocks_used}/{tier.blocks_total} blocks, "
+            f"{tier.name} {tier.blocks_used}{total} blocks, "
             f"{size_text(tier.bytes_used)}; {tier.blocks_written} written, {tier.blocks_read} read"
         )
         if tier.blocks_bad or tier.blocks_dropped:

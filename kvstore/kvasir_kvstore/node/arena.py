@@ -1,13 +1,15 @@
 """A KV node's tiers for blocks of one layout, with what serves and fills them.
 
-Decides in which tier a block is found: memory, from where peers pull it, or the disk, from where
-it is loaded into memory first. Invariant: a name is told of (`on_change`) as stored while at least
-one tier holds it. The layout is that of the first offer, or of what an earlier life left on disk.
+Decides in which tier a block is found: memory, from where peers pull it, or one below (disk, object
+store), from where it is loaded into memory first. Invariant: a name is told of (`on_change`) as
+stored while at least one tier holds it. The layout is that of the first offer, or of what an
+earlier life left on disk.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from kvasir_proto.errors import KvasirError, Reason
@@ -17,15 +19,19 @@ from kvasir_kvstore._native import BlockPool, BlockServer, PullResult
 from kvasir_kvstore.core.cache import BlockCache, Limits, Origin
 from kvasir_kvstore.node.block_file import BlockFile, StoredBlock
 from kvasir_kvstore.node.disk import DiskTier
+from kvasir_kvstore.node.object_store import ObjectTier
 from kvasir_kvstore.node.settings import KvNodeSettings
 from kvasir_kvstore.pulls import NamedPuller
+
+if TYPE_CHECKING:
+    from obstore.store import S3Store
 
 MIB = 1 << 20
 LAYERS_MAX = 4096
 LAYER_BYTES_MAX = 1 << 28
 """What a BlockPool takes."""
 LOADS_MAX = 64
-"""Blocks on their way from disk to memory; a load that meets the bound ends early."""
+"""Blocks on their way from tiers below to memory; a load that meets the bound ends early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +97,37 @@ class Arena:
         self._puller = NamedPuller(self.pool, plane, pulls_max=settings.offers_running_max)
         self._uses_seen = self.pool.uses.copy()
         self._loads: dict[bytes, asyncio.Task[bool]] = {}
-        self.disk: DiskTier | None = None
+        self.below: list[DiskTier | ObjectTier] = []
+        """The faster first."""
         self.num_evicted = 0
         """Blocks that the memory gave up for others."""
 
     def attach_disk(self, file: BlockFile, blocks: Sequence[StoredBlock]) -> None:
         """From now on blocks go to disk, too, and those that are there are found."""
         num_slots = self.disk_slots(self._settings, self.layout)
-        self.disk = DiskTier(
+        disk = DiskTier(
             file,
             self.pool,
             memory=self.cache,
             limits=self._limits(num_slots),
             now_ms=self._now_ms,
-            on_gone=self._gone_from_disk,
+            on_gone=self._gone_from_below,
         )
-        self.disk.restore(blocks)
-        self._on_change(self.disk.names(), ())
+        self.below.append(disk)
+        disk.restore(blocks)
+        self._on_change(disk.names(), ())
+
+    def attach_store(self, store: "S3Store") -> None:
+        """From now on blocks go to the object store, too, and those that are there are found."""
+        tier = ObjectTier(
+            store,
+            self.pool,
+            memory=self.cache,
+            ttl_ms=self._settings.block_ttl_ms,
+            now_ms=self._now_ms,
+            on_change=self._changed_in_store,
+        )
+        self.below.append(tier)
 
     @staticmethod
     def disk_slots(settings: KvNodeSettings, layout: common_pb2.KvLayout) -> int:
@@ -116,13 +136,13 @@ class Arena:
 
     def names(self) -> list[bytes]:
         """Names held in any tier."""
-        on_disk = self.disk.names() if self.disk else []
-        return list(dict.fromkeys([*self.cache.names(), *on_disk]))
+        below = [name for tier in self.below for name in tier.names()]
+        return list(dict.fromkeys([*self.cache.names(), *below]))
 
     def holds(self, name: bytes) -> bool:
         """Whether a tier has the block."""
-        is_on_disk = self.disk is not None and self.disk.find(name) is not None
-        return is_on_disk or self.cache.find(name, now_ms=self._now_ms()) is not None
+        is_in_memory = self.cache.find(name, now_ms=self._now_ms()) is not None
+        return is_in_memory or self._is_below(name)
 
     def num_leading(self, names: Sequence[bytes]) -> int:
         """How many of the names, from the first on, a tier has."""
@@ -131,13 +151,13 @@ class Arena:
     def missing(self, names: Sequence[bytes]) -> list[bytes]:
         """Names that no tier has and that are not on their way, each once, in order."""
         missing = self.cache.missing(names)
-        return [name for name in missing if self.disk is None or self.disk.find(name) is None]
+        return [name for name in missing if not self._is_below(name)]
 
     def touch(self, names: Sequence[bytes]) -> None:
         """The chain is wanted."""
         self.cache.touch(names)
-        if self.disk is not None:
-            self.disk.touch(names)
+        for tier in self.below:
+            tier.touch(names)
 
     async def fill(
         self,
@@ -165,8 +185,8 @@ class Arena:
             self._on_change(committed[::-1], ())
             for name in unfilled:
                 self.cache.abandon(name)
-        if self.disk is not None:
-            self.disk.put(committed[::-1])
+        for tier in self.below:
+            tier.put(committed[::-1])
         return Filled(tuple(reversed(committed)), result)
 
     async def load(self, names: Sequence[bytes], *, timeout_ms: int) -> int:
@@ -190,8 +210,8 @@ class Arena:
     def expire(self) -> int:
         """Gives up blocks whose time is over; how many the memory gave up."""
         gone = self.cache.expire(now_ms=self._now_ms(), evict=self.pool.unpublish)
-        if self.disk is not None:
-            self.disk.expire()
+        for tier in self.below:
+            tier.expire()
         self._gone_from_memory(gone)
         return len(gone)
 
@@ -199,13 +219,12 @@ class Arena:
         """Ends all transfers; blocks that wait for the disk are written if the time allows."""
         await asyncio.gather(*self._loads.values())
         await self._puller.close()
-        if self.disk is not None:
-            await self.disk.close(timeout_ms=timeout_ms)
+        await asyncio.gather(*(tier.close(timeout_ms=timeout_ms) for tier in self.below))
         await asyncio.to_thread(self.server.stop)
 
     def _start_load(self, name: bytes) -> "asyncio.Task[bool] | None":
-        """None: the disk does not have it, or there is no room."""
-        stored = self.disk.find(name) if self.disk else None
+        """None: no tier has it, or there is no room."""
+        stored = next((held for tier in self.below if (held := tier.find(name))), None)
         if stored is None or len(self._loads) >= LOADS_MAX:
             return None
         slots = self._reserve([name], stored.origin, stored_ms=stored.stored_ms)
@@ -216,11 +235,11 @@ class Arena:
         return task
 
     async def _load(self, name: bytes, slot: int) -> bool:
-        assert self.disk is not None
         self.pool.reset(slot)
         is_whole = False
         try:
-            is_whole = await self.disk.read(name, slot)
+            for tier in self.below:
+                is_whole = is_whole or await tier.read(name, slot)
         finally:
             del self._loads[name]
             if is_whole:
@@ -253,12 +272,18 @@ class Arena:
         self._gone_from_memory(taken.evicted)
         return dict(zip(taken.names, taken.slots, strict=True))
 
-    def _gone_from_memory(self, names: Sequence[bytes]) -> None:
-        disk = self.disk
-        self._on_change((), [n for n in names if disk is None or disk.find(n) is None])
+    def _is_below(self, name: bytes) -> bool:
+        return any(tier.find(name) is not None for tier in self.below)
 
-    def _gone_from_disk(self, names: Sequence[bytes]) -> None:
-        self._on_change((), [n for n in names if self.cache.find(n, now_ms=self._now_ms()) is None])
+    def _gone_from_memory(self, names: Sequence[bytes]) -> None:
+        self._on_change((), [name for name in names if not self._is_below(name)])
+
+    def _gone_from_below(self, names: Sequence[bytes]) -> None:
+        self._on_change((), [name for name in names if not self.holds(name)])
+
+    def _changed_in_store(self, stored: Sequence[bytes], removed: Sequence[bytes]) -> None:
+        self._on_change(stored, ())
+        self._gone_from_below(removed)
 
     def _limits(self, num_slots: int) -> Limits:
         settings = self._settings

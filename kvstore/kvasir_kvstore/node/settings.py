@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
+from kvasir_kvstore.node.object_store import open_store
 from kvasir_kvstore.peers import DataPeerSettings, parse_spec
 from kvasir_kvstore.redis_url import check_redis_url
 
@@ -17,6 +18,11 @@ class KvNodeSettings(DataPeerSettings):
     """Folder for blocks on disk, of this node alone, kept over restarts; none: memory only."""
     disk_mb: int = Field(default=4096, ge=1)
     """Disk space for blocks, in MiB; taken as blocks are written."""
+    store_url: str | None = None
+    """s3://BUCKET/PREFIX for blocks; credentials and region from AWS_* in the environment; none: no
+    object store."""
+    store_endpoint: str | None = None
+    """URL of a store that speaks S3 and is not Amazon's."""
     block_ttl_ms: int = Field(default=0, ge=0)
     """Blocks are given up so long after they were stored; 0: no limit."""
     tenant_share_max: float = Field(default=1.0, gt=0, le=1)
@@ -45,6 +51,13 @@ class KvNodeSettings(DataPeerSettings):
     """Entries in the index end so long after this node has died."""
     stop_timeout_ms: int = Field(default=3_000, ge=0)
     """After SIGTERM, running calls may take so long to end."""
+
+    @field_validator("store_url")
+    @classmethod
+    def _check_store_url(cls, value: str | None) -> str | None:
+        if value is not None:
+            open_store(value, None)
+        return value
 
     @field_validator("kv_nodes")
     @classmethod

@@ -24,6 +24,7 @@ from kvasir_kvstore.metrics import NodeMetrics
 from kvasir_kvstore.node.arena import Arena, Filled, check_layout
 from kvasir_kvstore.node.block_file import BlockFile
 from kvasir_kvstore.node.moves import Mover
+from kvasir_kvstore.node.object_store import open_store
 from kvasir_kvstore.node.settings import KvNodeSettings
 from kvasir_kvstore.nodes import NodeSet
 from kvasir_kvstore.pulls import can_pull_from
@@ -82,7 +83,7 @@ class NodeStore:
         self._is_arena_wanted = False  # workers have blocks of its layout; else a disk had
         self._arena_changes = asyncio.Lock()
         self._mover: Mover | None = None
-        self._gone: dict[bytes, None] = {}  # names to withdraw from the index
+        self._changes: dict[bytes, None] = {}  # names that the index is to be told of
         self._turn = asyncio.Semaphore(settings.offers_running_max)
         self._num_offers = 0
 
@@ -98,7 +99,7 @@ class NodeStore:
                 self._arena = await self._make_arena(self._file.layout)
             except KvasirError as error:
                 log.warning("blocks on disk cannot be used: %s", error.message)
-        await self._announce_all()
+        await self._tell_index()
 
     async def offer(self, request: kvnode_pb2.OfferRequest) -> kvnode_pb2.OfferResponse:
         """Pulls those of the blocks that are neither here nor on their way.
@@ -189,7 +190,7 @@ class NodeStore:
             await asyncio.sleep(tick_s)
             if self._arena is not None:
                 self.counts.blocks_expired += self._arena.expire()
-            await self._withdraw_gone()
+            await self._tell_index()
             was_healthy = self._index.healthy
             is_back = not was_healthy and await self._index.ping()
             is_due = time.monotonic() - renewed_s >= self._settings.lease_ttl_ms / 3000
@@ -267,9 +268,7 @@ class NodeStore:
         origin = Origin(tenant=request.tenant, chain_head=head)
         filled = await arena.fill(request.source, missing, origin, timeout_ms=left_ms)
         self.metrics.pull_seconds.observe(time.monotonic() - started_s)
-        await self._withdraw_gone()
-        if filled.committed:
-            await self._index.announce(filled.committed, self.address)
+        await self._tell_index()
         if filled.result is not None and filled.result.error:
             log.warning("pulling blocks from %s: %s", request.source.name, filled.result.error)
         return filled
@@ -321,16 +320,21 @@ class NodeStore:
             else:
                 arena.attach_disk(self._file, blocks)
                 log.info("found %d blocks on disk", len(blocks))
+        if self._settings.store_url:
+            arena.attach_store(open_store(self._settings.store_url, self._settings.store_endpoint))
         return arena
 
     def _changed(self, stored: Sequence[bytes], removed: Sequence[bytes]) -> None:
         self.hub.blocks_changed(stored=stored, removed=removed)
-        self._gone.update(dict.fromkeys(removed))
+        self._changes.update(dict.fromkeys([*stored, *removed]))
 
-    async def _withdraw_gone(self) -> None:
-        gone, self._gone = self._gone, {}
+    async def _tell_index(self) -> None:
+        """Announces and withdraws what has come and gone since the last time."""
+        changes, self._changes = self._changes, {}
         arena = self._arena
-        await self._withdraw([name for name in gone if arena is None or not arena.holds(name)])
+        held = [name for name in changes if arena is not None and arena.holds(name)]
+        await self._withdraw(list(changes.keys() - set(held)))
+        await self._announce(held)
 
     async def _withdraw(self, names: Sequence[bytes]) -> None:
         for start in range(0, len(names), _ANNOUNCE_BATCH):
@@ -339,17 +343,17 @@ class NodeStore:
                 return
 
     async def _announce_all(self) -> None:
-        if self._arena is None:
-            return
-        names = self._arena.names()
+        if self._arena is not None:
+            await self._announce(self._arena.names())
+
+    async def _announce(self, names: Sequence[bytes]) -> None:
         for start in range(0, len(names), _ANNOUNCE_BATCH):
             batch = names[start : start + _ANNOUNCE_BATCH]
             if not await self._index.announce(batch, self.address):
                 return
 
     def _tiers(self) -> list[kvnode_pb2.TierDescription]:
-        disk = self._arena.disk if self._arena else None
-        return [disk.describe()] if disk else []
+        return [tier.describe() for tier in self._arena.below] if self._arena else []
 
     def _scrape(self) -> dict[str, float]:
         values: dict[str, float] = dict(asdict(self.counts))
