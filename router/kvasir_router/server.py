@@ -87,9 +87,9 @@ class RouterServer:
             tenants=tenants,
             metrics=self.metrics,
         )
-        peering = RouterPeerService(keys, replica=replica, endpoint=self._endpoint)
+        peering = RouterPeerService(keys, replica=replica, endpoint=self._told_endpoint)
         self._rpc = RpcServer(settings, service, peering, links)
-        self.replicas = Replicas(self._endpoint, self.peers)
+        self.replicas = Replicas(self._endpoint, self.peers, self.leaving)
         self._picker = self._make_picker(calls, tenants, links)
         self._runner = web.AppRunner(
             self._app,
@@ -118,10 +118,13 @@ class RouterServer:
         return PickerServer(settings, PickerService(settings, picker, self.metrics), links)
 
     def _endpoint(self) -> str:
-        """Where gateways may send new requests; "": not here."""
-        host = self._settings.reached_at
-        is_open = not self.leaving.has_begun and host not in WILDCARDS
-        return join_target(host, self.http_port) if is_open else ""
+        """Where gateways reach this replica."""
+        return join_target(self._settings.reached_at, self.http_port)
+
+    def _told_endpoint(self) -> str:
+        """What other replicas may tell gateways; "": nothing."""
+        is_open = not self.leaving.has_begun and self._settings.reached_at not in WILDCARDS
+        return self._endpoint() if is_open else ""
 
     async def start(self) -> None:
         """Listens on both ports and follows the fleet.

@@ -131,6 +131,15 @@ async def test_stream_that_breaks_off_ends_the_request(asking: Asking) -> None:
     await asking.ended()
 
 
+async def test_router_that_leaves_serves_on_while_there_is_no_other(
+    router: RouterUnderTest, asking: Asking
+) -> None:
+    router.server.leaving.begin()
+    await asking.head(protocol_config=DUPLEX)
+    await asking.body(BODY, ends=True)
+    assert endpoint_of((await asking.hear()).request_headers.response) == asking.own
+
+
 @pytest.mark.parametrize(
     ("others", "is_chosen"), [(["10.9.9.9:80"], True), (["10.9.9.9:80"], False), ([], False)]
 )

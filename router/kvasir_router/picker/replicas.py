@@ -8,15 +8,15 @@ from kvasir_proto.errors import KvasirError, Reason
 
 from kvasir_router.core.replicas import choose_replica
 from kvasir_router.core.ring import RingPair
+from kvasir_router.leaving import Leaving
 from kvasir_router.peering.follow import Peers
 
 
 class Replicas:
     """This replica and those of its peers that answer it."""
 
-    def __init__(self, own: Callable[[], str], peers: Peers) -> None:
-        """`own`: where this replica takes new requests; "": nowhere."""
-        self._own, self._peers = own, peers
+    def __init__(self, own: Callable[[], str], peers: Peers, leaving: Leaving) -> None:
+        self._own, self._peers, self._leaving = own, peers, leaving
         self._rings = RingPair.build(())
         self._open: Counter[str] = Counter()
 
@@ -37,12 +37,14 @@ class Replicas:
         avoid = frozenset(members) - among if among is not None else frozenset()
         endpoint = choose_replica(self._rings, key, self._open, avoid=avoid)
         if endpoint is None:
-            why = "the gateway names no router" if members else "every router is leaving"
+            why = "no router is among the endpoints that the gateway would take"
             raise KvasirError(Reason.NO_WORKER, why, retry_after_ms=1_000)
         return endpoint
 
     def _members(self) -> tuple[str, ...]:
-        return tuple(sorted(filter(None, {self._own(), *self._peers.endpoints()})))
+        """All that take new requests; one that leaves serves on while there is no other."""
+        others, own = self._peers.endpoints(), self._own()
+        return tuple(sorted(others if others and self._leaving.has_begun else {*others, own}))
 
     @contextlib.contextmanager
     def opened(self, endpoint: str) -> Iterator[None]:
