@@ -7,7 +7,7 @@ import numpy as np
 from kvasir_kvstore.core.block import BLOCK_TOKENS
 from kvasir_proto.errors import KvasirError, Reason
 
-from kvasir_engine.formats import KvFormat
+from kvasir_engine.formats import KvFormat, WeightFormat
 from kvasir_engine.model import KvArrays, LoadedModel, load_model, new_kv_arrays
 
 
@@ -51,13 +51,14 @@ def run_logits(
     chunk: int | None = None,
     *,
     num_threads: int = 2,
+    weights: WeightFormat = "bf16",
     kv: KvFormat = "bf16",
 ) -> None:
     """Read int64 [length] ids, write float32 [length, vocab] logits, both .npy.
 
     `chunk` is the number of tokens per step; None computes the whole sequence in one.
     """
-    model = load_model(model_dir, num_threads=num_threads, kv=kv)
+    model = load_model(model_dir, num_threads=num_threads, weights=weights, kv=kv)
     ids = _read_ids(Path(ids_path), model.config.vocab_size)
     if chunk is not None and chunk < 1:
         raise KvasirError(Reason.INVALID_REQUEST, "chunk must be at least 1", param="chunk")

@@ -9,6 +9,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from kvasir_kvstore.core.block import KvLayout, fingerprint
@@ -18,7 +19,7 @@ from kvasir_engine import _native
 from kvasir_engine.config import read_config
 from kvasir_engine.decoder import ModelConfig
 from kvasir_engine.fields import malformed
-from kvasir_engine.formats import KvFormat
+from kvasir_engine.formats import KvFormat, WeightFormat
 from kvasir_engine.multimodal import text_tensors
 from kvasir_engine.tensors import check_tensors, native_tensors
 from kvasir_engine.weights import (
@@ -33,7 +34,7 @@ from kvasir_engine.weights import (
 log = logging.getLogger(__name__)
 
 ISA_VARIABLE = "KVASIR_ISA"
-WEIGHT_FORMATS = ("bf16", "int8", "int4")
+WEIGHT_FORMATS = get_args(WeightFormat)
 KV_DTYPES = {1: "int8", 2: "bfloat16", 4: "float32"}
 
 
@@ -85,8 +86,8 @@ def load_model(
     *,
     num_threads: int,
     isa: str | None = None,
+    weights: WeightFormat = "bf16",
     kv: KvFormat = "bf16",
-    weights: str = "bf16",
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load the folder at `path`. Raises KvasirError that says what is wrong with it.
@@ -134,7 +135,7 @@ def new_kv_arrays(model: LoadedModel, num_blocks: int) -> KvArrays:
     return arrays
 
 
-def _numerics(config: ModelConfig, weights: str) -> str:
+def _numerics(config: ModelConfig, weights: WeightFormat) -> str:
     """What computed numbers depend on besides the weights' bytes."""
     return config.numerics() if weights == "bf16" else f"{config.numerics()} weights={weights}"
 
@@ -145,7 +146,7 @@ def _pack(
     *,
     isa: str,
     kv: KvFormat,
-    weights: str,
+    weights: WeightFormat,
     num_threads: int,
     progress: Progress | None,
 ) -> _native.Model:

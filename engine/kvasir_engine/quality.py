@@ -1,4 +1,4 @@
-"""What quantisation costs: perplexity of one text under formats of KV.
+"""What quantisation costs: perplexity of one text under formats of weights and KV.
 
 Decides how a text is cut and scored. Invariant: every format scores the same tokens after the same
 contexts, so that differences are the format's. Texts and how results are shown are the caller's.
@@ -7,11 +7,10 @@ contexts, so that differences are the format's. Texts and how results are shown 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
-from kvasir_engine.formats import KvFormat
+from kvasir_engine.formats import KvFormat, WeightFormat
 from kvasir_engine.logits import sequence_logits
 from kvasir_engine.model import LoadedModel, load_model
 from kvasir_engine.text import Tokenizer
@@ -24,36 +23,61 @@ LICENCES = Path("/usr/share/common-licenses")
 
 
 @dataclass(frozen=True, slots=True)
-class QualityRow:
-    """Perplexity under one format of KV, and its change against bf16."""
+class Formats:
+    """How weights and KV are kept."""
 
+    weights: WeightFormat = "bf16"
+    kv: KvFormat = "bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class QualityRow:
+    """Perplexity under one pair of formats, and its change against bf16 for both."""
+
+    weights: WeightFormat
     kv: KvFormat
     perplexity: float
     change: float
     """0.01: one per cent more than bf16."""
 
 
+PLAIN = Formats()
+ALL_FORMATS = (
+    PLAIN,
+    Formats(kv="int8"),
+    Formats(weights="int8"),
+    Formats(weights="int4"),
+    Formats(weights="int8", kv="int8"),
+    Formats(weights="int4", kv="int8"),
+)
+
+
 def run_quality(
-    model_dir: Path, ids: np.ndarray, *, num_threads: int, progress: Progress | None = None
+    model_dir: Path,
+    ids: np.ndarray,
+    *,
+    formats: Sequence[Formats] = ALL_FORMATS,
+    num_threads: int,
+    progress: Progress | None = None,
 ) -> list[QualityRow]:
     """A row for bf16, then one for each of the other formats.
 
     `progress` is called with ("measure", tokens done, tokens in all). Raises KvasirError for a
     model that cannot be loaded.
     """
-    formats: tuple[KvFormat, ...] = get_args(KvFormat)
-    values = []
-    for index, kv in enumerate(formats):
-        model = load_model(model_dir, num_threads=num_threads, kv=kv)
+    others = [one for one in formats if one != PLAIN]
+    total, values = (1 + len(others)) * len(ids), []
+    for index, one in enumerate((PLAIN, *others)):
+        model = load_model(model_dir, num_threads=num_threads, weights=one.weights, kv=one.kv)
 
         def report(done: int, start: int = index * len(ids)) -> None:
             if progress is not None:
-                progress("measure", start + done, len(formats) * len(ids))
+                progress("measure", start + done, total)
 
         values.append(perplexity(model, ids, report))
     return [
-        QualityRow(kv, value, value / values[0] - 1)
-        for kv, value in zip(formats, values, strict=True)
+        QualityRow(one.weights, one.kv, value, value / values[0] - 1)
+        for one, value in zip((PLAIN, *others), values, strict=True)
     ]
 
 

@@ -61,7 +61,8 @@ def test_router_knows_every_worker_and_workers_know_every_kv_node() -> None:
         assert len(flag_values(part.arguments, "--kv-socket-dir")) == 1
     router = plan[-1]
     assert flag_values(router.arguments, "--ttft-slo-ms") == ["30000"]
-    assert all(flag_values(worker.arguments, "--kv") == ["bf16"] for worker in workers)
+    for flag in ("--weights", "--kv"):
+        assert all(flag_values(worker.arguments, flag) == ["bf16"] for worker in workers)
     assert router.role == "router"
     assert flag_values(router.arguments, "--kv-node") == kv_addresses
     assert flag_values(router.arguments, "--worker") == [part.grpc_address for part in workers]

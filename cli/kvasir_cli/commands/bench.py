@@ -6,11 +6,27 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
+from kvasir_engine.formats import KvFormat, WeightFormat
 
 COUNT = click.IntRange(min=1)
+WEIGHT_FORMAT = click.Choice(get_args(WeightFormat))
+KV_FORMAT = click.Choice(get_args(KvFormat))
+
+
+class _Counts(click.ParamType[tuple[int, ...]]):
+    name = "N,N,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        parts = str(value).split(",")
+        return tuple(int(COUNT(part, param, ctx)) for part in parts)
+
+
+COUNTS = _Counts()
 JSON_FILE = click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write the result there."
 )
@@ -23,34 +39,55 @@ def bench() -> None:
 
 @bench.command()
 @click.option("--model", type=click.Path(path_type=Path), required=True, help="Model folder.")
+@click.option("--weights", type=WEIGHT_FORMAT, default="bf16", show_default=True)
+@click.option("--kv", type=KV_FORMAT, default="bf16", show_default=True)
 @click.option(
     "--threads", "num_threads", type=click.IntRange(min=0), default=0, help="0: one per core."
 )
-@click.option("--prompt-length", "prompt_lengths", type=COUNT, multiple=True, default=(512, 2048))
-@click.option("--batch-size", "batch_sizes", type=COUNT, multiple=True, default=(1, 4, 16))
+@click.option("--prompt", "prompt_lengths", type=COUNTS, default="512,2048", show_default=True)
+@click.option("--batch", "batch_sizes", type=COUNTS, default="1,4,16", show_default=True)
 @click.option("--context-length", type=COUNT, default=512, show_default=True)
-@click.option("--repetitions", type=COUNT, default=3, show_default=True)
+@click.option("--repetitions", type=COUNT, default=5, show_default=True)
 @click.option("--isa", envvar="KVASIR_ISA", help="CPU path.  [default: the best that runs here]")
+@click.option(
+    "--peer",
+    "peer_names",
+    type=click.Choice(["llama.cpp"]),
+    multiple=True,
+    help="Measure it in turn with Kvasir, from its own virtual environment; repeatable.",
+)
 @JSON_FILE
-def engine(model: Path, num_threads: int, json_file: Path | None, **values: Any) -> None:
+def engine(
+    model: Path,
+    num_threads: int,
+    peer_names: tuple[str, ...],
+    json_file: Path | None,
+    **values: Any,
+) -> None:
     """Measure prefill and decode of the engine alone, without server or scheduler.
 
-    prefill_N: a prompt of N tokens; decode_N: a batch of N sequences.
+    pN: a prompt of N tokens; dN: a batch of N sequences after --context-length tokens. Each figure
+    comes with its share of what the machine's memory and arithmetic allow, measured beside it.
     """
     from kvasir_engine.bench import EngineBenchSettings, run_bench_engine
 
     from kvasir_cli.load.machine import machine
+    from kvasir_cli.load.peers import running_peers
     from kvasir_cli.progress import stages
 
     threads = num_threads or len(os.sched_getaffinity(0))
     settings = EngineBenchSettings(model_dir=model, num_threads=threads, **values)
-    with stages() as report:
-        result = run_bench_engine(settings, report)
-    click.echo(f"{result['isa']}, memory read at {result['memory_read_gb_per_s']} GB/s")
-    for name, rate in result["tokens_per_s"].items():
-        click.echo(f"  {name:<16} {rate:>10.1f} tokens/s")
+    with running_peers(peer_names, settings) as peers, stages() as report:
+        rows = run_bench_engine(settings, peers=peers, progress=report)
+    for row in rows:
+        click.echo(
+            f"  {row['engine']:<10} {row['weights']:<5} KV {row['kv']:<5} {row['test']:<6} "
+            f"{row['tokens_per_s']:>9.1f} tokens/s, {row['share_of_limit']:>6.1%} of "
+            f"{row['limit_tokens_per_s']:.1f} ({row['gigabytes']} GB at {row['read_gb_per_s']} "
+            f"GB/s, {row['gigaoperations']} Gop), {row['rss_mb']} MB"
+        )
     if json_file is not None:
-        _write(json_file, {"bench": "engine", "machine": machine(), **result})
+        _write(json_file, [{**row, "machine": machine()} for row in rows])
 
 
 @bench.command()
@@ -70,7 +107,7 @@ def engine(model: Path, num_threads: int, json_file: Path | None, **values: Any)
 def quality(
     model: Path, files: tuple[Path, ...], num_tokens: int, num_threads: int, json_file: Path | None
 ) -> None:
-    """Perplexity of a text under each format of KV, beside that of bf16."""
+    """Perplexity of a text under each format of weights and KV, beside that of bf16."""
     from kvasir_engine.quality import licence_files, run_quality, text_ids
 
     from kvasir_cli.progress import stages
@@ -82,7 +119,10 @@ def quality(
     with stages() as report:
         rows = run_quality(model, ids, num_threads=threads, progress=report)
     for row in rows:
-        click.echo(f"  KV {row.kv:<5} perplexity {row.perplexity:8.4f} {row.change:+8.3%}")
+        click.echo(
+            f"  weights {row.weights:<5} KV {row.kv:<5} perplexity {row.perplexity:8.4f} "
+            f"{row.change:+8.3%}"
+        )
     if json_file is not None:
         result = {"model": str(model), "tokens": len(ids), "rows": [asdict(row) for row in rows]}
         _write(json_file, {"bench": "quality", **result})
@@ -228,7 +268,7 @@ def _show(result: Any) -> None:
         click.secho(f"{count} failed: {message}", fg="red")
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
+def _write(path: Path, value: dict[str, Any] | list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n")
     click.echo(f"wrote {path}")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 import click
-from kvasir_engine.formats import KvFormat
+from kvasir_engine.formats import KvFormat, WeightFormat
 
 
 @click.group()
@@ -42,6 +42,9 @@ def engine() -> None:
     default=0,
     help="0: one per core.",
 )
+@click.option(
+    "--weights", type=click.Choice(get_args(WeightFormat)), default="bf16", show_default=True
+)
 @click.option("--kv", type=click.Choice(get_args(KvFormat)), default="bf16", show_default=True)
 def logits(
     model: Path,
@@ -49,6 +52,7 @@ def logits(
     out_file: Path,
     chunk_tokens: int | None,
     num_threads: int,
+    weights: WeightFormat,
     kv: KvFormat,
 ) -> None:
     """Logits of every position of a token sequence.
@@ -58,5 +62,5 @@ def logits(
     from kvasir_engine.logits import run_logits
 
     threads = num_threads or len(os.sched_getaffinity(0))
-    run_logits(model, ids_file, out_file, chunk_tokens, num_threads=threads, kv=kv)
+    run_logits(model, ids_file, out_file, chunk_tokens, num_threads=threads, weights=weights, kv=kv)
     click.echo(f"wrote {out_file}")

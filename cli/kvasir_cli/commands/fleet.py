@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-from kvasir_engine.formats import KvFormat
+from kvasir_engine.formats import KvFormat, WeightFormat
 
 from kvasir_cli.fleet.plan import TTFT_SLO_MS, FleetOptions
 
 COUNT = click.IntRange(min=1)
+WEIGHT_FORMAT = click.Choice(get_args(WeightFormat))
 KV_FORMAT = click.Choice(get_args(KvFormat))
 PORT = click.IntRange(min=1, max=65535)
 
@@ -48,6 +49,13 @@ PORT = click.IntRange(min=1, max=65535)
 )
 @click.option(
     "--kv-cache-mb", type=COUNT, default=512, show_default=True, help="KV memory of each worker."
+)
+@click.option(
+    "--weights",
+    type=WEIGHT_FORMAT,
+    default="bf16",
+    show_default=True,
+    help="How weights are computed with.",
 )
 @click.option("--kv", type=KV_FORMAT, default="bf16", show_default=True, help="How KV is kept.")
 @click.option(

@@ -44,6 +44,7 @@ def up_arguments(options: FleetOptions) -> list[str]:
         ("--grpc-port", options.grpc_port),
         ("--threads", options.num_threads),
         ("--kv-cache-mb", options.kv_cache_mb),
+        ("--weights", options.weights),
         ("--kv", options.kv),
         ("--kv-node-mb", options.kv_node_mb),
         ("--ttft-slo-ms", options.ttft_slo_ms),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvasir_engine.formats import KvFormat
+from kvasir_engine.formats import KvFormat, WeightFormat
 
 from kvasir_cli.fleet.state import run_folder_for
 
@@ -38,6 +38,7 @@ class FleetOptions:
     kv_node_mb: int  # of each KV node
     ttft_slo_ms: int = TTFT_SLO_MS
     tls: bool = False  # links between the parts
+    weights: WeightFormat = "bf16"
     kv: KvFormat = "bf16"
 
     @property
@@ -143,6 +144,7 @@ def _worker(
     arguments += ["--name", name, "--role", role, "--data-port", str(data_port)]
     arguments += _listen(LOOPBACK, grpc_port, http_port)
     arguments += ["--kv-cache-mb", str(options.kv_cache_mb), "--kv", options.kv]
+    arguments += ["--weights", options.weights]
     arguments += ["--threads", str(options.num_threads), "--drain-timeout-ms", str(DRAIN_MS)]
     for address in kv_nodes:
         arguments += ["--kv-node", address]

@@ -157,6 +157,7 @@ def _load_model(host: Host, num_threads: int) -> LoadedModel:
     return load_model(
         settings.model,
         isa=settings.isa,
+        weights=settings.weights,
         kv=settings.kv,
         num_threads=num_threads,
         progress=progress,

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from kvasir_kvstore.peers import DataPeerSettings, parse_spec
 from pydantic import Field, field_validator, model_validator
 
-from kvasir_engine.formats import KvFormat
+from kvasir_engine.formats import KvFormat, WeightFormat
 
 
 class WorkerSettings(DataPeerSettings):
@@ -33,6 +33,8 @@ class WorkerSettings(DataPeerSettings):
     """Memory for KV blocks."""
     threads: int = Field(default=0, ge=0)
     """Of the engine; 0: one per core."""
+    weights: WeightFormat = "bf16"
+    """How weights are computed with: quantised at load."""
     kv: KvFormat = "bf16"
     """How KV is kept; workers of one fleet must agree, since formats share no block."""
     isa: str | None = None
