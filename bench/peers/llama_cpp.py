@@ -1,4 +1,4 @@
-"""llama.cpp as a peer of `kvasir bench engine`: MODEL_DIR WEIGHTS THREADS.
+"""llama.cpp as a peer of `kvasir bench engine`: MODEL_DIR WEIGHTS KV THREADS (KV: 16 bits).
 
 Runs in the peer's virtual environment (llama-cpp-python, gguf, numpy). Reads a line per case:
 sequences, first position, end, steps; answers with seconds.
@@ -99,7 +99,7 @@ class Cases:
 def main() -> None:
     """Serve cases until the input ends."""
     llama.llama_backend_init()
-    num_threads = int(sys.argv[3])
+    num_threads = int(sys.argv[4])
     with tempfile.TemporaryDirectory() as scratch:
         model = load_model(Path(sys.argv[1]), sys.argv[2], num_threads, Path(scratch))
         cases = Cases(model, num_threads)

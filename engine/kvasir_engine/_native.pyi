@@ -32,11 +32,13 @@ class Model:
         num_threads: int,
         weights: str = "bf16",
         progress: Callable[[int, int], None] | None = None,
+        fill: Callable[[NDArray[np.uint8]], bool] | None = None,
     ) -> None: ...
     isa: str
     num_threads: int
     weight_bytes: int
     layer_bytes: int
+    packed: NDArray[np.uint8]
     def attach_pool(
         self, data: NDArray[np.uint8], ready: NDArray[np.uint32], progress: NDArray[np.uint32]
     ) -> None: ...

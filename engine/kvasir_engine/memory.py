@@ -1,19 +1,17 @@
 """How many bytes a worker needs for a model, before it loads one.
 
-Decides nothing about allocation; the numbers follow the native part's layout: weights in panels of
-32 columns and whole groups of 64 along k, activations of one step, scratch per thread, and the KV
-pool.
+Decides nothing about allocation; the numbers follow the native part's layout: packed weights,
+activations of one step, scratch per thread, and the KV pool.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvasir_engine import _native
 from kvasir_engine.decoder import ModelConfig
+from kvasir_engine.formats import WeightFormat
 
-PANEL_COLUMNS = 32
-PANEL_DEPTH = 64
 FLOAT_BYTES = 4
-BF16_BYTES = 2
 STRIDE_PAD = 16
 THREAD_SCRATCH_BYTES = 1 << 20
 PROCESS_BYTES = 300 << 20
@@ -59,26 +57,17 @@ def memory_need(
     max_batch_tokens: int,
     max_running: int,
     num_threads: int,
+    weights: WeightFormat = "bf16",
 ) -> MemoryNeed:
     """What one worker needs; an estimate from above."""
     logits = max_running * config.vocab_size * FLOAT_BYTES
     step = logits + max_batch_tokens * _token_bytes(config) + num_threads * THREAD_SCRATCH_BYTES
-    return MemoryNeed(weights_bytes(config), step, kv_cache_bytes)
+    return MemoryNeed(weights_bytes(config, weights), step, kv_cache_bytes)
 
 
-def weights_bytes(config: ModelConfig) -> int:
+def weights_bytes(config: ModelConfig, weights: WeightFormat = "bf16") -> int:
     """Bytes of packed weights; untied embeddings stay in their mapped file."""
-    hidden = config.hidden_size
-    q_size, qkv_size = _attention_widths(config)
-    layer = _matrix_bytes(qkv_size, hidden) + _matrix_bytes(hidden, q_size)
-    layer += FLOAT_BYTES * (5 * hidden + 2 * config.head_dim + qkv_size)
-    experts = _matrix_bytes(config.num_experts, hidden)
-    experts += config.num_experts * _gated_bytes(hidden, config.expert_size)
-    num_sparse = config.num_sparse_layers
-    num_dense = config.num_layers - num_sparse
-    total = config.num_layers * layer + num_sparse * experts
-    total += num_dense * _gated_bytes(hidden, config.intermediate_size)
-    return total + _matrix_bytes(config.vocab_size, hidden)
+    return _native.packed_bytes(config.native_shape(), weights=weights)
 
 
 def available_bytes() -> int:
@@ -93,16 +82,6 @@ def available_bytes() -> int:
             if limit != "max":
                 available = min(available, max(0, int(limit) - int(usage_path.read_text())))
     return available
-
-
-def _matrix_bytes(rows: int, columns: int) -> int:
-    depth = -(-columns // PANEL_DEPTH) * PANEL_DEPTH
-    return -(-rows // PANEL_COLUMNS) * PANEL_COLUMNS * depth * BF16_BYTES
-
-
-def _gated_bytes(hidden: int, inner: int) -> int:
-    """Of gate, up and down."""
-    return 2 * _matrix_bytes(inner, hidden) + _matrix_bytes(hidden, inner)
 
 
 def _attention_widths(config: ModelConfig) -> tuple[int, int]:

@@ -7,7 +7,7 @@ goes with it. Invariant: equal fingerprints mean KV blocks that mean the same.
 import hashlib
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -21,6 +21,7 @@ from kvasir_engine.decoder import ModelConfig
 from kvasir_engine.fields import malformed
 from kvasir_engine.formats import KvFormat, WeightFormat
 from kvasir_engine.multimodal import text_tensors
+from kvasir_engine.packed import PackedFile, packed_file
 from kvasir_engine.tensors import check_tensors, native_tensors
 from kvasir_engine.weights import (
     DIGEST_BYTES,
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 ISA_VARIABLE = "KVASIR_ISA"
 WEIGHT_FORMATS = get_args(WeightFormat)
+RELEASE_BYTES = 64 << 20
+"""After so much has been packed, what was read for it leaves the process's memory."""
 KV_DTYPES = {1: "int8", 2: "bfloat16", 4: "float32"}
 
 
@@ -48,6 +51,16 @@ class LoadedModel:
     fingerprint: bytes
     weights_bytes: int
     """Bytes of packed weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackOptions:
+    """What the native model takes beside weights."""
+
+    isa: str
+    kv: KvFormat
+    weights: WeightFormat
+    num_threads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +101,14 @@ def load_model(
     isa: str | None = None,
     weights: WeightFormat = "bf16",
     kv: KvFormat = "bf16",
+    keeps_packed: bool = False,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load the folder at `path`. Raises KvasirError that says what is wrong with it.
 
-    `weights` is the format they are computed with, one of WEIGHT_FORMATS. `progress` is called
-    with ("digest" | "pack", done bytes, total bytes).
+    `weights` is the format they are computed with, one of WEIGHT_FORMATS. `keeps_packed`: quantised
+    weights are kept beside the model for the next load. `progress` is called with
+    ("digest" | "read" | "pack", done bytes, total bytes).
     """
     # 1. What it is, and whether this engine computes it.
     if weights not in WEIGHT_FORMATS:
@@ -107,17 +122,12 @@ def load_model(
         + weights_digest(files, num_threads=num_threads, progress=progress),
         digest_size=DIGEST_BYTES,
     ).digest()
-    # 3. Its weights, packed for the path.
-    tensors = native_tensors(config, all_tensors(files))
-    native = _pack(
-        config,
-        tensors,
-        isa=name,
-        kv=kv,
-        weights=weights,
-        num_threads=num_threads,
-        progress=progress,
-    )
+    # 3. Its weights, packed for the path, or as an earlier load has kept them.
+    kept = None
+    if keeps_packed and weights != "bf16":
+        kept = packed_file(path, digest, weights)
+    how = PackOptions(isa=name, kv=kv, weights=weights, num_threads=num_threads)
+    native = _pack(config, files, how, kept, progress)
     layout = config.layout(KV_DTYPES[_native.kv_element_bytes(name, kv)])
     assert native.layer_bytes == layout.layer_bytes, "native and Python disagree on the KV layout"
     log.info("loaded %s (%s, %d bytes of weights)", path, name, native.weight_bytes)
@@ -142,27 +152,35 @@ def _numerics(config: ModelConfig, weights: WeightFormat) -> str:
 
 def _pack(
     config: ModelConfig,
-    tensors: dict[str, np.ndarray],
-    *,
-    isa: str,
-    kv: KvFormat,
-    weights: WeightFormat,
-    num_threads: int,
+    files: list[WeightFile],
+    how: PackOptions,
+    kept: PackedFile | None,
     progress: Progress | None,
 ) -> _native.Model:
+    released, is_kept = 0, False
+
     def report(done: int, total: int) -> None:
+        nonlocal released
+        if done - released >= RELEASE_BYTES or done == total:
+            released = done
+            for file in files:
+                file.release()
         if progress is not None:
             progress("pack", done, total)
 
+    def fill(packed: np.ndarray) -> bool:
+        nonlocal is_kept
+        if kept is not None:
+            is_kept = kept.read(packed, num_threads=how.num_threads, progress=progress)
+        return is_kept
+
+    tensors = native_tensors(config, all_tensors(files))
     try:
-        return _native.Model(
-            config.native_shape(),
-            tensors,
-            isa=isa,
-            kv=kv,
-            weights=weights,
-            num_threads=num_threads,
-            progress=report,
+        native = _native.Model(
+            config.native_shape(), tensors, progress=report, fill=fill, **asdict(how)
         )
     except ValueError as error:
         raise malformed(str(error)) from error
+    if kept is not None and not is_kept:
+        kept.write(native.packed, num_threads=how.num_threads)
+    return native

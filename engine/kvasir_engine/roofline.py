@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from kvasir_engine.decoder import LayerConfig, ModelConfig
 from kvasir_engine.formats import KvFormat, WeightFormat
 
-WEIGHT_BYTES: dict[WeightFormat, float] = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 64}
-"""Per weight. int4: with the scale and offset of its group of 64."""
+WEIGHT_BYTES: dict[WeightFormat, float] = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 32}
+"""Per weight. int4: with the scale and offset of its group of 32."""
 HEAD_BYTES: dict[WeightFormat, float] = {"bf16": 2.0, "int8": 1.0, "int4": 1.0}
 """Per weight of the output head, which int4 keeps as int8."""
 KV_BYTES: dict[KvFormat, float] = {"bf16": 2.0, "int8": 1.0}

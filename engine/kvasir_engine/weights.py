@@ -48,8 +48,17 @@ class WeightFile:
     """One safetensors file, mapped read-only."""
 
     path: Path
-    data: np.ndarray
+    mapping: mmap.mmap
     entries: dict[str, TensorEntry]
+
+    @property
+    def data(self) -> np.ndarray:
+        """uint8, the whole file."""
+        return np.frombuffer(self.mapping, dtype=np.uint8)
+
+    def release(self) -> None:
+        """Gives back the memory of what was read; it is read again where it is used again."""
+        self.mapping.madvise(mmap.MADV_DONTNEED)
 
     def tensor(self, name: str) -> np.ndarray:
         """bf16 bits (uint16) of a tensor; a view of the mapping where the file holds bf16."""
@@ -115,6 +124,8 @@ def weights_digest(
             done += chunk.nbytes
             if progress is not None:
                 progress("digest", done, total)
+    for file in files:
+        file.release()
     return whole.digest()
 
 
@@ -159,7 +170,7 @@ def _open_file(path: Path) -> WeightFile:
         name: _entry(path, name, value, base=8 + length, size=size)
         for name, value in header.items()
     }
-    return WeightFile(path, np.frombuffer(mapped, dtype=np.uint8), entries)
+    return WeightFile(path, mapped, entries)
 
 
 def _entry(path: Path, name: str, value: Any, *, base: int, size: int) -> TensorEntry:

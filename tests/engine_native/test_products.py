@@ -7,7 +7,8 @@ from kvasir_engine import _native
 from kvasir_engine.weights import bf16_from_float32, float32_from_bf16
 
 FORMATS = ("bf16", "int8", "int4")
-GROUP = 64
+INT4_GROUP = 32
+SPREAD_GROUP = 64
 SHAPES = ((333, 1072), (64, 64), (70, 96), (5, 51), (33, 200))
 """(n, k): sizes that fill no panel, no group and no register tile, and some that do."""
 ROW_COUNTS = (1, 2, 3, 5, 13, 16, 40, 200)
@@ -35,23 +36,43 @@ def multiply(
     return c
 
 
-def int8_rows(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(codes, scale of each row): 127 steps to the largest magnitude."""
-    most = np.abs(a).max(axis=1, keepdims=True)
-    return np.rint(a * (np.float32(127) / most)).astype(np.int64), most / np.float32(127)
+def spread(rows: np.ndarray) -> np.ndarray:
+    """Groups of 64 along a row, zeros behind it, times the Hadamard matrix over 8.
+
+    In float32 and in the kernels' order, since a code may hang on the last bit.
+    """
+    padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % SPREAD_GROUP))) * np.float32(0.125)
+    groups = padded.reshape(len(rows), -1, SPREAD_GROUP)
+    for _ in range(6):
+        low, high = np.split(groups, 2, axis=2)
+        groups = np.stack([low + high, low - high], axis=3).reshape(groups.shape)
+    return groups.reshape(len(rows), -1)
+
+
+def int8_rows(rows: np.ndarray) -> np.ndarray:
+    """What 127 steps to the largest magnitude of each row make of them."""
+    most = np.abs(rows).max(axis=-1, keepdims=True)
+    codes = np.rint(rows * (np.float32(127) / np.where(most > 0, most, np.float32(1))))
+    return codes.astype(np.float64) * (most / np.float32(127))
+
+
+def int4_groups(rows: np.ndarray) -> np.ndarray:
+    """[rows, groups, 32], zeros behind each row."""
+    padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % INT4_GROUP)))
+    return padded.reshape(len(rows), -1, INT4_GROUP)
 
 
 def int4_weights(tensor: np.ndarray) -> np.ndarray:
-    """What 4-bit codes with a bf16 scale and offset per group of 64 make of the weights."""
+    """What 4-bit codes with a bf16 scale and offset per group of 32 make of the weights."""
     source = float32_from_bf16(tensor)
-    decoded = np.empty(source.shape, np.float64)
-    for first in range(0, source.shape[1], GROUP):
-        group = source[:, first : first + GROUP]
+    decoded = np.zeros(source.shape, np.float64)
+    for first in range(0, source.shape[1], INT4_GROUP):
+        group = source[:, first : first + INT4_GROUP]
         low = group.min(axis=1, keepdims=True)
         step = (group.max(axis=1, keepdims=True) - low) / np.float32(15)
         scale = float32_from_bf16(bf16_from_float32(step))
         codes = np.clip(np.rint((group - low) / scale), 0, 15)
-        decoded[:, first : first + GROUP] = codes * scale.astype(np.float64) + low
+        decoded[:, first : first + INT4_GROUP] = codes * scale.astype(np.float64) + low
     return decoded
 
 
@@ -60,11 +81,18 @@ def model_of(tensor: np.ndarray, a: np.ndarray, path: str, weights: str) -> np.n
     if weights == "bf16":
         a = float32_from_bf16(bf16_from_float32(a)) if path in BF16_INPUTS else a
         return a.astype(np.float64) @ float32_from_bf16(tensor).astype(np.float64).T
-    codes, scales = int8_rows(a)
     if weights == "int4":
-        return (codes @ int4_weights(tensor).T) * scales
-    weight_codes, weight_scales = int8_rows(float32_from_bf16(tensor))
-    return (codes @ weight_codes.T) * (scales.astype(np.float64) * weight_scales[:, 0])
+        inputs = int8_rows(int4_groups(a)).reshape(len(a), -1)[:, : a.shape[1]]
+        return inputs @ int4_weights(tensor).T
+    return int8_rows(spread(a)) @ int8_rows(spread(float32_from_bf16(tensor))).T
+
+
+def test_spreading_is_a_product_with_the_hadamard_matrix() -> None:
+    matrix = np.ones((1, 1))
+    while len(matrix) < SPREAD_GROUP:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    rows = np.random.default_rng(0).standard_normal((3, SPREAD_GROUP), dtype=np.float32)
+    assert np.allclose(spread(rows), rows @ matrix / 8, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", ROW_COUNTS)
@@ -110,11 +138,12 @@ def test_a_product_is_added_to_what_is_there(path: str, weights: str) -> None:
 
 def test_extreme_codes_do_not_overflow(path: str) -> None:
     """All products of one sign at their largest, over a depth of a big model."""
-    tensor = np.full((33, 16384), 0x3F80, np.uint16)
-    a = np.ones((2, 16384), np.float32)
-    a[1] = -1
+    tensor = np.zeros((33, 16384), np.uint16)
+    tensor[:, ::SPREAD_GROUP] = 0x3F80  # 1.0; spread, all are equal
+    a = np.zeros((2, 16384), np.float32)
+    a[:, ::SPREAD_GROUP] = [[1], [-1]]
     product = multiply(tensor, a, path, "int8")
-    assert np.allclose(product[0], 16384, rtol=1e-6)
+    assert np.allclose(product[0], 16384 / SPREAD_GROUP, rtol=1e-6)
     assert np.array_equal(product[1], -product[0])
 
 

@@ -90,4 +90,5 @@ def worker_need(options: FleetOptions) -> MemoryNeed:
         max_batch_tokens=defaults["max_batch_tokens"].default,
         max_running=defaults["max_running"].default,
         num_threads=options.num_threads,
+        weights=options.weights,
     )

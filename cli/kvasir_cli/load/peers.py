@@ -20,17 +20,22 @@ from kvasir_cli.errors import CommandError
 
 PROGRAMS = Path("bench/peers")
 """In a checkout of Kvasir, from where peers are measured."""
-KV_OF_PEERS: KvFormat = "bf16"
-"""Each peer keeps KV in 16 bits."""
+KV_FORMATS: dict[str, tuple[KvFormat, ...]] = {
+    "openvino": ("bf16", "int8"),
+    "llama.cpp": ("bf16",),
+}
+"""What each is measured with; asked for another, it keeps to the first."""
 
 
 class Peer:
     """A running peer."""
 
-    def __init__(self, name: str, process: subprocess.Popen[str], weights: WeightFormat) -> None:
+    def __init__(
+        self, name: str, process: subprocess.Popen[str], weights: WeightFormat, kv: KvFormat
+    ) -> None:
         self.name = name
         self.weights = weights
-        self.kv = KV_OF_PEERS
+        self.kv = kv
         self._process = process
 
     def seconds(self, case: Case) -> float:
@@ -82,7 +87,9 @@ def _running(name: str, settings: EngineBenchSettings) -> Iterator[Peer]:
     program = PROGRAMS / f"{name.replace('.', '_')}.py"
     if not program.is_file():
         raise CommandError(f"{program} does not exist: measure peers in a checkout of Kvasir")
-    arguments = [settings.model_dir, settings.weights, settings.num_threads]
+    known = KV_FORMATS[name]
+    kv = settings.kv if settings.kv in known else known[0]
+    arguments = [settings.model_dir, settings.weights, kv, settings.num_threads]
     process = subprocess.Popen(
         [peer_python(name), program, *map(str, arguments)],
         stdin=subprocess.PIPE,
@@ -91,7 +98,7 @@ def _running(name: str, settings: EngineBenchSettings) -> Iterator[Peer]:
         text=True,
     )
     try:
-        peer = Peer(name, process, settings.weights)
+        peer = Peer(name, process, settings.weights, kv)
         peer.answer()  # it has loaded
         yield peer
     finally:

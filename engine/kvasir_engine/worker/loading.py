@@ -131,6 +131,7 @@ def _check_memory(settings: WorkerSettings, num_threads: int) -> None:
         max_batch_tokens=settings.max_batch_tokens,
         max_running=settings.max_running,
         num_threads=num_threads,
+        weights=settings.weights,
     )
     available = available_bytes()
     if need.total_bytes > available:
@@ -159,6 +160,7 @@ def _load_model(host: Host, num_threads: int) -> LoadedModel:
         isa=settings.isa,
         weights=settings.weights,
         kv=settings.kv,
+        keeps_packed=True,
         num_threads=num_threads,
         progress=progress,
     )

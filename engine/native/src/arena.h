@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace kvasir {
 
@@ -41,6 +42,7 @@ class Arena {
     return static_cast<T*>(take_bytes(count * sizeof(T)));
   }
   size_t bytes() const { return mapping_.bytes(); }
+  uint8_t* data() const { return static_cast<uint8_t*>(mapping_.data()); }
 
  private:
   void* take_bytes(size_t bytes);

@@ -15,7 +15,7 @@ static inline size_t bf16_row_bytes(int k) {
   return static_cast<size_t>(num_groups(k)) * kGroupDepth * sizeof(uint16_t) + kCacheLineBytes;
 }
 
-static inline void prepare_bf16_row(const float* a, int k, void* row) {
+static inline void prepare_bf16_row(const float* a, int k, float*, void* row) {
   uint16_t* bits = static_cast<uint16_t*>(row);
   for (int i = 0; i < k; ++i) bits[i] = bf16_from_float(a[i]);
   for (int i = k; i < num_groups(k) * kGroupDepth; ++i) bits[i] = 0;

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -50,6 +51,10 @@ struct Step {
   int num_arrived;
 };
 
+// Called with memory, all zeros, for packed weights; true if it has filled it with ones kept from
+// an earlier load, false if it left the zeros.
+using FillPacked = std::function<bool(std::span<uint8_t> packed)>;
+
 // Called with the bytes of weights that are in place, and those of all.
 using Progress = std::function<void(size_t done_bytes, size_t total_bytes)>;
 
@@ -66,7 +71,8 @@ class Device {
   virtual std::string path() const = 0;  // of kernels
   virtual int num_threads() const = 0;
   virtual size_t weight_bytes() const = 0;
-  virtual size_t layer_bytes() const = 0;  // of one block in the pool
+  virtual size_t layer_bytes() const = 0;                   // of one block in the pool
+  virtual std::span<uint8_t> packed() const { return {}; }  // weights, where they lie in memory
 };
 
 // Throws std::invalid_argument if a value of the step is out of range.

@@ -20,7 +20,7 @@ int code_at(WeightFormat format, const uint8_t* panel, int k, int column) {
   if (format == WeightFormat::kInt8) {
     return panel[(unit * kPanelColumns + column) * 4 + byte] - kCodeBias;
   }
-  const size_t group = k / kGroupDepth, pair = k % kGroupDepth / 8;
+  const size_t group = k / kInt4Depth, pair = k % kInt4Depth / 8;
   const uint8_t codes = panel[group * kInt4GroupBytes + (pair * kPanelColumns + column) * 4 + byte];
   return unit % 2 == 0 ? codes & 0xF : codes >> 4;
 }
@@ -36,21 +36,16 @@ float bf16_product(const GemmArgs& g, int row, const uint8_t* panel, int column)
   return sum;
 }
 
-int group_product(WeightFormat format, const int8_t* a, const uint8_t* panel, int column,
-                  int group) {
+int sum_of_codes(WeightFormat format, const int8_t* a, const uint8_t* panel, int column, int first,
+                 int count) {
   int sum = 0;
-  for (int i = group * kGroupDepth; i < (group + 1) * kGroupDepth; ++i) {
-    sum += a[i] * code_at(format, panel, i, column);
-  }
+  for (int i = first; i < first + count; ++i) sum += a[i] * code_at(format, panel, i, column);
   return sum;
 }
 
 float int8_product(const GemmArgs& g, int row, const uint8_t* panel, int column) {
   const int8_t* a = reinterpret_cast<const int8_t*>(g.a + row * g.a_stride);
-  int sum = 0;
-  for (int group = 0; group < num_groups(g.k); ++group) {
-    sum += group_product(WeightFormat::kInt8, a, panel, column, group);
-  }
+  const int sum = sum_of_codes(WeightFormat::kInt8, a, panel, column, 0, padded_depth(g.k));
   const uint8_t* end = panel + panel_bytes(WeightFormat::kInt8, g.k);
   const float* scales = reinterpret_cast<const float*>(end - kScalesBytes);
   return static_cast<float>(sum) * (tail_of(a, g.k)->scale * scales[column]);
@@ -59,16 +54,17 @@ float int8_product(const GemmArgs& g, int row, const uint8_t* panel, int column)
 float int4_product(const GemmArgs& g, int row, const uint8_t* panel, int column) {
   const int8_t* a = reinterpret_cast<const int8_t*>(g.a + row * g.a_stride);
   float total = 0;
-  for (int group = 0; group < num_groups(g.k); ++group) {
+  for (int group = 0; group < padded_depth(g.k) / kInt4Depth; ++group) {
     const uint16_t* scales =
         reinterpret_cast<const uint16_t*>(panel + group * kInt4GroupBytes + kInt4ScalesOffset);
-    const int sum = group_product(WeightFormat::kInt4, a, panel, column, group);
-    const int inputs = group_sums_of(a, g.k)[group];
-    total = std::fma(static_cast<float>(sum), bf16_to_float(scales[column]), total);
-    total =
-        std::fma(static_cast<float>(inputs), bf16_to_float(scales[kPanelColumns + column]), total);
+    const GroupTail& tail = group_tails_of(a, g.k)[group];
+    const int sum =
+        sum_of_codes(WeightFormat::kInt4, a, panel, column, group * kInt4Depth, kInt4Depth);
+    const float scaled = static_cast<float>(sum) * tail.scale;
+    total = std::fma(scaled, bf16_to_float(scales[column]), total);
+    total = std::fma(tail.sum, bf16_to_float(scales[kPanelColumns + column]), total);
   }
-  return total * tail_of(a, g.k)->scale;
+  return total;
 }
 
 using Product = float (*)(const GemmArgs& g, int row, const uint8_t* panel, int column);
@@ -99,13 +95,12 @@ GemmKernel scalar_gemm(WeightFormat format) {
     case WeightFormat::kBf16:
       return {row_bytes, nullptr, multiply<WeightFormat::kBf16, bf16_product>, exercise};
     case WeightFormat::kInt8:
-      return {integer_row_bytes, prepare_integer_row, multiply<WeightFormat::kInt8, int8_product>,
+      return {int8_row_bytes, prepare_int8_row, multiply<WeightFormat::kInt8, int8_product>,
               exercise};
     case WeightFormat::kInt4:
       break;
   }
-  return {integer_row_bytes, prepare_integer_row, multiply<WeightFormat::kInt4, int4_product>,
-          exercise};
+  return {int4_row_bytes, prepare_int4_row, multiply<WeightFormat::kInt4, int4_product>, exercise};
 }
 
 }  // namespace kvasir

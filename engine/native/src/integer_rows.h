@@ -1,8 +1,12 @@
-// Activations as int8, one scale per token: the operand of products with int8 and int4 weights.
+// Activations as int8: the operands of products with int8 and int4 weights.
 //
-// A prepared row: [k padded to 64] int8, float32 scale, int32 sum, int32 sums of groups of 64, then
-// padding to a cache line. Plain integer and single float operations, so every path prepares the
-// same bits.
+// With int8 weights a row has one scale, so its outliers are spread first: each group of 64 is
+// multiplied by a Hadamard matrix (QuaRot, arXiv 2404.00456), as the weights were when they were
+// packed, which leaves the product what it was. With int4 weights each group of 32 has its own
+// scale. Plain integer and single float operations in one order, so every path prepares the same
+// bits.
+//
+// A prepared row: [k padded to 64] int8, its RowTail or its GroupTails, padding to a cache line.
 #pragma once
 
 #include <cstring>
@@ -12,25 +16,33 @@
 
 namespace kvasir {
 
-struct RowTail {
+struct RowTail {  // int8 weights
   float scale;
-  int32_t sum;
+  int32_t sum;  // of the codes
 };
 
-// One definition per translation unit: each is compiled for another instruction set.
-static inline size_t integer_row_bytes(int k) {
-  const size_t groups = num_groups(k);
-  return groups * kGroupDepth +
-         round_up(sizeof(RowTail) + groups * sizeof(int32_t), kCacheLineBytes);
+struct GroupTail {  // int4 weights
+  float scale;
+  float sum;  // of the codes, scaled
+};
+
+// One definition per translation unit each: they are compiled for other instruction sets.
+
+static inline size_t int8_row_bytes(int k) {
+  return static_cast<size_t>(padded_depth(k)) + round_up(sizeof(RowTail), kCacheLineBytes);
 }
 
-// One definition per translation unit: each is compiled for another instruction set.
+static inline size_t int4_row_bytes(int k) {
+  const size_t depth = padded_depth(k);
+  return depth + round_up(depth / kInt4Depth * sizeof(GroupTail), kCacheLineBytes);
+}
+
 static inline const RowTail* tail_of(const int8_t* row, int k) {
-  return reinterpret_cast<const RowTail*>(row + static_cast<size_t>(num_groups(k)) * kGroupDepth);
+  return reinterpret_cast<const RowTail*>(row + padded_depth(k));
 }
 
-static inline const int32_t* group_sums_of(const int8_t* row, int k) {
-  return reinterpret_cast<const int32_t*>(tail_of(row, k) + 1);
+static inline const GroupTail* group_tails_of(const int8_t* row, int k) {
+  return reinterpret_cast<const GroupTail*>(row + padded_depth(k));
 }
 
 // Nearest integer, ties to even, of |x| < 2^22.
@@ -41,33 +53,89 @@ static inline int32_t nearest(float x) {
   return bits - 0x4B400000;
 }
 
-static inline void prepare_integer_row(const float* a, int k, void* row) {
+// One step of six: sums and differences of halves, interleaved, so that the next step's partners
+// lie half a group apart again.
+static inline void spread_once(const float* in, float* out) {
+  constexpr int kHalf = kGroupDepth / 2;
+  for (int i = 0; i < kHalf; ++i) {
+    out[2 * i] = in[i] + in[i + kHalf];
+    out[2 * i + 1] = in[i] - in[i + kHalf];
+  }
+}
+
+// Rows of k floats to padded_depth(k), zeros behind k, each group times the 64 x 64 Hadamard matrix
+// over 8, which is its own inverse.
+static inline void spread_outliers(const float* in, int k, float* out) {
+  static_assert(kGroupDepth == 64);
+  constexpr float kInverseRoot = 0.125f;
+  for (int first = 0; first < k; first += kGroupDepth) {
+    const int count = k - first < kGroupDepth ? k - first : kGroupDepth;
+    float a[kGroupDepth] = {}, b[kGroupDepth];
+    for (int i = 0; i < count; ++i) a[i] = in[first + i] * kInverseRoot;
+    for (int step = 0; step < 2; ++step) {
+      spread_once(a, b);
+      spread_once(b, a);
+    }
+    spread_once(a, b);
+    spread_once(b, out + first);
+  }
+}
+
+struct Coding {
+  float inverse;
+  float scale;
+};
+
+// 127 steps to the largest magnitude of n floats.
+static inline Coding coding_of(const float* x, int n) {
   constexpr float kLevels = 127.0f;
-  constexpr float kScaleMin = 1e-30f;  // below it 1 / scale could overflow: the row counts as zero
+  constexpr float kScaleMin = 1e-30f;  // below it 1 / scale could overflow: all counts as zero
   uint32_t largest = 0;                // of non-negative floats, bits compare as values do
-  for (int i = 0; i < k; ++i) {
+  for (int i = 0; i < n; ++i) {
     uint32_t bits;
-    std::memcpy(&bits, a + i, sizeof bits);
+    std::memcpy(&bits, x + i, sizeof bits);
     bits &= 0x7FFFFFFFu;
     largest = bits > largest ? bits : largest;
   }
   float most;
   std::memcpy(&most, &largest, sizeof most);
-  const bool is_zero = most < kScaleMin;
-  const float inverse = is_zero ? 0.0f : kLevels / most;
+  if (most < kScaleMin) return {0.0f, 0.0f};
+  return {kLevels / most, most / kLevels};
+}
+
+// Codes of n floats, zeros up to `width`; returns their sum.
+static inline int32_t encode_row(const float* x, int n, float inverse, int8_t* codes, int width) {
+  int32_t sum = 0;
+  for (int i = 0; i < n; ++i) {
+    const int32_t code = nearest(x[i] * inverse);
+    codes[i] = static_cast<int8_t>(code);
+    sum += codes[i];
+  }
+  for (int i = n; i < width; ++i) codes[i] = 0;
+  return sum;
+}
+
+static inline void prepare_int8_row(const float* a, int k, float* scratch, void* row) {
+  const int depth = padded_depth(k);
+  spread_outliers(a, k, scratch);
+  const Coding coding = coding_of(scratch, depth);
   int8_t* codes = static_cast<int8_t*>(row);
-  for (int i = 0; i < k; ++i) codes[i] = static_cast<int8_t>(nearest(a[i] * inverse));
-  const int groups = num_groups(k);
-  for (int i = k; i < groups * kGroupDepth; ++i) codes[i] = 0;
-  RowTail* tail = reinterpret_cast<RowTail*>(codes + static_cast<size_t>(groups) * kGroupDepth);
-  int32_t* sums = reinterpret_cast<int32_t*>(tail + 1);
-  tail->scale = is_zero ? 0.0f : most / kLevels;
-  tail->sum = 0;
-  for (int g = 0; g < groups; ++g) {
-    int32_t sum = 0;
-    for (int i = 0; i < kGroupDepth; ++i) sum += codes[g * kGroupDepth + i];
-    sums[g] = sum;
-    tail->sum += sum;
+  RowTail* tail = reinterpret_cast<RowTail*>(codes + depth);
+  tail->scale = coding.scale;
+  tail->sum = encode_row(scratch, depth, coding.inverse, codes, depth);
+}
+
+static inline void prepare_int4_row(const float* a, int k, float*, void* row) {
+  const int depth = padded_depth(k);
+  int8_t* codes = static_cast<int8_t*>(row);
+  GroupTail* tails = reinterpret_cast<GroupTail*>(codes + depth);
+  for (int group = 0; group < depth / kInt4Depth; ++group) {
+    const int first = group * kInt4Depth;
+    const int left = k - first;
+    const int count = left < 0 ? 0 : left < kInt4Depth ? left : kInt4Depth;
+    const Coding coding = coding_of(a + first, count);
+    const int32_t sum = encode_row(a + first, count, coding.inverse, codes + first, kInt4Depth);
+    tails[group] = {coding.scale, static_cast<float>(sum) * coding.scale};
   }
 }
 

@@ -45,8 +45,9 @@ struct GemmArgs {
 struct GemmKernel {
   // Bytes of one row of activations in the form that `multiply` takes: a multiple of a cache line.
   size_t (*row_bytes)(int k);
-  // Brings a row into that form; null: multiply takes float32 rows as they are.
-  void (*prepare)(const float* a, int k, void* row);
+  // Brings a row into that form, with padded_depth(k) floats of scratch; null: multiply takes
+  // float32 rows as they are.
+  void (*prepare)(const float* a, int k, float* scratch, void* row);
   void (*multiply)(const GemmArgs& args);
   // Does nothing but the path's multiply-adds, in registers; returns the operations done.
   double (*exercise)(int rounds);

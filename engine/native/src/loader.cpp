@@ -63,7 +63,9 @@ RowBlock Loader::rows(const std::string& name, int count, int columns, Groups gr
 
 PackedMatrix Loader::matrix(const std::vector<RowBlock>& sources, int num_columns,
                             WeightFormat format, Groups columns) {
-  const PackedMatrix packed = pack(sources, num_columns, columns, format, arena_, pool_);
+  const PackedMatrix packed = place(sources, num_columns, columns, format, arena_);
+  if (is_filled_) return packed;
+  pack(sources, num_columns, columns, packed, pool_);
   done_bytes_ += matrix_bytes(format, packed.n, packed.k);
   if (progress_) progress_(done_bytes_, arena_->bytes());
   return packed;
@@ -72,6 +74,7 @@ PackedMatrix Loader::matrix(const std::vector<RowBlock>& sources, int num_column
 const float* Loader::norm(const std::string& name, int size) {
   const uint16_t* bits = find(name + ".weight", size, 0);
   float* values = arena_->take<float>(size);
+  if (is_filled_) return values;
   for (int i = 0; i < size; ++i) values[i] = shape_.norm_offset + bf16_to_float(bits[i]);
   return values;
 }
@@ -81,6 +84,7 @@ const float* Loader::biases(const std::vector<std::string>& names, const std::ve
   int total = 0;
   for (const int size : sizes) total += groups.stretched(size);
   float* values = arena_->take<float>(total);  // zeros
+  if (is_filled_) return values;
   float* next = values;
   for (size_t i = 0; i < names.size(); ++i) {
     const uint16_t* bits = find(names[i] + ".bias", sizes[i], 0);

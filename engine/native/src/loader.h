@@ -10,11 +10,13 @@ size_t packed_bytes(const ModelShape& shape, WeightFormat format);
 
 class Loader {
  public:
-  Loader(const ModelShape& shape, const TensorMap& tensors, WeightFormat format, Arena* arena,
-         ThreadPool* pool, const Progress& progress)
+  // is_filled: the arena holds the packed weights, which are only found again.
+  Loader(const ModelShape& shape, const TensorMap& tensors, WeightFormat format, bool is_filled,
+         Arena* arena, ThreadPool* pool, const Progress& progress)
       : shape_(shape),
         tensors_(tensors),
         format_(format),
+        is_filled_(is_filled),
         arena_(arena),
         pool_(pool),
         progress_(progress) {}
@@ -40,6 +42,7 @@ class Loader {
   const ModelShape& shape_;
   const TensorMap& tensors_;
   WeightFormat format_;
+  bool is_filled_;
   Arena* arena_;
   ThreadPool* pool_;
   const Progress& progress_;

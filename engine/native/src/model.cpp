@@ -17,9 +17,14 @@ void require(bool condition, const char* text) {
   if (!condition) throw std::invalid_argument(text);
 }
 
+int widest_input(const ModelShape& shape) {
+  return std::max({shape.hidden_size, shape.q_size(), shape.intermediate_size, shape.expert_size});
+}
+
 size_t thread_scratch(const ModelShape& shape) {
   const int rows = std::max(kAttentionRows, shape.group());
-  const size_t most = std::max(kLinearScratch, attention_scratch(rows, shape.head_width()));
+  const size_t most =
+      std::max(linear_scratch(widest_input(shape)), attention_scratch(rows, shape.head_width()));
   return round_up(most, kCacheLineBytes / sizeof(float)) + kStridePad;
 }
 
@@ -46,10 +51,8 @@ void Activations::reserve(const ModelShape& shape, const Kernels& kernels, int n
   place(&router, shape.num_experts == 0 ? 0 : tokens, shape.num_experts);
   place(&expert_in, choices, shape.hidden_size);
   place(&expert_out, choices, shape.hidden_size);
-  const int widest =
-      std::max({shape.hidden_size, shape.q_size(), shape.intermediate_size, shape.expert_size});
   const int rows = static_cast<int>(std::max(tokens, choices));
-  mapping_ = Mapping(total * sizeof(float) + operand_bytes(kernels, rows, widest));
+  mapping_ = Mapping(total * sizeof(float) + operand_bytes(kernels, rows, widest_input(shape)));
   for (Rows* rows :
        {&x, &normed, &qkv, &attended, &hidden, &cos, &sin, &router, &expert_in, &expert_out}) {
     rows->data = reinterpret_cast<float*>(static_cast<char*>(mapping_.data()) +
@@ -60,13 +63,14 @@ void Activations::reserve(const ModelShape& shape, const Kernels& kernels, int n
 }
 
 Model::Model(ModelShape shape, const TensorMap& tensors, const ModelOptions& options,
-             const Progress& progress)
+             const Progress& progress, const FillPacked& fill)
     : shape_((shape.check(), std::move(shape))),
       kernels_(kernels_of(options.path)),
       kv_format_(options.kv),
       pool_(options.num_threads),
       weights_(packed_bytes(shape_, options.weights)) {
-  Loader loader(shape_, tensors, options.weights, &weights_, &pool_, progress);
+  const bool is_filled = fill && fill(packed());
+  Loader loader(shape_, tensors, options.weights, is_filled, &weights_, &pool_, progress);
   for (int i = 0; i < shape_.num_layers; ++i) layers_.push_back(loader.layer(i));
   final_norm_ = loader.final_norm();
   head_ = loader.head();

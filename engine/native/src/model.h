@@ -68,7 +68,7 @@ class Model final : public Device {
   // Throws std::invalid_argument for missing tensors and wrong shapes. Embeddings stay where they
   // are, unless the head holds them as they are (tied, bf16): their tensor must outlive the model.
   Model(ModelShape shape, const TensorMap& tensors, const ModelOptions& options,
-        const Progress& progress);
+        const Progress& progress, const FillPacked& fill);
 
   void attach_pool(const KvPool& pool) override;
   void forward(const Step& step) override;
@@ -78,6 +78,7 @@ class Model final : public Device {
   int num_threads() const override { return pool_.num_threads(); }
   size_t weight_bytes() const override { return weights_.bytes(); }
   size_t layer_bytes() const override;
+  std::span<uint8_t> packed() const override { return {weights_.data(), weights_.bytes()}; }
 
  private:
   void embed(const Step& step);

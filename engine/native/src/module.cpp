@@ -91,6 +91,7 @@ ModelShape shape_from(const nb::dict& config) {
   return shape;
 }
 
+using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
 using Weight = nb::ndarray<const uint16_t, nb::c_contig, nb::device::cpu>;
 
 // The model with the Python objects whose memory it reads.
@@ -98,7 +99,7 @@ class PyModel {
  public:
   PyModel(const nb::dict& config, const nb::dict& tensors, const std::string& isa,
           const std::string& kv, const std::string& weights, int num_threads,
-          const nb::object& progress) {
+          const nb::object& progress, const nb::object& fill) {
     TensorMap map;
     for (const auto& [name, value] : tensors) {
       const Weight weight = nb::cast<Weight>(value, false);
@@ -112,6 +113,11 @@ class PyModel {
       const nb::gil_scoped_acquire gil;
       progress(done, total);
     };
+    const FillPacked filled = [&](std::span<uint8_t> packed) {
+      const nb::gil_scoped_acquire gil;
+      const Bytes view(packed.data(), {packed.size()});
+      return nb::cast<bool>(fill(nb::cast(view, nb::rv_policy::reference)));
+    };
     const ModelShape shape = shape_from(config);
     const ModelOptions options = {isa, kv_format_from(kv), weight_format_of(weights), num_threads};
     {
@@ -122,7 +128,8 @@ class PyModel {
                 "CUDA devices keep weights and KV in bf16");
         model_ = load_cuda_model(shape, map, told);
       } else {
-        model_ = std::make_unique<Model>(shape, map, options, told);
+        model_ = std::make_unique<Model>(shape, map, options, told,
+                                         fill.is_none() ? FillPacked() : filled);
       }
     }
     const bool is_in_head = shape.has_tied_embeddings && options.weights == WeightFormat::kBf16;
@@ -179,6 +186,7 @@ class PyModel {
   int num_threads() const { return model_->num_threads(); }
   size_t weight_bytes() const { return model_->weight_bytes(); }
   size_t layer_bytes() const { return model_->layer_bytes(); }
+  std::span<uint8_t> packed() const { return model_->packed(); }
 
  private:
   static constexpr size_t kStepTokensMax = size_t{1} << 16;
@@ -252,9 +260,9 @@ NB_MODULE(_native, m) {
 
   nb::class_<PyModel>(m, "Model")
       .def(nb::init<const nb::dict&, const nb::dict&, const std::string&, const std::string&,
-                    const std::string&, int, const nb::object&>(),
+                    const std::string&, int, const nb::object&, const nb::object&>(),
            "config"_a, "tensors"_a, nb::kw_only(), "isa"_a, "kv"_a = "bf16", "weights"_a = "bf16",
-           "num_threads"_a, "progress"_a = nb::none())
+           "num_threads"_a, "progress"_a = nb::none(), "fill"_a = nb::none())
       .def("attach_pool", &PyModel::attach_pool, "data"_a.noconvert(), "ready"_a.noconvert(),
            "progress"_a.noconvert())
       .def("forward", &PyModel::forward, nb::kw_only(), "token_ids"_a.noconvert(),
@@ -264,7 +272,11 @@ NB_MODULE(_native, m) {
       .def_prop_ro("isa", &PyModel::isa)
       .def_prop_ro("num_threads", &PyModel::num_threads)
       .def_prop_ro("weight_bytes", &PyModel::weight_bytes)
-      .def_prop_ro("layer_bytes", &PyModel::layer_bytes);
+      .def_prop_ro("layer_bytes", &PyModel::layer_bytes)
+      .def_prop_ro("packed", [](nb::handle self) {
+        const std::span<uint8_t> packed = nb::cast<PyModel&>(self).packed();
+        return Bytes(packed.data(), {packed.size()}, self);
+      });
 
   nb::class_<MemoryProbe>(m, "MemoryProbe")
       .def(nb::init<size_t, int>(), nb::kw_only(), "num_bytes"_a, "num_threads"_a)

@@ -59,8 +59,12 @@ Operand prepare(const Compute& compute, const PackedMatrix& weights, Rows a, int
     return {&kernel, reinterpret_cast<const uint8_t*>(a.data), a.stride * sizeof(float)};
   }
   const size_t stride = kernel.row_bytes(weights.k);
-  for_rows(compute.pool, m, std::max(1, kPrepareGrain / weights.k),
-           [&](int row) { kernel.prepare(a[row], weights.k, compute.operand + row * stride); });
+  const int grain = std::max(1, kPrepareGrain / weights.k);
+  compute.pool->run((m + grain - 1) / grain, [&](int item, int thread) {
+    for (int row = item * grain; row < std::min(m, (item + 1) * grain); ++row) {
+      kernel.prepare(a[row], weights.k, compute.scratch_of(thread), compute.operand + row * stride);
+    }
+  });
   return {&kernel, compute.operand, stride};
 }
 

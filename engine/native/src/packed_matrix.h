@@ -1,6 +1,7 @@
 // Weight matrices as panels, packed once at load, and their products.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -44,9 +45,13 @@ struct RowBlock {
   Groups groups;
 };
 
-// Stacks the sources' rows into one matrix; its k is that of the stretched columns.
-PackedMatrix pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
-                  WeightFormat format, Arena* arena, ThreadPool* pool);
+// The place of one matrix made of all the sources' rows; its k is that of the stretched columns.
+PackedMatrix place(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
+                   WeightFormat format, Arena* arena);
+
+// Fills that place, all zeros so far.
+void pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
+          const PackedMatrix& packed, ThreadPool* pool);
 
 struct Rows {
   float* data = nullptr;
@@ -66,8 +71,11 @@ struct Compute {
   float* scratch_of(int thread) const { return scratch + thread * scratch_stride; }
 };
 
-// Floats of scratch that linear and gated products need per thread.
-inline constexpr size_t kLinearScratch = kGemmScratch + 2 * size_t{kGemmRowsMax} * kPanelColumns;
+// Floats of scratch that linear and gated products of up to k columns need per thread.
+inline size_t linear_scratch(int k) {
+  const size_t gated = kGemmScratch + 2 * size_t{kGemmRowsMax} * kPanelColumns;
+  return std::max(gated, static_cast<size_t>(padded_depth(k)));
+}
 
 // Bytes of prepared activations of up to m rows and k columns, for weights of any format.
 size_t operand_bytes(const Kernels& kernels, int m, int k);

@@ -12,7 +12,6 @@ namespace kvasir {
 namespace {
 
 constexpr int kIntegerDepthMax = 1 << 16;  // sums of 127 * 255 fit 32 bits
-constexpr float kInt8Levels = 127.0f;
 constexpr float kInt4Levels = 15.0f;
 
 void encode_bf16(const uint16_t* row, int k, int column, uint8_t* panel) {
@@ -23,21 +22,21 @@ void encode_bf16(const uint16_t* row, int k, int column, uint8_t* panel) {
 }
 
 void encode_int8(const uint16_t* row, int k, int column, uint8_t* panel) {
-  float most = 0;
-  for (int i = 0; i < k; ++i) most = std::fmax(most, std::fabs(bf16_to_float(row[i])));
-  const float scale = most / kInt8Levels;
-  const float inverse = scale > 0 ? kInt8Levels / most : 0.0f;
+  const int depth = padded_depth(k);
+  std::vector<float> plain(k), spread(depth);
+  for (int i = 0; i < k; ++i) plain[i] = bf16_to_float(row[i]);
+  spread_outliers(plain.data(), k, spread.data());
+  const Coding coding = coding_of(spread.data(), depth);
   uint8_t* target = panel + column * 4;
-  for (int i = 0; i < k; ++i) {
-    const float level = std::clamp(bf16_to_float(row[i]) * inverse, -kInt8Levels, kInt8Levels);
+  for (int i = 0; i < depth; ++i) {
     target[static_cast<size_t>(i / 4) * 4 * kPanelColumns + i % 4] =
-        static_cast<uint8_t>(nearest(level) + kCodeBias);
+        static_cast<uint8_t>(nearest(spread[i] * coding.inverse) + kCodeBias);
   }
   uint8_t* end = panel + panel_bytes(WeightFormat::kInt8, k);
-  reinterpret_cast<float*>(end - kScalesBytes)[column] = scale;
+  reinterpret_cast<float*>(end - kScalesBytes)[column] = coding.scale;
 }
 
-// One group of a row, count <= 64 weights.
+// One group of a row, count <= 32 weights.
 void encode_int4_group(const uint16_t* row, int count, int column, uint8_t* block) {
   float low = bf16_to_float(row[0]), high = low;
   for (int i = 1; i < count; ++i) {
@@ -61,9 +60,8 @@ void encode_int4_group(const uint16_t* row, int count, int column, uint8_t* bloc
 }
 
 void encode_int4(const uint16_t* row, int k, int column, uint8_t* panel) {
-  for (int group = 0; group < num_groups(k); ++group) {
-    const int first = group * kGroupDepth;
-    encode_int4_group(row + first, std::min(kGroupDepth, k - first), column,
+  for (int first = 0, group = 0; first < k; first += kInt4Depth, ++group) {
+    encode_int4_group(row + first, std::min(kInt4Depth, k - first), column,
                       panel + group * kInt4GroupBytes);
   }
 }
@@ -81,14 +79,21 @@ void encode(WeightFormat format, const uint16_t* row, int k, int column, uint8_t
 
 }  // namespace
 
-PackedMatrix pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
-                  WeightFormat format, Arena* arena, ThreadPool* pool) {
+PackedMatrix place(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
+                   WeightFormat format, Arena* arena) {
   PackedMatrix packed;
   packed.format = format;
-  const int k = packed.k = columns.stretched(num_columns);
-  if (format != WeightFormat::kBf16 && k > kIntegerDepthMax) {
+  packed.k = columns.stretched(num_columns);
+  if (format != WeightFormat::kBf16 && packed.k > kIntegerDepthMax) {
     throw std::invalid_argument("a matrix is too deep for int8 activations");
   }
+  for (const RowBlock& source : sources) packed.n += source.groups.stretched(source.rows);
+  packed.panels = arena->take<uint8_t>(matrix_bytes(format, packed.n, packed.k));
+  return packed;
+}
+
+void pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
+          const PackedMatrix& packed, ThreadPool* pool) {
   std::vector<const uint16_t*> rows;  // null: zeros
   for (const RowBlock& source : sources) {
     for (int row = 0; row < source.rows; ++row) {
@@ -97,22 +102,19 @@ PackedMatrix pack(const std::vector<RowBlock>& sources, int num_columns, Groups 
       rows.insert(rows.end(), source.groups.width - source.groups.size, nullptr);
     }
   }
-  packed.n = static_cast<int>(rows.size());
-  packed.panels = arena->take<uint8_t>(matrix_bytes(format, packed.n, k));
   pool->run(packed.num_panels(), [&](int index, int) {
     const int first = index * kPanelColumns;
-    uint8_t* panel = packed.panels + index * panel_bytes(format, k);
-    std::vector<uint16_t> stretched(k);
+    uint8_t* panel = packed.panels + index * panel_bytes(packed.format, packed.k);
+    std::vector<uint16_t> stretched(packed.k);
     for (int j = 0; j < std::min(kPanelColumns, packed.n - first); ++j) {
       const uint16_t* row = rows[first + j];
       if (row == nullptr) continue;
       for (int i = 0; i < num_columns; i += columns.size) {
         std::copy_n(row + i, columns.size, stretched.data() + columns.stretched(i));
       }
-      encode(format, stretched.data(), k, j, panel);
+      encode(packed.format, stretched.data(), packed.k, j, panel);
     }
   });
-  return packed;
 }
 
 }  // namespace kvasir

@@ -31,10 +31,13 @@ void multiply(const Matrix<uint16_t>& tensor, const Matrix<float>& a, const Resu
   const Kernels& kernels = kernels_of(isa);
   ThreadPool pool(num_threads);
   Arena arena(matrix_bytes(format, n, k));
-  const PackedMatrix packed = pack({{tensor.data(), n, {}}}, k, {}, format, &arena, &pool);
-  const Mapping scratch(kLinearScratch * num_threads * sizeof(float));
+  const std::vector<RowBlock> source = {{tensor.data(), n, {}}};
+  const PackedMatrix packed = place(source, k, {}, format, &arena);
+  pack(source, k, {}, packed, &pool);
+  const size_t scratch_floats = linear_scratch(k);
+  const Mapping scratch(scratch_floats * num_threads * sizeof(float));
   const Mapping operand(operand_bytes(kernels, m, k));
-  const Compute compute = {&kernels, &pool, static_cast<float*>(scratch.data()), kLinearScratch,
+  const Compute compute = {&kernels, &pool, static_cast<float*>(scratch.data()), scratch_floats,
                            static_cast<uint8_t*>(operand.data())};
   const Rows rows = {const_cast<float*>(a.data()), a.shape(1)};
   linear(compute, packed, rows, m, {c.data(), c.shape(1)}, Store::kAdd);

@@ -132,7 +132,7 @@ GemmKernel tile_gemm_of(WeightFormat format) {
     return {bf16_row_bytes, prepare_bf16_row, multiply_by_tiles<Ops, Bf16Tiles<Ops>>,
             exercise_bf16_tiles<Ops>};
   }
-  return {integer_row_bytes, prepare_integer_row, multiply_by_tiles<Ops, Int8Tiles<Ops>>,
+  return {int8_row_bytes, prepare_int8_row, multiply_by_tiles<Ops, Int8Tiles<Ops>>,
           exercise_int8_tiles<Ops>};
 }
 

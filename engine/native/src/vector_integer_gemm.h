@@ -61,7 +61,7 @@ struct Int4Tile {
       for (int j = 0; j < kC; ++j) sums[r][j] = V::zero_integers();
     }
 #pragma GCC unroll 1
-    for (int i = 0; i < kGroupDepth / 8; ++i) {
+    for (int i = 0; i < kInt4Depth / 8; ++i) {
       typename V::Codes low[kC], high[kC];
 #pragma GCC unroll 4
       for (int j = 0; j < kC; ++j) {
@@ -71,7 +71,7 @@ struct Int4Tile {
       }
 #pragma GCC unroll 16
       for (int r = 0; r < kR; ++r) {
-        const uint8_t* x = a + r * g.a_stride + group * kGroupDepth + i * 8;
+        const uint8_t* x = a + r * g.a_stride + group * kInt4Depth + i * 8;
         const typename V::Inputs first = V::broadcast_inputs(x);
         const typename V::Inputs second = V::broadcast_inputs(x + 4);
 #pragma GCC unroll 4
@@ -88,9 +88,10 @@ struct Int4Tile {
 #pragma GCC unroll 16
       for (int r = 0; r < kR; ++r) {
         const int8_t* row = reinterpret_cast<const int8_t*>(a + r * g.a_stride);
-        const float sum = static_cast<float>(group_sums_of(row, g.k)[group]);
-        totals[r][j] = V::fma(V::to_float(sums[r][j]), scale, totals[r][j]);
-        totals[r][j] = V::fma(V::broadcast(sum), offset, totals[r][j]);
+        const GroupTail* tail = group_tails_of(row, g.k) + group;
+        const typename V::F sum = V::multiply(V::to_float(sums[r][j]), V::broadcast(tail->scale));
+        totals[r][j] = V::fma(sum, scale, totals[r][j]);
+        totals[r][j] = V::fma(V::broadcast(tail->sum), offset, totals[r][j]);
       }
     }
   }
@@ -105,22 +106,15 @@ struct Int4Tile {
 #pragma GCC unroll 4
       for (int j = 0; j < kC; ++j) totals[r][j] = V::zero();
     }
-    for (int group = 0; group < num_groups(g.k); ++group) {
+    for (int group = 0; group < padded_depth(g.k) / kInt4Depth; ++group) {
       const uint8_t* block = panel + group * kInt4GroupBytes;
-#pragma GCC unroll 9
+#pragma GCC unroll 5
       for (int i = 0; i < kUnitsOfGroup; ++i) ahead.fetch(group * kUnitsOfGroup + i);
       add_group<kR>(g, a, group, block + inside * 4,
                     block + kInt4ScalesOffset + inside * sizeof(uint16_t), totals);
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) {
-      const int8_t* inputs = reinterpret_cast<const int8_t*>(a + r * g.a_stride);
-      const typename V::F scale = V::broadcast(tail_of(inputs, g.k)->scale);
-      typename V::F values[kC];
-#pragma GCC unroll 4
-      for (int j = 0; j < kC; ++j) values[j] = V::multiply(totals[r][j], scale);
-      store_columns<V>(g, row + r, column, values);
-    }
+    for (int r = 0; r < kR; ++r) store_columns<V>(g, row + r, column, totals[r]);
   }
 };
 
@@ -133,13 +127,15 @@ void multiply_int8(const GemmArgs& g) {
 template <class V>
 void multiply_int4(const GemmArgs& g) {
   multiply_tiles<V, Int4Tile<V>>(g, panel_bytes(WeightFormat::kInt4, g.k),
-                                 num_groups(g.k) * kUnitsOfGroup);
+                                 padded_depth(g.k) / kInt4Depth * kUnitsOfGroup);
 }
 
 template <class V>
 GemmKernel integer_gemm_of(WeightFormat format) {
-  const auto multiply = format == WeightFormat::kInt8 ? multiply_int8<V> : multiply_int4<V>;
-  return {integer_row_bytes, prepare_integer_row, multiply, exercise_integers<V>};
+  if (format == WeightFormat::kInt8) {
+    return {int8_row_bytes, prepare_int8_row, multiply_int8<V>, exercise_integers<V>};
+  }
+  return {int4_row_bytes, prepare_int4_row, multiply_int4<V>, exercise_integers<V>};
 }
 
 }  // namespace kvasir::vec
