@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from kvasir_kvstore import _native
-from kvasir_kvstore.core.block import BLOCK_TOKENS
+from kvasir_kvstore.core.block import BLOCK_TOKENS, KvLayout
 from kvasir_proto.errors import KvasirError, Reason
 
 from kvasir_engine.logits import sequence_logits
@@ -75,7 +75,12 @@ def run_probe(
 
     Raises KvasirError for a model whose KV no codec takes.
     """
-    check_encodable(model)
+    if not is_encodable(model.layout):
+        raise KvasirError(
+            Reason.UNSUPPORTED,
+            f"KV of {model.layout.dtype} and heads of {model.layout.head_dim} always travels raw:"
+            " codecs take bfloat16 and heads that are multiples of 32",
+        )
     total = len(ids) * (1 + len(RISE_MAX))
     plain = perplexity(model, ids, lambda done: progress(done, total))
     rows = []
@@ -90,14 +95,9 @@ def run_probe(
     return Probe(model.fingerprint, len(ids), plain, tuple(rows))
 
 
-def check_encodable(model: LoadedModel) -> None:
-    """Raises KvasirError if no codec takes the model's KV."""
-    if model.layout.dtype != "bfloat16" or model.layout.head_dim % 32:
-        raise KvasirError(
-            Reason.UNSUPPORTED,
-            f"KV of {model.layout.dtype} and heads of {model.layout.head_dim} always travels raw:"
-            " codecs take bfloat16 and heads that are multiples of 32",
-        )
+def is_encodable(layout: KvLayout) -> bool:
+    """Whether codecs take such KV."""
+    return layout.dtype == "bfloat16" and layout.head_dim % 32 == 0
 
 
 class RoundTrip:

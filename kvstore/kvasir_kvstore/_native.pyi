@@ -144,6 +144,15 @@ class PullResult:
         """Frames whose checksum or form was wrong; nothing of them became ready."""
 
     @property
+    def bytes_wire(self) -> int:
+        """Payload bytes as they came over TCP: fewer than `bytes_moved` where they were encoded."""
+    @property
+    def wire_s(self) -> float:
+        """Time in which they came, without waiting for them to be ready."""
+    @property
+    def is_lossy(self) -> bool:
+        """Some came encoded: the blocks are near to what the peer holds, not equal to it."""
+    @property
     def transport(self) -> str:
         """How the blocks came: tcp, tcp-encrypted, shm, or "" if no peer was reached."""
 
@@ -160,10 +169,13 @@ class BlockClient:
         connections_per_peer_max: int = 4,
         socket_dir: str = "",
         key: bytes = b"",
+        num_heads: int = 0,
+        head_dim: int = 0,
     ) -> None:
         """`socket_dir`: where peers of this node are looked for; others are reached by TCP.
 
-        `key`: as BlockServer's.
+        `key`: as BlockServer's. `num_heads`, `head_dim`: of the pool's blocks, bfloat16; without
+        them all travels raw.
         """
     def pull_session(
         self,
@@ -176,8 +188,11 @@ class BlockClient:
         blocks: Sequence[int],
         timeout_ms: int,
         cancel_id: int = 0,
+        codec: str = "raw",
     ) -> PullResult:
         """Pull a hand-off session, layer by layer as the source computes; blocks until its end.
+
+        `codec`: raw, int8, int4 or entropy, for what comes over TCP.
 
         Waits for a session that is not open yet.
         """
@@ -192,6 +207,7 @@ class BlockClient:
         blocks: Sequence[int],
         timeout_ms: int,
         cancel_id: int = 0,
+        codec: str = "raw",
     ) -> PullResult:
         """Pull published blocks by name, names[i] into blocks[i]."""
     def cancel(self, cancel_id: int) -> None:

@@ -282,6 +282,8 @@ class KvTier:
         )
         self._metrics.frames_bad.inc(result.frames_bad)
         self._metrics.bytes.labels(result.transport or "none").inc(result.bytes_moved)
+        encoding = "encoded" if result.is_lossy else "raw"
+        self._metrics.wire_bytes.labels(encoding).inc(result.bytes_wire)
         if result.error:
             log.warning("fetching KV blocks from %s: %s", run.holder.name, result.error)
         return result

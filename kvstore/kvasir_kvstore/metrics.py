@@ -144,6 +144,12 @@ class TierMetrics:
             ["transport"],
             registry=registry,
         )
+        self.wire_bytes = Counter(
+            "kvasir_kvtier_wire_bytes",
+            "KV bytes fetched from KV nodes as they came over TCP: encoded (in part) or raw",
+            ["encoding"],
+            registry=registry,
+        )
         self.locate_seconds = Histogram(
             "kvasir_kvtier_locate_seconds",
             "Time to ask the index",

@@ -10,6 +10,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from kvasir_kvstore.codecs import CodecTerms
+
 DNS_PREFIX = "dns:"
 KEY_BYTES_MIN, KEY_BYTES_MAX = 32, 4096
 
@@ -22,6 +24,8 @@ class DataPlane:
     """Where peers of this node are found; "": they are reached by TCP like others."""
     key: bytes = field(default=b"", repr=False)
     """Encrypts KV on its way; empty: it is sent as it is."""
+    codecs: CodecTerms = field(default_factory=CodecTerms)
+    """How KV that comes to this process may be encoded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from kvasir_proto.v1 import common_pb2
 
 from kvasir_kvstore._native import BlockClient, BlockPool, PullResult
+from kvasir_kvstore.codecs import LinkCodecs
 from kvasir_kvstore.peers import DataPlane
 
 UID_BYTES = 16
@@ -33,7 +34,10 @@ class NamedPuller:
             connections_per_peer_max=pulls_max,
             socket_dir=plane.socket_dir,
             key=plane.key,
+            **plane.codecs.shape,
         )
+        self._block_bytes = pool.num_layers * pool.layer_bytes
+        self._links = LinkCodecs(plane.codecs)
         self._executor = ThreadPoolExecutor(pulls_max, thread_name_prefix="kv-pull")
         self._cancel_ids = itertools.count(1)
 
@@ -57,11 +61,12 @@ class NamedPuller:
             blocks=blocks,
             timeout_ms=timeout_ms,
             cancel_id=cancel_id,
+            codec=self._links.choose(source, num_bytes=len(blocks) * self._block_bytes),
         )
         future = self._executor.submit(pull)
         done = asyncio.ensure_future(asyncio.wrap_future(future))
         try:
-            return await asyncio.shield(done)
+            result = await asyncio.shield(done)
         except asyncio.CancelledError:
             if not future.cancel():
                 self._client.cancel(cancel_id)
@@ -71,6 +76,8 @@ class NamedPuller:
                 except asyncio.CancelledError:  # it ends within moments; freeing must follow it
                     continue
             raise
+        self._links.pulled(source, bytes_wire=result.bytes_wire, wire_s=result.wire_s)
+        return result
 
     async def close(self) -> None:
         """Ends all pulls and waits for them."""

@@ -1,6 +1,8 @@
-"""kvasir kv: what codecs of the KV cache cost a model."""
+"""kvasir kv: what codecs of the KV cache cost a model, and how fast they are."""
 
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -74,3 +76,29 @@ def probe(
     if png_file is not None:
         draw_probe(found).savefig(png_file, format="png", dpi=110)
         click.echo(f"wrote {png_file}")
+
+
+@kv.command()
+@click.option("--heads", "num_heads", type=click.IntRange(1, 4096), default=8, show_default=True)
+@click.option("--head-dim", type=click.IntRange(32, 1024), default=64, show_default=True)
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Write the result there."
+)
+def rates(num_heads: int, head_dim: int, json_file: Path | None) -> None:
+    """Measure the codecs on one core, beside memcpy, in raw bytes."""
+    from kvasir_kvstore.bench_codecs import run_bench_codecs
+
+    from kvasir_cli.load.machine import machine
+
+    if head_dim % 32:
+        raise click.UsageError("--head-dim must be a multiple of 32")
+    rows = run_bench_codecs(num_heads=num_heads, head_dim=head_dim)
+    for row in rows:
+        click.echo(
+            f"  {row.codec:<8} {row.path:<7} encode {row.encode_gb_per_s:6.2f} GB/s"
+            f"  decode {row.decode_gb_per_s:6.2f} GB/s  {row.ratio:.2f} times smaller"
+        )
+    if json_file is not None:
+        result = {"bench": "kv_codecs", "machine": machine(), "rows": [asdict(r) for r in rows]}
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        click.echo(f"wrote {json_file}")

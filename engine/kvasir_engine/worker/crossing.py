@@ -152,6 +152,7 @@ class Crossing:
                 session_id=session_id,
                 blocks=[block],
                 timeout_ms=int(CHECK_TIMEOUT_S * 1000),
+                exact=True,
             )
             try:
                 pulled = await pull.finish(timeout_s=CHECK_TIMEOUT_S)

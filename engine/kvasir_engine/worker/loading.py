@@ -10,13 +10,17 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 from kvasir_kvstore._native import BlockPool, BlockServer
 from kvasir_kvstore.client import KvTier
-from kvasir_kvstore.core.block import KvLayout
+from kvasir_kvstore.codecs import CodecTerms
+from kvasir_kvstore.core.block import KvLayout, fingerprint
+from kvasir_kvstore.peers import DataPlane
 from kvasir_proto.errors import KvasirError, Reason
 
+from kvasir_engine.codec_probe import RECORD_NAME, allowed_codecs, is_encodable
 from kvasir_engine.config import read_config
 from kvasir_engine.core.types import EngineLimits
 from kvasir_engine.engine import Engine
@@ -53,6 +57,8 @@ async def serving(host: Host) -> AsyncIterator[Serving]:
     model, tokenizer = await _in_thread(
         lambda: (_load_model(host, num_threads), _load_tokenizer(settings))
     )
+    model, codecs = _with_codecs(settings, model)
+    plane = replace(settings.data_plane, codecs=codecs)
     # 2. KV memory and data plane, then the engine, then the tier: closed in reverse order.
     pool = _new_pool(settings, model.layout)
     async with AsyncExitStack() as stack:
@@ -63,7 +69,7 @@ async def serving(host: Host) -> AsyncIterator[Serving]:
             health=host.health,
             metrics=host.metrics,
             max_pulls=settings.max_running + 1,
-            plane=settings.data_plane,
+            plane=plane,
         )
         stack.callback(puller.close)
         eos_token_ids = _eos_token_ids(settings, tokenizer)
@@ -77,7 +83,7 @@ async def serving(host: Host) -> AsyncIterator[Serving]:
             pool=pool,
             block_server=block_server,
             puller=puller,
-            tier=await _start_tier(host, pool, stack),
+            tier=await _start_tier(host, pool, plane, stack),
             tokenizer=tokenizer,
             layout=model.layout,
             fingerprint=model.fingerprint,
@@ -166,6 +172,31 @@ def _load_model(host: Host, num_threads: int) -> LoadedModel:
     )
 
 
+def _with_codecs(settings: WorkerSettings, model: LoadedModel) -> tuple[LoadedModel, CodecTerms]:
+    """The model and what its KV may go through; one whose KV may lose something has another name.
+
+    Raises:
+        KvasirError: the codec has not passed the model's probe.
+    """
+    mode = settings.kv_codec
+    if mode == "raw":
+        return model, CodecTerms()
+    allowed: tuple[str, ...] = ()
+    if is_encodable(model.layout):
+        allowed = allowed_codecs(settings.model / RECORD_NAME, model.fingerprint)
+    if mode not in ("auto", *allowed):
+        raise KvasirError(
+            Reason.UNSUPPORTED,
+            f"KV as {mode} has not passed for this model:"
+            f" run `kvasir kv probe --model {settings.model}`",
+            param="kv_codec",
+        )
+    log.info("KV over TCP: %s, of %s", mode, ", ".join(("raw", *allowed)))
+    layout = replace(model.layout, exact=False)
+    terms = CodecTerms(mode, allowed, num_heads=layout.num_kv_heads, head_dim=layout.head_dim)
+    return replace(model, layout=layout, fingerprint=fingerprint(model.fingerprint, layout)), terms
+
+
 def _load_tokenizer(settings: WorkerSettings) -> Tokenizer | None:
     try:
         tokenizer = Tokenizer.load(settings.model)
@@ -236,7 +267,9 @@ def _limits(settings: WorkerSettings, model: LoadedModel, pool: BlockPool) -> En
     )
 
 
-async def _start_tier(host: Host, pool: BlockPool, stack: AsyncExitStack) -> KvTier | None:
+async def _start_tier(
+    host: Host, pool: BlockPool, plane: DataPlane, stack: AsyncExitStack
+) -> KvTier | None:
     settings = host.settings
     if not settings.kv_nodes:
         return None
@@ -245,7 +278,7 @@ async def _start_tier(host: Host, pool: BlockPool, stack: AsyncExitStack) -> KvT
         nodes=settings.kv_nodes,
         redis_url=settings.redis,
         links=host.links,
-        plane=settings.data_plane,
+        plane=plane,
         registry=host.metrics.registry,
         offer_names_waiting_max=settings.offer_blocks_max,
         replicas=settings.kv_replicas,

@@ -83,6 +83,9 @@ class WorkerMetrics:
         self.handoff_bytes = self._counter(
             "handoff_bytes", "KV bytes handed off to this worker, by transport", "transport"
         )
+        self.codec_bytes = self._counter(
+            "handoff_wire_bytes", "KV bytes of hand-offs as they came over TCP, by codec", "codec"
+        )
         self.transfers = self._counter(
             "kv_transfers", "KV transfers ended, by use and error (ok: none)", "use", "error"
         )

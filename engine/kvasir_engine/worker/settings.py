@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, Self
 
+from kvasir_kvstore.codecs import KvCodec
 from kvasir_kvstore.peers import DataPeerSettings, parse_spec
 from pydantic import Field, field_validator, model_validator
 
@@ -37,6 +38,10 @@ class WorkerSettings(DataPeerSettings):
     """How weights are computed with: quantised at load."""
     kv: KvFormat = "bf16"
     """How KV is kept; workers of one fleet must agree, since formats share no block."""
+    kv_codec: KvCodec = "raw"
+    """How KV that comes over TCP may be encoded: auto takes the fastest for each link of those that
+    `kvasir kv probe` allowed for the model. Workers of one fleet must agree on raw or not, since
+    blocks that may have lost something share no name with exact ones."""
     isa: str | None = None
     """CPU path of the kernels; None: the best that runs here."""
     kv_nodes: tuple[str, ...] = ()

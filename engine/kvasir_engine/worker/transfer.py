@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from kvasir_kvstore._native import BlockClient, BlockPool, PullResult
+from kvasir_kvstore.codecs import LinkCodecs
 from kvasir_kvstore.peers import DataPlane
 from kvasir_proto.v1 import common_pb2
 
@@ -32,6 +33,10 @@ class Pulled:
     bytes_moved: int
     error: str
     transport: str = ""
+    codec: str = "raw"
+    bytes_wire: int = 0
+    """As they came over TCP."""
+    wire_s: float = 0.0
 
 
 class Pull:
@@ -85,7 +90,11 @@ class Puller:
         plane: DataPlane,
     ) -> None:
         """`max_pulls`: more wait, behind pulls whose source may itself be waiting for its turn."""
-        self._client = BlockClient(pool, socket_dir=plane.socket_dir, key=plane.key)
+        self._client = BlockClient(
+            pool, socket_dir=plane.socket_dir, key=plane.key, **plane.codecs.shape
+        )
+        self._block_bytes = pool.num_layers * pool.layer_bytes
+        self._links = LinkCodecs(plane.codecs)
         self._health = health
         self._metrics = metrics
         self._executor = ThreadPoolExecutor(max_pulls, thread_name_prefix="kv-pull")
@@ -100,9 +109,12 @@ class Puller:
         session_id: int,
         blocks: Sequence[int],
         timeout_ms: int,
+        exact: bool = False,
     ) -> Pull:
-        """Starts to pull a hand-off session into `blocks`."""
+        """Starts to pull a hand-off session into `blocks`; `exact`: as the source has them."""
         cancel_id = next(self._cancel_ids)
+        num_bytes = len(blocks) * self._block_bytes
+        codec = "raw" if exact else self._links.choose(source, num_bytes=num_bytes)
 
         def pull() -> Pulled:
             result = self._client.pull_session(
@@ -114,8 +126,9 @@ class Puller:
                 blocks=blocks,
                 timeout_ms=timeout_ms,
                 cancel_id=cancel_id,
+                codec=codec,
             )
-            return _pulled(result)
+            return _pulled(result, codec)
 
         return Pull(self._executor.submit(pull), lambda: self._client.cancel(cancel_id))
 
@@ -141,12 +154,14 @@ class Puller:
                 timeout_ms=timeout_ms,
                 cancel_id=cancel_id,
             )
-            return _pulled(result)
+            return _pulled(result, "raw")
 
         return Pull(self._executor.submit(pull), lambda: self._client.cancel(cancel_id))
 
     def ended(self, pulled: Pulled, *, source: common_pb2.PeerAddress) -> None:
         """Counts a hand-off's end; one of the path's failures also counts against its health."""
+        self._links.pulled(source, bytes_wire=pulled.bytes_wire, wire_s=pulled.wire_s)
+        self._metrics.codec_bytes.labels(pulled.codec).inc(pulled.bytes_wire)
         self._metrics.kv_bytes.labels("handoff").inc(pulled.bytes_moved)
         self._metrics.handoff_bytes.labels(pulled.transport or "none").inc(pulled.bytes_moved)
         self._metrics.transfers.labels("handoff", pulled.error or "ok").inc()
@@ -172,7 +187,15 @@ class Puller:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _pulled(result: PullResult) -> Pulled:
+def _pulled(result: PullResult, codec: str) -> Pulled:
     ok = result.blocks_ok
     num_leading = next((i for i, is_ok in enumerate(ok) if not is_ok), len(ok))
-    return Pulled(num_leading, result.bytes_moved, result.error, result.transport)
+    return Pulled(
+        num_leading,
+        result.bytes_moved,
+        result.error,
+        result.transport,
+        codec if result.is_lossy else "raw",
+        result.bytes_wire,
+        result.wire_s,
+    )

@@ -39,6 +39,8 @@ class KvLayout:
     dtype: str = "bfloat16"
     rope: str = ""
     """Canonical JSON of the rotary embedding's parameters: they are baked into K."""
+    exact: bool = True
+    """False: blocks may have lost something on their way, and what is computed from them errs."""
 
     @property
     def layer_bytes(self) -> int:

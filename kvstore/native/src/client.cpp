@@ -124,6 +124,7 @@ PullResult BlockClient::pull(const Pull& pull) {
   const Registration registration(*this, pull.cancel_id);
   const Deadline deadline = Deadline::in(pull.timeout_ms);
   Receiver receiver(pool_, pull.blocks, pull.names, pull.session_id);
+  receiver.accept(pull.codec, options_.codecs);
   Code code = enter(pull, deadline, registration.ended());
   if (code == Code::kOk) {
     code = attempt(pull, receiver, deadline, registration.ended());
@@ -170,6 +171,7 @@ Code BlockClient::run(const Pull& pull, const Link& link, Receiver& receiver, De
   const RequestType type = pull.is_session() ? RequestType::kSession : RequestType::kNamed;
   Request request{};
   request.type = type;
+  request.codec = link.view ? Codec::kRaw : pull.codec;
   request.request_id = next_request_id_++;
   Code code = send_request(pull, link.stream, request, deadline, ended);
   if (code == Code::kOk) code = receiver.run(link.stream, request.request_id, deadline, ended);
@@ -205,6 +207,8 @@ Code BlockClient::greet(const Peer& peer, Stream& stream, Deadline deadline,
   hello.epoch = peer.life.epoch;
   hello.num_layers = pool_.shape().num_layers;
   hello.layer_bytes = pool_.shape().layer_bytes;
+  hello.num_heads = static_cast<uint16_t>(options_.codecs.num_heads);
+  hello.head_dim = static_cast<uint16_t>(options_.codecs.head_dim);
   seal(hello);
   if (hello.is_secured) greeting.client_nonce = random_key();
   Key& nonce = greeting.client_nonce;

@@ -40,7 +40,8 @@ struct Pull {
   std::vector<Name> names;  // per block; empty: pull the session
   uint64_t session_id = 0;
   int64_t timeout_ms = 0;
-  uint64_t cancel_id = 0;  // 0: cannot be cancelled by id
+  uint64_t cancel_id = 0;     // 0: cannot be cancelled by id
+  Codec codec = Codec::kRaw;  // wished for, over TCP
 
   bool is_session() const { return names.empty(); }
 };
@@ -51,6 +52,7 @@ class BlockClient {
     uint32_t connections_per_peer_max;
     std::string socket_dir;  // where peers of this node are looked for; "": all by TCP
     std::string secret;      // that all peers hold; "": connections are not encrypted
+    CodecShape codecs = {};  // of the pool's blocks; without, all travels raw
   };
 
   // Throws std::runtime_error if it cannot encrypt.
@@ -59,6 +61,7 @@ class BlockClient {
   BlockClient(const BlockClient&) = delete;
   BlockClient& operator=(const BlockClient&) = delete;
 
+  bool can_decode() const { return options_.codecs.num_heads != 0; }
   // Throws std::invalid_argument or std::out_of_range for blocks that cannot be written to.
   PullResult pull(const Pull& pull);
   void cancel(uint64_t cancel_id);

@@ -5,6 +5,7 @@
 //     int8     32 scales (of tokens)              | codes, rows in pairs, a byte each
 //     int4     head_dim minima, head_dim steps    | codes, groups in fours, four to a word
 //     entropy  a step, head_dim centres + tables  | at the end: one rANS stream of all sections
+//              and head_dim shifts of the step    |
 //
 // A group of 32 is a channel of K over the tokens, or 32 channels of a token's V (KIVI's axes): in
 // a block both are 64 bytes side by side. All paths of the CPU give the same bytes.

@@ -12,10 +12,12 @@
 namespace kvasir {
 namespace {
 
-// A step of quantisation, in standard deviations of a head's channels: the first third of the
-// layers, the second and the last (CacheGen, section 5.2: errors in early layers cost more).
-constexpr std::array<float, 3> kCoarseness = {0.45F, 0.6F, 0.75F};
-constexpr float kFineLevels = 2047.0F;   // of the section's largest magnitude, to measure it with
+// A step of quantisation, in standard deviations: of the channel of V; of K, whose wide channels
+// weigh more in scores, half-way (in the logarithm) between the channel's and the head's. The first
+// third of the layers, the second and the last (CacheGen, section 5.2: early errors cost more).
+constexpr std::array<float, 3> kCoarseness = {0.3F, 0.4F, 0.5F};
+constexpr float kFineLevels = 2047.0F;   // of the section's largest magnitude: a step of one
+constexpr int kShiftMax = 11;            // a channel's step: so many times doubled
 constexpr float kMagnitudeMin = 1e-30F;  // a section below is all zeros
 constexpr int kCentreMax = 2047;
 constexpr int kLanesLog2 = 5;
@@ -23,7 +25,7 @@ constexpr int kHalf = 1 << (kLanesLog2 - 1);
 constexpr size_t kStatesBytes = kLanes * sizeof(uint32_t);
 
 size_t params_bytes(const CodecShape& shape) {
-  return sizeof(float) + shape.head_dim * sizeof(uint16_t);
+  return sizeof(float) + shape.head_dim * (sizeof(uint16_t) + sizeof(uint8_t));
 }
 
 size_t num_sections(const CodecShape& shape, uint32_t num_layers) {
@@ -64,17 +66,17 @@ class Encoder {
   bool add(const uint16_t* section, bool is_key, float coarseness, uint8_t* params) {
     const uint16_t most = kernels_.magnitude(section, count_);
     if (most > kMagnitudeMax) return false;
-    float step = 0.0F;
-    if (widen(most) >= kMagnitudeMin) {
-      const float fine = widen(most) / kFineLevels;
-      quantise(section, is_key, fine);
-      step = fine * std::max(1.0F, spread() * coarseness);
-    }
-    for (;; step *= 2) {  // from 1/63 of the largest magnitude on, all fits
-      quantise(section, is_key, step);
-      if (take_rows(params + sizeof step)) break;
-    }
+    const float step = widen(most) < kMagnitudeMin ? 0.0F : widen(most) / kFineLevels;
     std::memcpy(params, &step, sizeof step);
+    quantise(section, is_key, step);
+    uint8_t* const packed = params + sizeof step;
+    uint8_t* const shifts = packed + head_dim_ * sizeof(uint16_t);
+    const float usual = is_key ? usual_deviation() : 0.0F;
+    for (size_t c = 0; c < head_dim_; ++c) {
+      float deviation = channel_deviation(c);
+      if (is_key) deviation = std::sqrt(deviation * usual);
+      take_row(c, coarseness * deviation, packed, shifts);
+    }
     num_rows_ += head_dim_;
     return true;
   }
@@ -105,31 +107,45 @@ class Encoder {
     }
   }
 
-  // In levels: the root of the mean over the channels of their variances.
-  float spread() const {
-    double total = 0;
-    for (size_t c = 0; c < head_dim_; ++c) {
-      const RowSums sums = kernels_.row_sums(scratch().levels.data() + c * kLanes);
-      total += sums.squares - static_cast<double>(sums.sum) * sums.sum / kLanes;
-    }
-    return static_cast<float>(std::sqrt(total / static_cast<double>(count_)));
-  }
-
-  // The symbols of the section; false: one lies too far from its channel's centre.
-  bool take_rows(uint8_t* params) const {
+  // The symbols of one channel, at a step that suits its spread.
+  void take_row(size_t c, float wanted, uint8_t* packed, uint8_t* shifts) const {
     Scratch& area = scratch();
-    for (size_t c = 0; c < head_dim_; ++c) {
-      const int16_t* const row = area.levels.data() + c * kLanes;
-      const int centre = (kernels_.row_sums(row).sum + kHalf) >> kLanesLog2;
-      uint8_t* const symbols = area.symbols.data() + (num_rows_ + c) * kLanes;
-      const auto found = kernels_.to_symbols(row, static_cast<int16_t>(centre), symbols);
-      if (std::abs(centre) > kCentreMax || found.magnitude > kSymbolMax) return false;
+    const int16_t* const row = area.levels.data() + c * kLanes;
+    uint8_t* const symbols = area.symbols.data() + (num_rows_ + c) * kLanes;
+    int shift = wanted <= 1.0F ? 0 : std::min<int>(kShiftMax, std::lround(std::log2(wanted)));
+    for (;; ++shift) {  // 64 levels at 6: all fits
+      int16_t coarse[kLanes];
+      for (size_t i = 0; i < kLanes; ++i) {
+        coarse[i] = static_cast<int16_t>((row[i] + (1 << shift >> 1)) >> shift);
+      }
+      const int centre = (kernels_.row_sums(coarse).sum + kHalf) >> kLanesLog2;
+      const auto found = kernels_.to_symbols(coarse, static_cast<int16_t>(centre), symbols);
+      if (found.magnitude > kSymbolMax) continue;
       const uint8_t table = table_for(found.squares, found.magnitude);
       area.tables[num_rows_ + c] = table;
-      const auto packed = static_cast<uint16_t>((centre + kCentreMax) << 4 | table);
-      std::memcpy(params + c * sizeof packed, &packed, sizeof packed);
+      const auto both = static_cast<uint16_t>((centre + kCentreMax) << 4 | table);
+      std::memcpy(packed + c * sizeof both, &both, sizeof both);
+      shifts[c] = static_cast<uint8_t>(shift);
+      return;
     }
-    return true;
+  }
+
+  // In levels, over the tokens.
+  float channel_deviation(size_t c) const {
+    const RowSums sums = kernels_.row_sums(scratch().levels.data() + c * kLanes);
+    const float mean = static_cast<float>(sums.sum) / kLanes;
+    const float variance = static_cast<float>(sums.squares) / kLanes - mean * mean;
+    return std::sqrt(std::max(0.0F, variance));
+  }
+
+  // The root of the mean square of the channels' deviations.
+  float usual_deviation() const {
+    float squares = 0.0F;
+    for (size_t c = 0; c < head_dim_; ++c) {
+      const float deviation = channel_deviation(c);
+      squares += deviation * deviation;
+    }
+    return std::sqrt(squares / static_cast<float>(head_dim_));
   }
 
   const CodecKernels& kernels_;
@@ -143,12 +159,18 @@ void decode_section(const CodecKernels& kernels, const CodecShape& shape, bool i
   Scratch& area = scratch();
   float step;
   std::memcpy(&step, params, sizeof step);
+  const uint8_t* const shifts = params + sizeof step + shape.head_dim * sizeof(uint16_t);
   for (size_t c = 0; c < shape.head_dim; ++c) {
     uint16_t packed;
     std::memcpy(&packed, params + sizeof step + c * sizeof packed, sizeof packed);
     const int offset = (packed >> 4) - kCentreMax - 128;
     kernels.from_symbols(symbols + c * kLanes, static_cast<int16_t>(offset),
                          area.levels.data() + c * kLanes);
+    const uint32_t shift = shifts[c];
+    int16_t* const row = area.levels.data() + c * kLanes;
+    for (size_t i = 0; i < kLanes; ++i) {
+      row[i] = static_cast<int16_t>(static_cast<uint32_t>(row[i]) << shift);
+    }
   }
   if (!is_key) {
     kernels.transpose(area.levels.data(), shape.head_dim, kLanes, area.turned.data());
@@ -195,6 +217,7 @@ bool entropy_decode(const CodecKernels& kernels, const CodecShape& shape, uint32
     if (!(step >= 0.0F && step <= widen(kMagnitudeMax))) return false;
     for (size_t c = 0; c < shape.head_dim; ++c) {
       area.tables[i * shape.head_dim + c] = params[sizeof step + 2 * c] & 0xf;
+      if (params[sizeof step + 2 * shape.head_dim + c] > kShiftMax) return false;
     }
   }
   // 2. All symbols; a stream that is what was written ends where it began, with all words read.

@@ -54,10 +54,29 @@ Code FrameBatch::add_sealed(const Frame& header, const uint8_t* payload) {
   return code_;
 }
 
+const uint8_t* FrameBatch::encode_layers(Frame& frame, const uint8_t* layers) {
+  const size_t size_max = encoded_bytes_max(codec_, shape_, frame.layer_count);
+  // What is encoded now must lie there until it is sent: add() must find room for it.
+  if (num_frames_ == kFrames || (bytes_ > 0 && bytes_ + size_max > kBatchBytes)) flush();
+  if (code_ != Code::kOk) return nullptr;
+  if (encoded_.size() < kBatchBytes + size_max) {
+    flush();
+    encoded_.resize(kBatchBytes + size_max);
+  }
+  uint8_t* const target = encoded_.data() + encoded_used_;
+  const LayerRun run{
+      .first = frame.layer_first, .count = frame.layer_count, .total = pool_.shape().num_layers};
+  const size_t size = encode(codec_, shape_, run, layers, {target, size_max}, false);
+  if (size == 0 || size >= frame.payload_bytes) return nullptr;
+  encoded_used_ += size;
+  frame.codec = codec_;
+  frame.payload_bytes = size;
+  return target;
+}
+
 Code FrameBatch::add_payload(Frame frame, const uint8_t* payload) {
   frame.kind = FrameKind::kData;
-  frame.codec = codec_;
-  const bool has_tag = stream_.secure() != nullptr && codec_ == Codec::kRaw;
+  const bool has_tag = stream_.secure() != nullptr && codec_ != Codec::kShared;
   frame.payload_crc = has_tag ? 0 : crc32c(payload, frame.payload_bytes);
   return add(frame, codec_ == Codec::kShared ? nullptr : payload);
 }
@@ -80,13 +99,17 @@ Code FrameBatch::add_layers(const Slice& slice, const Name& name) {
   const auto step = std::max<uint32_t>(1, kFramePayloadBytes / layer_bytes);
   for (uint32_t first = slice.layer_first; first < slice.layer_end; first += step) {
     Frame frame{};
+    frame.codec = codec_ == Codec::kShared ? codec_ : Codec::kRaw;
     frame.ordinal = slice.ordinal;
     frame.source_block = slice.block;
     frame.layer_first = static_cast<uint16_t>(first);
     frame.layer_count = static_cast<uint16_t>(std::min(step, slice.layer_end - first));
     frame.name = name;
     frame.payload_bytes = uint64_t{frame.layer_count} * layer_bytes;
-    if (add_payload(frame, pool_.layer(slice.block, first)) != Code::kOk) break;
+    const uint8_t* const layers = pool_.layer(slice.block, first);
+    const uint8_t* const encoded = is_lossy(codec_) ? encode_layers(frame, layers) : nullptr;
+    const uint8_t* const payload = encoded != nullptr ? encoded : layers;
+    if (add_payload(frame, payload) != Code::kOk) break;
   }
   return code_;
 }
@@ -114,7 +137,7 @@ Code FrameBatch::flush() {
     code_ = stream_.send_all(parts_.data(), num_parts_, Deadline::in(kSendStallMs), &stopped_);
   }
   if (code_ == Code::kOk) payload_bytes_sent_ += bytes_;
-  num_frames_ = num_parts_ = bytes_ = 0;
+  num_frames_ = num_parts_ = bytes_ = encoded_used_ = 0;
   // The last pin may be of a block with frames still to come.
   const size_t num_done = pins_.empty() ? 0 : pins_.size() - 1;
   for (size_t i = 0; i < num_done; ++i) pool_.unpin(pins_[i]);

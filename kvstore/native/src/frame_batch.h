@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "codec.h"
 #include "crypto.h"
 #include "pool.h"
 #include "stream.h"
@@ -14,10 +15,15 @@ namespace kvasir {
 
 class FrameBatch {
  public:
-  // Codec kShared: the peer reads the payloads from the pool itself.
+  // Codec kShared: the peer reads the payloads from the pool itself. Others need the shape.
   FrameBatch(BlockPool& pool, const Stream& stream, const Signal& stopped, uint64_t request_id,
-             Codec codec)
-      : pool_(pool), stream_(stream), stopped_(stopped), request_id_(request_id), codec_(codec) {}
+             Codec codec, const CodecShape& shape = {})
+      : pool_(pool),
+        stream_(stream),
+        stopped_(stopped),
+        request_id_(request_id),
+        codec_(codec),
+        shape_(shape) {}
   ~FrameBatch();
   FrameBatch(const FrameBatch&) = delete;
   FrameBatch& operator=(const FrameBatch&) = delete;
@@ -50,6 +56,8 @@ class FrameBatch {
   // Encrypts the frame's payload, if it carries one, and adds what is sent after the header.
   Code add_sealed(const Frame& header, const uint8_t* payload);
 
+  // Makes the frame one of encoded layers; null: they cannot be, or it would not pay.
+  const uint8_t* encode_layers(Frame& frame, const uint8_t* layers);
   Code add_payload(Frame frame, const uint8_t* payload);
   // Seals the frame; makes room for it before if need be.
   Code add(Frame frame, const uint8_t* payload);
@@ -59,6 +67,9 @@ class FrameBatch {
   const Signal& stopped_;
   const uint64_t request_id_;
   const Codec codec_;
+  const CodecShape shape_;
+  std::vector<uint8_t> encoded_;  // payloads of the frames gathered
+  size_t encoded_used_ = 0;
   std::array<Frame, kFrames> frames_;
   std::array<Tag, kFrames> tags_;
   std::array<iovec, 3 * kFrames> parts_;

@@ -10,6 +10,7 @@
 
 #include "block_names.h"
 #include "client.h"
+#include "codec.h"
 #include "codec_module.h"
 #include "crc32c.h"
 #include "crypto.h"
@@ -174,6 +175,9 @@ void bind_server(nb::module_& m) {
 }
 
 PullResult run_pull(BlockClient& client, Pull pull) {
+  if (is_lossy(pull.codec) && !client.can_decode()) {
+    throw std::invalid_argument("a client without num_heads and head_dim takes raw only");
+  }
   if (pull.timeout_ms < 1 || pull.timeout_ms > 86'400'000) {
     throw std::invalid_argument("timeout_ms must be from 1 to 86400000, not " +
                                 std::to_string(pull.timeout_ms));
@@ -184,18 +188,21 @@ PullResult run_pull(BlockClient& client, Pull pull) {
 
 PullResult pull_session(BlockClient& client, const std::string& host, uint16_t port,
                         const nb::bytes& uid, uint64_t epoch, uint64_t session_id,
-                        std::vector<uint32_t> blocks, int64_t timeout_ms, uint64_t cancel_id) {
+                        std::vector<uint32_t> blocks, int64_t timeout_ms, uint64_t cancel_id,
+                        const std::string& codec) {
   return run_pull(client, {.peer = {host, port, {to_name(uid, "uid"), epoch}},
                            .blocks = std::move(blocks),
                            .names = {},
                            .session_id = session_id,
                            .timeout_ms = timeout_ms,
-                           .cancel_id = cancel_id});
+                           .cancel_id = cancel_id,
+                           .codec = codec_of(codec)});
 }
 
 PullResult pull_named(BlockClient& client, const std::string& host, uint16_t port,
                       const nb::bytes& uid, uint64_t epoch, const std::vector<nb::bytes>& names,
-                      std::vector<uint32_t> blocks, int64_t timeout_ms, uint64_t cancel_id) {
+                      std::vector<uint32_t> blocks, int64_t timeout_ms, uint64_t cancel_id,
+                      const std::string& codec) {
   if (names.empty()) return {};
   if (names.size() != blocks.size() || names.size() > kNamesMax) {
     throw std::invalid_argument("names and blocks must be of one length, at most " +
@@ -205,9 +212,25 @@ PullResult pull_named(BlockClient& client, const std::string& host, uint16_t por
             .blocks = std::move(blocks),
             .names = {},
             .timeout_ms = timeout_ms,
-            .cancel_id = cancel_id};
+            .cancel_id = cancel_id,
+            .codec = codec_of(codec)};
   for (const nb::bytes& name : names) pull.names.push_back(to_name(name, "name"));
   return run_pull(client, std::move(pull));
+}
+
+void construct_client(BlockClient* self, BlockPool& pool, uint32_t connections_per_peer_max,
+                      const std::string& socket_dir, const nb::bytes& key, uint32_t num_heads,
+                      uint32_t head_dim) {
+  const CodecShape codecs{.num_heads = num_heads, .head_dim = head_dim};
+  const bool is_right = codecs.is_encodable() && codecs.layer_bytes() == pool.shape().layer_bytes;
+  if (num_heads != 0 && !is_right) {
+    throw std::invalid_argument("no codec takes blocks of such heads in layers of this pool's");
+  }
+  new (self) BlockClient(
+      pool, {.connections_per_peer_max = std::max<uint32_t>(1, connections_per_peer_max),
+             .socket_dir = socket_dir,
+             .secret = to_secret(key),
+             .codecs = codecs});
 }
 
 void bind_client(nb::module_& m) {
@@ -216,24 +239,19 @@ void bind_client(nb::module_& m) {
       .def_ro("bytes_moved", &PullResult::bytes_moved)
       .def_prop_ro("error", [](const PullResult& result) { return code_name(result.error); })
       .def_ro("frames_bad", &PullResult::frames_bad)
+      .def_ro("bytes_wire", &PullResult::bytes_wire)
+      .def_prop_ro("wire_s", [](const PullResult& result) { return 1e-9 * result.wire_ns; })
+      .def_ro("is_lossy", &PullResult::is_lossy)
       .def_prop_ro("transport",
                    [](const PullResult& result) { return transport_name(result.transport); });
   nb::class_<BlockClient>(m, "BlockClient")
-      .def(
-          "__init__",
-          [](BlockClient* self, BlockPool& pool, uint32_t connections_per_peer_max,
-             const std::string& socket_dir, const nb::bytes& key) {
-            new (self) BlockClient(
-                pool, {.connections_per_peer_max = std::max<uint32_t>(1, connections_per_peer_max),
-                       .socket_dir = socket_dir,
-                       .secret = to_secret(key)});
-          },
-          "pool"_a, nb::kw_only(), "connections_per_peer_max"_a = 4, "socket_dir"_a = "",
-          "key"_a = nb::bytes("", 0), nb::keep_alive<1, 2>())
+      .def("__init__", &construct_client, "pool"_a, nb::kw_only(), "connections_per_peer_max"_a = 4,
+           "socket_dir"_a = "", "key"_a = nb::bytes("", 0), "num_heads"_a = 0, "head_dim"_a = 0,
+           nb::keep_alive<1, 2>())
       .def("pull_session", &pull_session, nb::kw_only(), "host"_a, "port"_a, "uid"_a, "epoch"_a,
-           "session_id"_a, "blocks"_a, "timeout_ms"_a, "cancel_id"_a = 0)
+           "session_id"_a, "blocks"_a, "timeout_ms"_a, "cancel_id"_a = 0, "codec"_a = "raw")
       .def("pull_named", &pull_named, nb::kw_only(), "host"_a, "port"_a, "uid"_a, "epoch"_a,
-           "names"_a, "blocks"_a, "timeout_ms"_a, "cancel_id"_a = 0)
+           "names"_a, "blocks"_a, "timeout_ms"_a, "cancel_id"_a = 0, "codec"_a = "raw")
       .def("cancel", &BlockClient::cancel, "cancel_id"_a)
       .def("close", &BlockClient::close, nb::call_guard<nb::gil_scoped_release>());
 }

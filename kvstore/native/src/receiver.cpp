@@ -44,7 +44,7 @@ Code Receiver::run(const Stream& stream, uint64_t request_id, Deadline deadline,
     if (code != Code::kOk) return code;
     has_received_ = true;
     if (!is_expected(frame)) return bad_frame();
-    if (frame.kind == FrameKind::kData && frame.codec == Codec::kRaw) {
+    if (frame.kind == FrameKind::kData && frame.codec != Codec::kShared) {
       code = receive_payload(frame);
       if (code != Code::kOk) return code;
       continue;
@@ -56,6 +56,11 @@ Code Receiver::run(const Stream& stream, uint64_t request_id, Deadline deadline,
     if (frame.kind == FrameKind::kEnd) return next_bytes_ == 0 ? frame.code : bad_frame();
     if (frame.kind == FrameKind::kData) copy_payload(frame);
   }
+}
+
+void Receiver::accept(Codec codec, const CodecShape& shape) {
+  codec_ = codec;
+  shape_ = shape;
 }
 
 void Receiver::read_from(const SharedView* view, Transport transport) {
@@ -142,21 +147,30 @@ bool Receiver::is_expected(const Frame& frame) const {
   if (frame.kind == FrameKind::kMiss) return frame.payload_bytes == 0 && !names_.empty();
   const PoolShape& shape = pool_.shape();
   if (frame.kind != FrameKind::kData || frame.layer_count == 0 ||
-      frame.layer_first + frame.layer_count > shape.num_layers ||
-      frame.payload_bytes != uint64_t{frame.layer_count} * shape.layer_bytes) {
+      frame.layer_first + frame.layer_count > shape.num_layers) {
+    return false;
+  }
+  const uint64_t layers_bytes = uint64_t{frame.layer_count} * shape.layer_bytes;
+  const bool is_encoded = is_lossy(frame.codec);
+  if (is_encoded ? frame.codec != codec_ || frame.payload_bytes >= layers_bytes
+                 : frame.payload_bytes != layers_bytes) {
     return false;
   }
   const bool is_next = frame.layer_first == layers_[frame.ordinal];
-  if (view_ == nullptr) return frame.codec == Codec::kRaw && is_next;
+  if (view_ == nullptr) return (is_encoded || frame.codec == Codec::kRaw) && is_next;
   // A named block that had a checksum before we asked has been copied before.
   return frame.codec == Codec::kShared && frame.source_block < view_->shape().num_blocks &&
          (is_next || !names_.empty());
 }
 
-// Straight into the block, and decrypted there. Receives ahead into the next header, which saves a
-// call per frame.
+// Straight into the block, and decrypted there, or, if encoded, decoded into it. Receives ahead
+// into the next header, which saves a call per frame.
 Code Receiver::receive_payload(const Frame& frame) {
-  uint8_t* const start = pool_.layer(blocks_[frame.ordinal], frame.layer_first);
+  const bool is_encoded = is_lossy(frame.codec);
+  if (is_encoded && encoded_.size() < frame.payload_bytes) encoded_.resize(frame.payload_bytes);
+  uint8_t* const start =
+      is_encoded ? encoded_.data() : pool_.layer(blocks_[frame.ordinal], frame.layer_first);
+  const int64_t began_ns = monotonic_ns();
   const bool is_sealed = stream_->secure() != nullptr;
   void* const ahead = is_sealed ? static_cast<void*>(&ahead_) : &ahead_.frame;
   const size_t ahead_bytes = is_sealed ? sizeof ahead_ : sizeof ahead_.frame;
@@ -171,18 +185,29 @@ Code Receiver::receive_payload(const Frame& frame) {
     if (code != Code::kOk) return code;
     done += received;
   }
+  result_.wire_ns += monotonic_ns() - began_ns;
+  result_.bytes_wire += frame.payload_bytes;
   next_bytes_ = done - frame.payload_bytes;
   if (!is_sealed) {
     const bool is_right = crc32c(start, frame.payload_bytes) == frame.payload_crc;
-    take_layers(frame.ordinal, frame.layer_count, is_right);
+    take_layers(frame.ordinal, frame.layer_count, is_right && land(frame, start));
     return Code::kOk;
   }
   bool is_right = false;
   const Code code = open(frame, start, frame.payload_bytes, next_bytes_, is_right);
   if (code != Code::kOk) return code;
   if (!is_right) return bad_frame();  // somebody changed it: nothing after it can be trusted
-  take_layers(frame.ordinal, frame.layer_count, true);
+  take_layers(frame.ordinal, frame.layer_count, land(frame, start));
   return Code::kOk;
+}
+
+bool Receiver::land(const Frame& frame, const uint8_t* payload) {
+  if (!is_lossy(frame.codec)) return true;
+  result_.is_lossy = true;
+  uint8_t* const layers = pool_.layer(blocks_[frame.ordinal], frame.layer_first);
+  const CodecFault fault =
+      decode(shape_, frame.layer_count, {payload, frame.payload_bytes}, layers);
+  return fault == CodecFault::kNone;
 }
 
 Code Receiver::bad_frame() {

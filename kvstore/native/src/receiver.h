@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "codec.h"
 #include "crypto.h"
 #include "pool.h"
 #include "shared_view.h"
@@ -27,6 +28,9 @@ struct PullResult {
   Code error = Code::kOk;
   uint64_t frames_bad = 0;
   Transport transport = Transport::kNone;  // that of the last attempt
+  uint64_t bytes_wire = 0;                 // of verified payloads, as they were sent
+  int64_t wire_ns = 0;                     // from their headers to their ends
+  bool is_lossy = false;                   // some were encoded
 };
 
 class Receiver {
@@ -39,6 +43,8 @@ class Receiver {
   // everything as it was, so that the caller may ask again.
   Code run(const Stream& stream, uint64_t request_id, Deadline deadline, const Signal* ended);
 
+  // From now on, payloads may be encoded so.
+  void accept(Codec codec, const CodecShape& shape);
   // From now on, frames may say where in this memory their payload lies; null: none may.
   void read_from(const SharedView* view, Transport transport);
   // Copies the named blocks that the memory lists with a checksum; returns how many it lists
@@ -56,6 +62,8 @@ class Receiver {
   Code open(const Frame& frame, uint8_t* payload, size_t size, size_t received, bool& is_right);
   Code receive_payload(const Frame& frame);
   void copy_payload(const Frame& frame);
+  // Whether the payload that has arrived becomes the layers it stands for.
+  bool land(const Frame& frame, const uint8_t* payload);
   // False: listed, but without a checksum.
   bool copy_named(size_t ordinal);
   void take_layers(size_t ordinal, uint32_t count, bool is_right);
@@ -64,6 +72,9 @@ class Receiver {
 
   BlockPool& pool_;
   const SharedView* view_ = nullptr;
+  Codec codec_ = Codec::kRaw;
+  CodecShape shape_;
+  std::vector<uint8_t> encoded_;  // the payload of a frame, until it is verified
   const std::vector<uint32_t>& blocks_;
   const std::vector<Name>& names_;
   const Name session_;

@@ -21,6 +21,10 @@ constexpr size_t kSweepBytes = 1 << 20;     // between looks at the session, how
 
 using Status = BlockPool::SessionStatus;
 
+CodecShape codec_shape(const Hello& hello) {
+  return {.num_heads = hello.num_heads, .head_dim = hello.head_dim};
+}
+
 Code check_hello(const SenderContext& context, const Hello& hello) {
   if (!is_intact(hello)) return Code::kRefused;
   if (hello.uid != context.self.uid || hello.epoch != context.self.epoch) return Code::kStalePeer;
@@ -30,7 +34,9 @@ Code check_hello(const SenderContext& context, const Hello& hello) {
       hello.layer_bytes != shape.layer_bytes) {
     return Code::kOtherLayout;
   }
-  return Code::kOk;
+  const CodecShape codecs = codec_shape(hello);
+  const bool is_right = codecs.is_encodable() && codecs.layer_bytes() == shape.layer_bytes;
+  return hello.num_heads == 0 || is_right ? Code::kOk : Code::kOtherLayout;
 }
 
 void count_refusal(ServerCounters& counters, Code code) {
@@ -40,7 +46,7 @@ void count_refusal(ServerCounters& counters, Code code) {
   counters.unauthenticated += code == Code::kUnauthenticated;
 }
 
-bool greet(const SenderContext& context, Stream& stream) {
+bool greet(const SenderContext& context, Stream& stream, CodecShape& codecs) {
   const Deadline deadline = Deadline::in(kHelloMs);
   const Signal* stopped = &context.stopped;
   Greeting greeting{};
@@ -51,6 +57,7 @@ bool greet(const SenderContext& context, Stream& stream) {
   if (is_secured && stream.recv_all(&nonce, sizeof nonce, deadline, stopped) != Code::kOk) {
     return false;
   }
+  codecs = codec_shape(hello);
   HelloReply& reply = greeting.reply;
   reply.code = check_hello(context, hello);
   reply.uid = context.self.uid;
@@ -103,10 +110,11 @@ bool receive_request(const SenderContext& context, const Stream& stream, Request
 
 // False: the connection is of no more use.
 bool serve_named(const SenderContext& context, const Stream& stream, const Request& request,
-                 const std::vector<Name>& names) {
+                 const std::vector<Name>& names, const CodecShape& codecs) {
   const Deadline deadline = Deadline::in(std::min<int64_t>(request.timeout_ms, kRequestMsMax));
   const uint32_t num_layers = context.pool.shape().num_layers;
-  FrameBatch batch(context.pool, stream, context.stopped, request.request_id, Codec::kRaw);
+  FrameBatch batch(context.pool, stream, context.stopped, request.request_id, request.codec,
+                   codecs);
   uint64_t blocks_sent = 0;
   Code reason = Code::kOk;
   uint32_t ordinal = 0;
@@ -171,13 +179,15 @@ void count_used(const SenderContext& context, const std::vector<Name>& names) {
 // One hand-off: sends each block's layers as they become final.
 class SessionSender {
  public:
-  SessionSender(const SenderContext& context, const Stream& stream, const Request& request)
+  SessionSender(const SenderContext& context, const Stream& stream, const Request& request,
+                const CodecShape& codecs)
       : context_(context),
         stream_(stream),
         request_(request),
         name_(session_name(request.session_id)),
         deadline_(Deadline::in(std::min<int64_t>(request.timeout_ms, kRequestMsMax))),
-        batch_(context.pool, stream, context.stopped, request.request_id, context.codec()) {}
+        batch_(context.pool, stream, context.stopped, request.request_id,
+               context.is_local ? Codec::kShared : request.codec, codecs) {}
 
   bool run() {
     const Code opened = wait_for_open();
@@ -279,7 +289,8 @@ class SessionSender {
 
 void serve_connection(const SenderContext& context, Stream& stream,
                       std::atomic<int64_t>& idle_since_ms) {
-  if (!greet(context, stream)) return;
+  CodecShape codecs;
+  if (!greet(context, stream, codecs)) return;
   Request request;
   std::vector<Name> names;
   for (;;) {
@@ -288,14 +299,18 @@ void serve_connection(const SenderContext& context, Stream& stream,
     idle_since_ms = 0;
     if (code != Code::kOk || !receive_request(context, stream, request, names)) return;
     bool usable = false;
+    if (request.codec != Codec::kRaw && !(is_lossy(request.codec) && codecs.is_encodable())) {
+      context.counters.bad_requests += 1;
+      return;
+    }
     if (request.type == RequestType::kNamed) {
       usable = context.is_local ? share_named(context, stream, request, names)
-                                : serve_named(context, stream, request, names);
+                                : serve_named(context, stream, request, names, codecs);
     } else if (request.type == RequestType::kUsed) {
       count_used(context, names);
       usable = true;
     } else if (request.type == RequestType::kSession) {
-      usable = SessionSender(context, stream, request).run();
+      usable = SessionSender(context, stream, request, codecs).run();
     } else {
       context.counters.bad_requests += 1;
     }

@@ -30,8 +30,6 @@ struct SenderContext {
   const Signal& stopped;
   const std::string& secret;  // "": connections are not encrypted
   bool is_local = false;      // the peer reads the pool's memory itself
-
-  Codec codec() const { return is_local ? Codec::kShared : Codec::kRaw; }
 };
 
 // Returns when the connection should be closed. `idle_since_ms` is nonzero while the connection

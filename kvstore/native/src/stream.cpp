@@ -42,11 +42,13 @@ bool would_block() { return errno == EAGAIN || errno == EWOULDBLOCK || errno == 
 
 }  // namespace
 
-int64_t monotonic_ms() {
+int64_t monotonic_ns() {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
-  return int64_t{now.tv_sec} * 1000 + now.tv_nsec / 1'000'000;
+  return int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
 }
+
+int64_t monotonic_ms() { return monotonic_ns() / 1'000'000; }
 
 int64_t Deadline::left_ms() const { return std::max<int64_t>(at_ms_ - monotonic_ms(), 0); }
 

@@ -16,6 +16,7 @@
 namespace kvasir {
 
 int64_t monotonic_ms();
+int64_t monotonic_ns();
 
 // A moment after which a wait gives up.
 class Deadline {

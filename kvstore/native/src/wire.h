@@ -32,7 +32,7 @@ namespace kvasir {
 static_assert(std::endian::native == std::endian::little, "the wire is little-endian");
 
 inline constexpr uint32_t kMagic = 0x5256534b;  // "KSVR"
-inline constexpr uint16_t kVersion = 2;
+inline constexpr uint16_t kVersion = 3;
 inline constexpr uint32_t kNamesMax = 16384;             // per request
 inline constexpr size_t kFramePayloadBytes = 256 << 10;  // aim: stays in the L2 cache
 
@@ -68,7 +68,8 @@ struct Hello {
   uint64_t epoch;
   uint32_t num_layers;
   uint32_t layer_bytes;
-  uint32_t reserved2;
+  uint16_t num_heads;  // with head_dim, what codecs must know of the layout; 0: it takes raw only
+  uint16_t head_dim;
   uint32_t crc;
 };
 static_assert(sizeof(Hello) == 64);
@@ -84,12 +85,16 @@ struct HelloReply {
 };
 static_assert(sizeof(HelloReply) == 40);
 
-enum class RequestType : uint16_t { kNamed = 1, kSession = 2, kAcknowledge = 3, kUsed = 4 };
+// How a payload is encoded. kShared: it is not there, but in the peer's memory.
+enum class Codec : uint8_t { kRaw = 0, kShared = 1, kInt8 = 2, kInt4 = 3, kEntropy = 4 };
+
+enum class RequestType : uint8_t { kNamed = 1, kSession = 2, kAcknowledge = 3, kUsed = 4 };
 
 struct Request {
   uint32_t magic;
   uint16_t version;
   RequestType type;
+  Codec codec;          // of payloads over TCP; what it does not take travels raw all the same
   uint64_t request_id;  // repeated in every frame of the answer
   uint64_t session_id;
   uint32_t count;  // names that follow, or blocks that the client has room for
@@ -100,8 +105,6 @@ struct Request {
 static_assert(sizeof(Request) == 40);
 
 enum class FrameKind : uint8_t { kData = 1, kMiss = 2, kEnd = 3 };
-enum class Codec : uint8_t { kRaw = 0, kShared = 1, kInt8 = 2, kInt4 = 3, kEntropy = 4 };
-
 struct Frame {
   uint32_t magic;
   uint16_t version;
