@@ -2,10 +2,18 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
-#include <numeric>
 #include <stdexcept>
 #include <vector>
+
+// Compiled for wider vectors as well and chosen at run time. Every operation is on one element or
+// in a written order, and contraction is off: all of them give the same bits.
+#ifdef KVASIR_X86
+#define KVASIR_WIDER [[gnu::target_clones("avx2", "default")]]
+#else
+#define KVASIR_WIDER
+#endif
 
 namespace kvasir {
 
@@ -13,6 +21,10 @@ namespace {
 
 constexpr int kFirstCandidates = 256;
 constexpr int kCandidateGrowth = 8;
+constexpr int kBlock = 64;  // tokens that are looked at together
+constexpr int kLanes = 8;
+constexpr float kForbidden = -std::numeric_limits<float>::infinity();
+constexpr float kExponentMin = -87.0f;  // exp of less counts as zero
 
 void check(const SampleOptions& o) {
   if (!(o.temperature >= 0) || std::isinf(o.temperature)) {
@@ -23,80 +35,200 @@ void check(const SampleOptions& o) {
   if (o.position < 0) throw std::invalid_argument("position must not be negative");
 }
 
-// Id of the largest logit, the lowest on ties. -inf marks forbidden tokens and is fine.
-int argmax(const float* logits, int vocab_size) {
-  float best = -std::numeric_limits<float>::infinity();
-  int best_id = -1;
-  bool has_nan = false;
-  for (int id = 0; id < vocab_size; ++id) {
-    has_nan |= std::isnan(logits[id]);
-    if (logits[id] > best) {
-      best = logits[id];
-      best_id = id;
-    }
+// Logits of a row, a block at a time; the last is filled up with forbidden ones.
+struct Row {
+  const float* logits;
+  int size;
+  int num_blocks;
+  float last[kBlock];
+
+  Row(const float* row, int vocab_size)
+      : logits(row), size(vocab_size), num_blocks((vocab_size + kBlock - 1) / kBlock) {
+    std::fill_n(last, kBlock, kForbidden);
+    const int first = (num_blocks - 1) * kBlock;
+    std::copy(logits + first, logits + size, last);
   }
-  if (has_nan) throw std::invalid_argument("logits hold NaN");
-  if (best_id < 0 || std::isinf(best)) throw std::invalid_argument("no finite largest logit");
-  return best_id;
+  const float* block(int index) const {
+    return index == num_blocks - 1 ? last : logits + static_cast<size_t>(index) * kBlock;
+  }
+};
+
+using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+inline __attribute__((always_inline)) Floats load(const float* p) {
+  Floats value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+
+// Joins lanes pairwise, always by the same tree.
+template <class Join>
+inline __attribute__((always_inline)) float fold(Floats value, const Join& join) {
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &value, sizeof lanes);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) lanes[j] = join(lanes[j], lanes[j + width]);
+  }
+  return lanes[0];
+}
+
+// The largest of each block's logits; true if there is a NaN.
+KVASIR_WIDER bool find_maxima(const Row& row, float* maxima) {
+  Ints nans = {};
+  for (int index = 0; index < row.num_blocks; ++index) {
+    const float* logits = row.block(index);
+    Floats most = load(logits);
+    nans |= most != most;
+    for (int i = kLanes; i < kBlock; i += kLanes) {
+      const Floats value = load(logits + i);
+      nans |= value != value;
+      most = value > most ? value : most;
+    }
+    maxima[index] = fold(most, [](float x, float y) { return y > x ? y : x; });
+  }
+  for (int j = 0; j < kLanes; ++j) {
+    if (nans[j] != 0) return true;
+  }
+  return false;
+}
+
+// Id of the largest logit, the lowest on ties. -inf marks forbidden tokens and is fine.
+int find_best(const Row& row, const std::vector<float>& maxima) {
+  const auto best = std::max_element(maxima.begin(), maxima.end());
+  if (std::isinf(*best)) throw std::invalid_argument("no finite largest logit");
+  const int index = static_cast<int>(best - maxima.begin());
+  const float* logits = row.block(index);
+  return index * kBlock + static_cast<int>(std::find(logits, logits + kBlock, *best) - logits);
+}
+
+// exp(x) for x <= 0, within 2 ulp. Cephes' polynomial.
+inline __attribute__((always_inline)) Floats exponential(Floats x) {
+  const Floats low = x < kExponentMin ? Floats{} + kExponentMin : x;
+  const float rounder = 12582912.0f;  // 1.5 * 2^23
+  const Floats n = (low * 1.44269504088896341f + rounder) - rounder;
+  const Floats r = (low - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  const Ints bits = (__builtin_convertvector(n, Ints) + 127) << 23;
+  Floats power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return x < kExponentMin ? Floats{} : p * power;
+}
+
+// Tokens' shares before they are scaled to sum to 1.
+inline __attribute__((always_inline)) Floats weights_of(Floats logits, float largest,
+                                                        float temperature) {
+  return exponential((logits - largest) / temperature);
+}
+float weight_of(float logit, float largest, float temperature) {
+  return weights_of(Floats{} + logit, largest, temperature)[0];
+}
+
+// The sum of each block's weights.
+KVASIR_WIDER void find_sums(const Row& row, float largest, float temperature, float* sums) {
+  for (int index = 0; index < row.num_blocks; ++index) {
+    Floats sum = {};
+    for (int i = 0; i < kBlock; i += kLanes) {
+      sum += weights_of(load(row.block(index) + i), largest, temperature);
+    }
+    sums[index] = fold(sum, [](float x, float y) { return x + y; });
+  }
+}
+
+double total_of(const std::vector<float>& sums) {
+  double total = 0;
+  for (const float sum : sums) total += sum;
+  return total;
 }
 
 // Draws from all tokens, in the order of their ids.
-int draw_from_all(const std::vector<double>& weights, double uniform) {
-  const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
-  const double target = uniform * total;
+int draw_from_all(const Row& row, float largest, float temperature, double uniform) {
+  std::vector<float> sums(row.num_blocks);
+  find_sums(row, largest, temperature, sums.data());
+  const double target = uniform * total_of(sums);
   double sum = 0;
+  int chosen = 0;  // of the blocks: the first whose end lies behind the target
+  for (int index = 0; index < row.num_blocks && sum <= target; ++index) {
+    if (sums[index] == 0) continue;
+    chosen = index;
+    sum += sums[index];
+  }
+  sum -= sums[chosen];
   int last = 0;
-  for (int id = 0; id < static_cast<int>(weights.size()); ++id) {
-    if (weights[id] == 0) continue;
-    last = id;
-    sum += weights[id];
+  for (int i = 0; i < kBlock; ++i) {
+    const float weight = weight_of(row.block(chosen)[i], largest, temperature);
+    if (weight == 0) continue;
+    last = chosen * kBlock + i;
+    sum += weight;
     if (sum > target) break;
   }
   return last;
 }
 
-// Puts the `count` strongest ids in front, strongest first, lowest id first on ties.
-void sort_front(std::vector<int>* ids, const float* logits, int count) {
-  const auto is_stronger = [logits](int a, int b) {
-    return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
-  };
-  if (count < static_cast<int>(ids->size())) {
-    std::nth_element(ids->begin(), ids->begin() + count, ids->end(), is_stronger);
+// The `count` strongest ids, strongest first, lowest id first on ties. That many blocks have a
+// token as strong as the weakest of their maxima: weaker tokens are not looked at.
+std::vector<int> strongest(const Row& row, std::vector<float> maxima, int count) {
+  float bound = kForbidden;
+  const std::vector<float> unsorted = maxima;
+  if (count <= row.num_blocks) {
+    std::nth_element(maxima.begin(), maxima.begin() + count - 1, maxima.end(), std::greater<>());
+    bound = maxima[count - 1];
   }
-  std::sort(ids->begin(), ids->begin() + count, is_stronger);
+  std::vector<int> ids;
+  for (int index = 0; index < row.num_blocks; ++index) {
+    if (unsorted[index] < bound) continue;
+    const int first = index * kBlock, end = std::min(first + kBlock, row.size);
+    for (int id = first; id < end; ++id) {
+      if (row.logits[id] >= bound) ids.push_back(id);
+    }
+  }
+  const auto is_stronger = [&](int a, int b) {
+    const float x = row.logits[a], y = row.logits[b];
+    return x != y ? x > y : a < b;
+  };
+  if (count < static_cast<int>(ids.size())) {
+    std::nth_element(ids.begin(), ids.begin() + count, ids.end(), is_stronger);
+    ids.resize(count);
+  }
+  std::sort(ids.begin(), ids.end(), is_stronger);
+  return ids;
 }
 
 // Draws from the shortest run of strongest tokens whose share reaches top_p, of the top_k
 // strongest.
-int draw_from_front(const float* logits, const std::vector<double>& weights, const SampleOptions& o,
-                    double uniform) {
-  const int vocab_size = static_cast<int>(weights.size());
-  const bool has_top_k = o.top_k > 0 && o.top_k < vocab_size;
-  const int most = has_top_k ? o.top_k : vocab_size;
-  std::vector<int> ids(vocab_size);
-  std::iota(ids.begin(), ids.end(), 0);
+int draw_from_front(const Row& row, const std::vector<float>& maxima, float largest,
+                    const SampleOptions& o, double uniform) {
+  const bool has_top_k = o.top_k > 0 && o.top_k < row.size;
+  const int most = has_top_k ? o.top_k : row.size;
+  const auto weight = [&](int id) { return weight_of(row.logits[id], largest, o.temperature); };
 
+  std::vector<int> ids =
+      strongest(row, maxima, has_top_k ? most : std::min(most, kFirstCandidates));
   double total = 0;
-  int count = has_top_k ? most : std::min(most, kFirstCandidates);
-  sort_front(&ids, logits, count);
   if (has_top_k) {
-    for (int i = 0; i < count; ++i) total += weights[ids[i]];
+    for (const int id : ids) total += weight(id);
   } else {
-    total = std::accumulate(weights.begin(), weights.end(), 0.0);
+    std::vector<float> sums(row.num_blocks);
+    find_sums(row, largest, o.temperature, sums.data());
+    total = total_of(sums);
   }
   double sum = 0;
   int kept = 0;
   while (kept < most && (kept == 0 || sum < o.top_p * total)) {
-    if (kept == count) {
-      count = std::min(most, count * kCandidateGrowth);
-      sort_front(&ids, logits, count);
+    if (kept == static_cast<int>(ids.size())) {
+      ids = strongest(row, maxima, std::min(most, kept * kCandidateGrowth));
     }
-    sum += weights[ids[kept++]];
+    sum += weight(ids[kept++]);
   }
   const double target = uniform * sum;
   sum = 0;
   for (int i = 0; i < kept; ++i) {
-    sum += weights[ids[i]];
+    sum += weight(ids[i]);
     if (sum > target) return ids[i];
   }
   return ids[kept - 1];
@@ -122,16 +254,15 @@ double philox_uniform(uint64_t seed, uint64_t position) {
 
 int32_t sample_row(const float* logits, int vocab_size, const SampleOptions& options) {
   check(options);
-  const int best = argmax(logits, vocab_size);
+  const Row row(logits, vocab_size);
+  std::vector<float> maxima(row.num_blocks);
+  if (find_maxima(row, maxima.data())) throw std::invalid_argument("logits hold NaN");
+  const int best = find_best(row, maxima);
   if (options.temperature == 0) return best;
-  std::vector<double> weights(vocab_size);
-  for (int id = 0; id < vocab_size; ++id) {
-    weights[id] = std::exp((static_cast<double>(logits[id]) - logits[best]) / options.temperature);
-  }
   const double uniform = philox_uniform(options.seed, static_cast<uint64_t>(options.position));
   const bool takes_all = options.top_p == 1 && (options.top_k == 0 || options.top_k >= vocab_size);
-  return takes_all ? draw_from_all(weights, uniform)
-                   : draw_from_front(logits, weights, options, uniform);
+  return takes_all ? draw_from_all(row, logits[best], options.temperature, uniform)
+                   : draw_from_front(row, maxima, logits[best], options, uniform);
 }
 
 }  // namespace kvasir
