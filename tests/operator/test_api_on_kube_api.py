@@ -111,6 +111,26 @@ def test_contradictions_of_a_service_are_refused(
     assert message in api.apply(service, check=False)
 
 
+def test_nodes_with_a_disk_are_made_and_stay(api: KubeApi) -> None:
+    disk = {"sizeMb": 100, "volumeClaim": {"storageClassName": "fast"}}
+    for name, spec in {"kept": disk, "lost": {"sizeMb": 100}}.items():
+        pool = make_object("KVCachePool", name, {"disk": spec, "copies": 2, "moveMbPerSecond": 9})
+        pool["metadata"] = {"name": name, "namespace": "default"}
+        api.apply(pool)
+    with operator(api, "d") as process:
+        claims = ("pvc", "-l", "kvasir.dev/pool=kept")
+        [claim] = wait_for("a claim", lambda: api.json(*claims)["items"])
+        assert claim["spec"]["storageClassName"] == "fast"
+        assert claim["spec"]["resources"]["requests"] == {"storage": "110Mi"}
+        wait_for("an emptyDir", lambda: "lost" in api("get", "statefulsets", "-o", "name"))
+        wait_for("reconciles that write nothing", lambda: is_quiet(api, process), limit_s=60)
+    refusal = api(
+        "patch", "kvp", "kept", "--type=merge", "-p", '{"spec":{"disk":null}}', check=False
+    )
+    assert "disk with volumeClaim cannot be set, changed or removed later" in refusal
+    api("delete", "kvp", "kept", "lost")
+
+
 def test_port_of_peers_is_free_where_links_are_plain(api: KubeApi) -> None:
     spec = {"model": MODEL, "router": {"grpcPort": 50054}, "security": {"mtls": False}}
     service = make_object("ModelService", "plain", spec)

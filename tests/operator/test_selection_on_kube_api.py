@@ -18,6 +18,9 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApi]:
         yield found
 
 
+SECRETS = {"tlsSecret": "chat-kvasir-tls", "kvKeySecret": "chat-kvasir-kv-key"}
+
+
 def apply(api: KubeApi, kind: str, name: str, *, check: bool = True, **spec: object) -> str:
     made = make_object(kind, name, {"model": MODEL, **spec})
     made["metadata"] = {"name": name, "namespace": "default"}
@@ -42,11 +45,11 @@ def test_a_selected_pool_that_comes_goes_and_differs_is_told(api: KubeApi) -> No
 
     with operator(api, "a") as process:
         pools = {"prefillPools": [{"name": "l40"}, {"name": "a100"}], "networkPolicy": False}
-        apply(api, "PrefillPool", "a100", replicas=2)
+        apply(api, "PrefillPool", "a100", replicas=2, **SECRETS)
         apply(api, "ModelService", "chat", **pools)
         missing = ("PoolNotFound", "PrefillPool l40 does not exist")
         wait_for("the missing pool to be told", lambda: problem() == missing)
-        apply(api, "PrefillPool", "l40", replicas=3)
+        apply(api, "PrefillPool", "l40", replicas=3, **SECRETS)
         wait_for("both pools", lambda: problem()[0] == "NoProblem")
         counts = api.json("msvc", "chat")["status"]["prefill"]
         assert counts == {"replicas": 5, "readyReplicas": 0, "summary": "0/5"}
@@ -68,3 +71,13 @@ def test_a_selected_pool_that_comes_goes_and_differs_is_told(api: KubeApi) -> No
         wait_for("the deleted pool to be told", lambda: problem() == missing)
         api("delete", "msvc", "chat")
         assert api.json("pfp", "a100")["spec"]["replicas"] == 2, "it stays without the service"
+        wait_for("a pool to keep the Secrets", lambda: owners(api) == ["a100"] * 2)
+        apply(api, "ModelService", "chat", prefillPools=[{"name": "a100"}])
+        wait_for("them to be taken over", lambda: owners(api) == ["a100", "a100", "chat", "chat"])
+        wait_for("no problem", lambda: problem()[0] == "NoProblem")
+
+
+def owners(api: KubeApi) -> list[str]:
+    secrets = api.json("secret", *SECRETS.values())["items"]
+    references = [r for secret in secrets for r in secret["metadata"]["ownerReferences"]]
+    return sorted(reference["name"] for reference in references)
