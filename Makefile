@@ -9,7 +9,7 @@ PACKAGES := operator router kvstore engine proto sim cli
 GENERATED := proto/kvasir_proto/v1 crds helm/kvasir docs/api.md
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check lint types drift gen format bench cuda e2e e2e-scale clean redis
+.PHONY: help build demo test check lint types drift gen format bench sanitize cuda e2e e2e-scale clean redis
 
 help: ## list these commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -54,6 +54,12 @@ bench: build ## engine, KV transfer, serving and routing figures into bench/resu
 	$(BIN)/kvasir bench kv --json bench/results/kv.json
 	$(BIN)/kvasir bench serve --model .cache/qwen3-0.6b --json bench/results/serve.json
 	$(BIN)/python bench/router.py --json bench/results/router.json
+
+sanitize: ## the engine's thread pool under ThreadSanitizer
+	mkdir -p build
+	c++ -std=c++20 -O1 -g -fsanitize=thread -Iengine/native/src engine/native/tests/pool_stress.cpp \
+	  engine/native/src/thread_pool.cpp -o build/pool_stress -pthread
+	build/pool_stress
 
 cuda: build ## the engine's CUDA device (nvcc of CUDA_HOME or the PATH, else from PyPI)
 	@[ -n "$$CUDA_HOME" ] || command -v nvcc >/dev/null || $(BIN)/python -m pip install -q 'nvidia-cuda-nvcc>=13.0'
