@@ -1,7 +1,8 @@
 """Brings blocks to the KV nodes that their chains belong to, when nodes come or go.
 
-Decides which chains are offered to whom: after a change of the live nodes, those in memory here
-that belong (core/placement.py) to a node to which they did not belong before. The other node pulls,
+Decides which chains are offered to whom: those in memory here that are new, or that after a change
+of the live nodes belong (core/placement.py) to a node to which they did not belong before; new ones
+too, since whoever offered them may have seen other nodes live. The other node pulls,
 as it does from workers, and says what it has already, so that two holders of a chain do no harm.
 What has moved is not given up here: it loses its value as it is no longer asked for. One chain
 after the other, in the background, at a bounded rate; what failed is tried again in the next round.
@@ -10,7 +11,7 @@ after the other, in the background, at a bounded rate; what failed is tried agai
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 from kvasir_proto.errors import KvasirError
@@ -58,7 +59,8 @@ class Mover:
         self._replicas = settings.kv_replicas
         self._bytes_per_s = settings.move_mb_per_s * (1 << 20)
         self._placed: _Members | None = None
-        """With these, all is where it belongs."""
+        """With these, the names in `_names_placed` are where they belong."""
+        self._names_placed: frozenset[bytes] = frozenset()
         self.blocks_moved = 0
 
     async def run(self) -> None:
@@ -66,21 +68,32 @@ class Mover:
         while True:
             await asyncio.sleep(INTERVAL_S)
             members = _Members(self._nodes.weights(), self._nodes.lives())
-            if members != self._placed and await self._place(members):
-                self._placed = members
+            layout, held = self._held()
+            new = held.keys() - self._names_placed
+            if layout is None or (members == self._placed and not new):
+                continue
+            names = new if members == self._placed else held.keys()
+            if await self._place({name: held[name] for name in names}, members, layout, new=new):
+                self._placed, self._names_placed = members, frozenset(held)
 
-    async def _place(self, members: "_Members") -> bool:
-        """Offers chains to nodes they newly belong to; False: not all could be."""
-        layout, held = self._held()
-        if layout is None:
-            return True
-        chains: defaultdict[Origin, list[bytes]] = defaultdict(list)
+    async def _place(
+        self,
+        held: Mapping[bytes, Origin],
+        members: "_Members",
+        layout: common_pb2.KvLayout,
+        *,
+        new: Set[bytes],
+    ) -> bool:
+        """Offers blocks to nodes they newly belong to; False: not all could be."""
+        chains: defaultdict[tuple[Origin, bool], list[bytes]] = defaultdict(list)
         for name, origin in held.items():
-            chains[origin].append(name)
+            chains[origin, name in new].append(name)
         is_done = True
-        for origin, names in chains.items():
+        for (origin, is_new), names in chains.items():
             head = origin.chain_head
-            before = self._placed.share(head, self._replicas) if self._placed else set()
+            before: set[tuple[str, int]] = set()
+            if self._placed is not None and not is_new:
+                before = self._placed.share(head, self._replicas)
             for target, _ in sorted(members.share(head, self._replicas) - before):
                 for start in range(0, len(names), NAMES_PER_OFFER):
                     part = names[start : start + NAMES_PER_OFFER]
