@@ -53,7 +53,23 @@ class Model:
         logits: NDArray[np.float32],
         completes: NDArray[np.int32],
         arrived: NDArray[np.int32],
-    ) -> None: ...
+        num_layers: int | None = None,
+    ) -> None:
+        """`num_layers`: only the first ones, and of the next one K and V; then without logits."""
+    def move_kv(
+        self,
+        *,
+        source_blocks: NDArray[np.int32],
+        source_first: int,
+        target_blocks: NDArray[np.int32],
+        target_first: int,
+        count: int,
+    ) -> None:
+        """KV of `count` tokens to other positions in other blocks."""
+    def read_kv(
+        self, *, layer: int, blocks: NDArray[np.int32], first: int, out: NDArray[np.float32]
+    ) -> None:
+        """K, then V, of consecutive tokens: `out` is [tokens, 2 * kv_heads * head_width]."""
 
 class MemoryProbe:
     def __init__(self, *, num_bytes: int, num_threads: int) -> None: ...

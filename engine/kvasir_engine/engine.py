@@ -30,6 +30,7 @@ from kvasir_engine.core.types import (
     Reservation,
     TokenEvent,
 )
+from kvasir_engine.errands import Errand
 from kvasir_engine.loop import StepLoop, now_ms
 from kvasir_engine.sessions import CLOSE_POLL_MS
 from kvasir_engine.step import ForwardModel, StepRunner
@@ -207,6 +208,29 @@ class Engine:
         """
         while not self._steps.let_go(request_id):  # noqa: ASYNC110
             await asyncio.sleep(CLOSE_POLL_MS / 1000)  # senders tell nobody when they stop
+
+    # Work beside requests
+
+    async def run_between_steps(self, pieces: Iterator[None]) -> bool:
+        """Runs pieces of native work in the engine's thread; False: one failed, or it has stopped.
+
+        When this returns, or raises because its caller is cancelled, none of them runs any more.
+        """
+        errand = Errand(pieces, self._running_loop())
+        self._steps.add_errand(errand)
+        return await errand.wait()
+
+    def borrow(self, names: Iterable[bytes]) -> tuple[int, ...]:
+        """Blocks of the longest leading run of names that is held; they stay until given back."""
+        with self._steps.changing() as scheduler:
+            blocks = scheduler.blocks.match(names)
+            scheduler.blocks.acquire(blocks)
+        return tuple(blocks)
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """Lets go of borrowed blocks, which nobody reads any more."""
+        with self._steps.changing() as scheduler:
+            scheduler.blocks.release(blocks)
 
     # What is known
 

@@ -1,9 +1,9 @@
 """The thread that computes step after step: schedule -> run -> postprocess.
 
 Decides nothing about requests (the scheduler does) and nothing about numbers (the native model
-does). Invariants: the scheduler is touched under one lock, which is never held while a step runs,
-so callers do not wait for a step; with nothing to compute the thread sleeps; a step that fails
-ends its requests and nothing else.
+does). Between steps it runs pieces of errands. Invariants: the scheduler is touched under one lock,
+which is never held while a step runs, so callers do not wait for one; with nothing to compute the
+thread sleeps; a step that fails ends its requests and nothing else.
 """
 
 import logging
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from kvasir_engine.core.decisions import Decision, Ended, SessionHeld, SessionOpened, Step
 from kvasir_engine.core.scheduler import Scheduler
 from kvasir_engine.core.types import BlockChange, EngineCounters, EngineLoad, Refusal
+from kvasir_engine.errands import Errand, Errands
 from kvasir_engine.pace import Pace
 from kvasir_engine.sessions import CLOSE_POLL_MS, SessionPool, Sessions
 from kvasir_engine.step import StepRunner
@@ -46,6 +47,7 @@ class StepLoop:
         self._scheduler = scheduler
         self._runner = runner
         self._sessions = Sessions(pool)
+        self._errands = Errands()
         self._deliver = deliver
         self._pace = Pace()
         self._wake = threading.Condition()
@@ -67,6 +69,17 @@ class StepLoop:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
+        with self._wake:
+            self._errands.end_all()
+
+    def add_errand(self, errand: Errand) -> None:
+        """Its pieces run between steps from now on."""
+        with self._wake:
+            if self._is_stopping or self.is_broken:
+                errand.end(is_done=False)
+                return
+            self._errands.add(errand)
+            self._wake.notify()
 
     @contextmanager
     def changing(self) -> Iterator[Scheduler]:
@@ -130,11 +143,13 @@ class StepLoop:
                 step = self._next_step()
                 if step is not None:
                     self._run(step)
+                self._run_errand()
         except Exception:
             log.exception("the scheduler failed: this engine serves nothing any more")
             with self._wake:
                 self.is_broken = True
                 self.problem = "the scheduler failed, see the log"
+                self._errands.end_all()
                 left = self._scheduler.roster.sequences.values()
                 self._deliver([Ended(s.request_id, Refusal.FAILED, s.arrival) for s in left], None)
 
@@ -144,9 +159,17 @@ class StepLoop:
             self._free_closed()
             step = self._scheduler.schedule(now_ms=now_ms())
             self._carry_out()
-            if step is None and not self._is_stopping:
+            if step is None and not self._is_stopping and not self._errands:
                 self._wake.wait(self._sleep_s())
         return step
+
+    def _run_errand(self) -> None:
+        """A piece of one errand; the others have their turn after the next steps."""
+        with self._wake:
+            errand = self._errands.take()
+        if errand is not None and errand.run_piece():
+            with self._wake:
+                self._errands.add(errand)
 
     def _sleep_s(self) -> float | None:
         """Until a session may be closed or a deadline passes; else until someone notifies."""

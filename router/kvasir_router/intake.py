@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
+from kvasir_router.chunks import Prompt, chunks_message, split_prompt
 from kvasir_router.core.sessions import SessionTable, Urgency
 from kvasir_router.membership.fleet import Fleet
 from kvasir_router.settings import RouterSettings
@@ -37,6 +38,9 @@ class TextModel(Protocol):
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant speaks."""
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a conversation; its special tokens are in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +92,37 @@ class Intake:
                 Reason.UNKNOWN_MODEL, f"the model {name!r} does not exist", param="model"
             )
 
-    async def encode(self, text: str, *, param: str) -> list[int]:
-        """Token ids of a prompt."""
+    async def encode(self, text: str, *, param: str, separator: str | None = None) -> Prompt:
+        """A prompt's tokens; a separator sets its chunks apart."""
         _check_text(text, param=param)
-        return await self._off_loop(len(text), lambda: self._text.encode(text))
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation."""
+        def encode() -> Prompt:
+            if separator is None:
+                return Prompt(tuple(self._text.encode(text)))
+            return split_prompt(text, separator, self._part)
+
+        return await self._off_loop(len(text), encode)
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, separator: str | None = None
+    ) -> Prompt:
+        """A conversation's tokens; a separator sets its chunks apart."""
         for index, message in enumerate(messages):
             _check_text(message["content"], param=f"messages[{index}].content")
         chars = sum(len(message["content"]) for message in messages)
-        return await self._off_loop(chars, lambda: self._text.encode_chat(messages))
 
-    async def _off_loop(self, chars: int, encode: Callable[[], list[int]]) -> list[int]:
+        def encode() -> Prompt:
+            if separator is None:
+                return Prompt(tuple(self._text.encode_chat(messages)))
+            text = self._text.apply_chat_template(messages)
+            return split_prompt(text, separator, lambda part, _: self._part(part, False))
+
+        return await self._off_loop(chars, encode)
+
+    def _part(self, text: str, is_first: bool) -> list[int]:
+        return self._text.encode(text, add_special_tokens=is_first)
+
+    async def _off_loop(self, chars: int, encode: Callable[[], Prompt]) -> Prompt:
         if chars <= INLINE_CHARS_MAX:
             return encode()
         if self._num_waiting >= TOKENISER_QUEUE_MAX:
@@ -112,13 +134,25 @@ class Intake:
         finally:
             self._num_waiting -= 1
 
+    def ids_prompt(self, token_ids: Sequence[int], *, param: str, separator: str | None) -> Prompt:
+        """A prompt of ids.
+
+        Raises:
+            KvasirError: INVALID_REQUEST: the model does not have them, or chunks are to be in them.
+        """
+        self.check_ids(token_ids, param=param)
+        if separator is not None:
+            message = "chunk_separator needs a prompt of text, not of token ids"
+            raise KvasirError(Reason.INVALID_REQUEST, message, param="chunk_separator")
+        return Prompt(tuple(token_ids))
+
     def check_ids(self, token_ids: Sequence[int], *, param: str) -> None:
         """Raises INVALID_REQUEST for ids that the model does not have."""
         if any(not 0 <= token < self._text.vocab_size for token in token_ids):
             message = f"token ids must be from 0 to {self._text.vocab_size - 1}"
             raise KvasirError(Reason.INVALID_REQUEST, message, param=param)
 
-    def call(self, token_ids: Sequence[int], wanted: Wanted, caller: Caller) -> Call:
+    def call(self, prompt: Prompt, wanted: Wanted, caller: Caller) -> Call:
         """The request as the dispatcher takes it.
 
         Raises:
@@ -126,12 +160,13 @@ class Intake:
         """
         sampling = common_pb2.SamplingParams()
         sampling.CopyFrom(wanted.sampling)
-        sampling.max_tokens = self._max_tokens(len(token_ids), wanted)
+        sampling.max_tokens = self._max_tokens(len(prompt.token_ids), wanted)
         terms, timeout_ms_max = wanted.terms, self._settings.request_timeout_ms
         urgency = self._urgency(terms, caller)
         return Call(
             request_id=caller.request_id,
-            token_ids=tuple(token_ids),
+            token_ids=prompt.token_ids,
+            chunks=chunks_message(prompt, terms.chunk_recompute),
             sampling=sampling,
             tenant_salt=caller.tenant.salt,
             tenant_weight=caller.tenant.weight,

@@ -7,6 +7,8 @@
     priority                           x-kvasir-priority         priority
     session_id                         x-kvasir-session-id       session_id
     deadline_ms                        x-kvasir-deadline-ms      deadline_ms
+    chunk_separator                    x-kvasir-chunk-separator  chunk_separator
+    chunk_recompute                    x-kvasir-chunk-recompute  chunk_recompute
 
 A field wins over its header, so that a gateway can set defaults by headers.
 """
@@ -18,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 PRIORITY_MAX = 10
 SESSION_ID_CHARS_MAX = 128
+SEPARATOR_CHARS_MAX = 64
 DEADLINE_MS_MAX = 24 * 3_600_000
 HEADER_PREFIX = "x-kvasir-"
 
@@ -44,6 +47,12 @@ class Terms(BaseModel):
 
     deadline_ms: int | None = Field(default=None, ge=1, le=DEADLINE_MS_MAX)
     """Extension: the whole session should be done this long after this request came."""
+
+    chunk_separator: str | None = Field(default=None, min_length=1, max_length=SEPARATOR_CHARS_MAX)
+    """Extension: stands around and between reusable chunks of the prompt, and is taken out."""
+
+    chunk_recompute: float | None = Field(default=None, ge=0.001, le=1)
+    """Extension: the share of a chunk's tokens that is computed again in this prompt."""
 
 
 class _HeaderTerms(Terms):

@@ -129,6 +129,36 @@ def quality(
 
 
 @bench.command()
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="Model folder.")
+@click.option("--prompts", "num_prompts", type=COUNT, default=6, show_default=True)
+@click.option("--chunks", "num_chunks", type=click.IntRange(1, 64), default=8, show_default=True)
+@click.option(
+    "--threads", "num_threads", type=click.IntRange(min=0), default=0, help="0: one per core."
+)
+@JSON_FILE
+def chunks(model: Path, num_threads: int, json_file: Path | None, **values: Any) -> None:
+    """Prompts blended of documents computed before: time to first token, and agreement."""
+    from kvasir_engine.chunk_bench import ChunkBenchSettings, run_bench_chunks
+
+    from kvasir_cli.load.machine import machine
+    from kvasir_cli.progress import stages
+
+    threads = num_threads or len(os.sched_getaffinity(0))
+    settings = ChunkBenchSettings(model_dir=model, num_threads=threads, **values)
+    with stages() as report:
+        result = run_bench_chunks(settings, report)
+    click.echo(f"{result['prompt_tokens']} tokens, computed whole: {result['exact_ttft_s']:.3f} s")
+    for row in result["rows"]:
+        click.echo(
+            f"  recompute {row['recompute']:6.1%}  {row['ttft_s']:7.3f} s"
+            f"  {row['times_faster']:5.2f} times faster  agreement {row['agreement']:6.1%}"
+            f"  divergence {row['divergence']:.4f}"
+        )
+    if json_file is not None:
+        _write(json_file, {**result, "machine": machine()})
+
+
+@bench.command()
 @click.option("--url", envvar="KVASIR_URL", help="A running fleet.  [default: start one]")
 @click.option(
     "--model",

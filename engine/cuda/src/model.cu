@@ -272,6 +272,7 @@ void CudaModel::forward(const Step& step) {
   require(guard.owns_lock(), "the model is already computing a step");
   require(host_.data != nullptr, "no KV pool is attached");
   check_step(step, shape_, host_);
+  require(step.num_layers == shape_.num_layers, "this device computes all layers");
   // 1. Room, and what the step works on.
   const size_t rows = in_tiles(std::max(step.num_tokens, step.num_outputs));
   const int angles = static_cast<int>(shape_.ropes.size()) * shape_.rope_pairs();

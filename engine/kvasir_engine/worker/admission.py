@@ -92,6 +92,15 @@ class Turn:
         """The engine has it: from now on it counts in the engine's load."""
         self._on_entered()
 
+    def part(self) -> "Turn":
+        """The turn of a part of it that is computed first."""
+        return Turn(
+            num_tokens=0,
+            waited_ms=self.waited_ms,
+            on_entered=self._on_entered,
+            on_computed=lambda: None,
+        )
+
     def computed(self) -> None:
         """Its prompt is computed: its first token is there."""
         self._on_computed()

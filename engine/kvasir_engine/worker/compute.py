@@ -16,6 +16,8 @@ from kvasir_proto.errors import KvasirError, Reason
 
 from kvasir_engine.core.types import EngineRequest, Reservation, TokenEvent
 from kvasir_engine.worker.admission import Turn
+from kvasir_engine.worker.chunk_reuse import ChunkReuse
+from kvasir_engine.worker.chunks import Chunks
 from kvasir_engine.worker.host import Host
 from kvasir_engine.worker.trace import Trace
 
@@ -25,28 +27,36 @@ log = logging.getLogger(__name__)
 class Compute:
     """Prompts computed here: of own requests, and of hand-offs to decode workers."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, chunk_reuse: ChunkReuse) -> None:
         self._host = host
+        self._chunk_reuse = chunk_reuse
 
     async def events(
-        self, request: EngineRequest, *, turn: Turn, trace: Trace
+        self,
+        request: EngineRequest,
+        *,
+        turn: Turn,
+        trace: Trace,
+        chunks: Chunks | None = None,
     ) -> AsyncGenerator[TokenEvent, None]:
-        """The engine's events for this request, whose turn it is.
+        """The engine's events for this request, whose turn it is; `chunks` of it are reused.
 
         Raises:
             KvasirError: the engine refuses or ends it.
         """
         engine = self._host.served().engine
-        # 1. Fetch, if that is faster.
-        reservation, num_fetched = await self._fetched(request, trace)
+        # 1. Blend chunks, or fetch if that is faster.
+        if chunks is not None:
+            filled = await self._chunk_reuse.filled(
+                request, chunks, computed=self.events, turn=turn, trace=trace
+            )
+        else:
+            filled = await self._fetched(request, trace)
         # 2. Compute the rest.
-        if reservation is None:
+        if filled is None:
             events = engine.generate(request)
         else:
-            events = engine.activate(
-                request.request_id,
-                computed_tokens=reservation.tokens_cached + num_fetched * BLOCK_TOKENS,
-            )
+            events = engine.activate(request.request_id, computed_tokens=filled[1])
         turn.entered()
         async with aclosing(events):
             is_first = True
@@ -59,11 +69,11 @@ class Compute:
 
     async def _fetched(
         self, request: EngineRequest, trace: Trace
-    ) -> tuple[Reservation | None, int]:
-        """Blocks with fetched KV in them, and how many; no reservation: nothing was worth it."""
+    ) -> tuple[Reservation, int] | None:
+        """Blocks, and how many leading tokens have their KV; None: nothing was worth fetching."""
         tier = self._host.served().tier
         if tier is None:
-            return None, 0
+            return None
         names, num_held = self._wanted(request)
         timeout_ms = self._host.fetch_rates.timeout_ms(
             num_blocks=len(names) - num_held,
@@ -71,14 +81,14 @@ class Compute:
             timeout_ms_max=self._host.settings.fetch_timeout_ms,
         )
         if not timeout_ms:
-            return None, 0
+            return None
         engine = self._host.served().engine
         try:
             reservation = await engine.reserve(request)
         except KvasirError as error:
             if error.reason not in (Reason.BUSY, Reason.OVERLOADED):
                 raise
-            return None, 0  # no memory now: wait for it in the engine's queue
+            return None  # no memory now: wait for it in the engine's queue
         try:
             num_fetched = await self._fetch(
                 tier, names, reservation, timeout_ms=timeout_ms, trace=trace
@@ -86,7 +96,7 @@ class Compute:
         except BaseException:
             await engine.release(request.request_id)
             raise
-        return reservation, num_fetched
+        return reservation, reservation.tokens_cached + num_fetched * BLOCK_TOKENS
 
     async def _fetch(
         self,

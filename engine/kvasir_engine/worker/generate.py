@@ -20,6 +20,7 @@ from kvasir_proto.v1 import common_pb2, worker_pb2
 from kvasir_engine.core.types import EngineRequest, FinishReason, TokenEvent
 from kvasir_engine.text import OutputText, TextChunk, Tokenizer
 from kvasir_engine.worker import requests
+from kvasir_engine.worker.chunks import chunks_of, names_salt
 from kvasir_engine.worker.compute import Compute
 from kvasir_engine.worker.handoff import Handoff
 from kvasir_engine.worker.host import Host, Serving
@@ -220,7 +221,9 @@ class EngineGenerator(Generator):
         """Its events, once its turn has come."""
         async with (
             self._host.admission.turn(self._host.asked(message)) as turn,
-            aclosing(self._compute.events(request, turn=turn, trace=trace)) as events,
+            aclosing(
+                self._compute.events(request, turn=turn, trace=trace, chunks=chunks_of(message))
+            ) as events,
         ):
             async for event in events:
                 yield event
@@ -231,7 +234,7 @@ class EngineGenerator(Generator):
             request_id=f"{message.request_id}#{next(self._count)}",
             prompt=tuple(message.token_ids),
             sampling=engine_sampling(message.sampling),
-            tenant_salt=message.tenant_salt,
+            tenant_salt=names_salt(message),
             deadline_ms=scope.deadline_ms,
             resume_tokens=tuple(message.resume_token_ids),
         )

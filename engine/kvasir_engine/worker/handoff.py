@@ -169,6 +169,7 @@ class _Transfer:
             session_id=self._session_id,
             timeout_ms=scope.left_ms(),
             terms=message.terms,
+            chunks=message.chunks if message.HasField("chunks") else None,
         )
         self._call: PrefillCall | None = None
         self._pull: Pull | None = None

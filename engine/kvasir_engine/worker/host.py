@@ -19,8 +19,10 @@ from kvasir_proto.v1 import common_pb2, worker_pb2
 
 from kvasir_engine.core.types import EngineLoad
 from kvasir_engine.engine import Engine
+from kvasir_engine.model import LoadedModel
 from kvasir_engine.text import Tokenizer
 from kvasir_engine.worker.admission import Admission, Asked, asked_of
+from kvasir_engine.worker.chunks import names_salt
 from kvasir_engine.worker.inflight import InFlight
 from kvasir_engine.worker.metrics import Gauges, WorkerMetrics
 from kvasir_engine.worker.peers import Peers
@@ -46,6 +48,7 @@ class Serving:
     """The loaded model and all that serves it."""
 
     engine: Engine
+    model: LoadedModel
     pool: BlockPool
     block_server: BlockServer
     puller: Puller
@@ -161,7 +164,7 @@ class Host:
         token_ids = list(message.token_ids)
         if isinstance(message, worker_pb2.GenerateRequest):
             token_ids += message.resume_token_ids
-        names = self.served().names(token_ids[:-1], tenant_salt=message.tenant_salt)
+        names = self.served().names(token_ids[:-1], tenant_salt=names_salt(message))
         return asked_of(message, num_tokens=len(token_ids), names=names)
 
     def describe(self) -> worker_pb2.WorkerDescription:

@@ -80,6 +80,7 @@ async def serving(host: Host) -> AsyncIterator[Serving]:
         stack.push_async_callback(engine.stop)
         yield Serving(
             engine=engine,
+            model=model,
             pool=pool,
             block_server=block_server,
             puller=puller,
@@ -91,6 +92,7 @@ async def serving(host: Host) -> AsyncIterator[Serving]:
                 vocab_size=model.config.vocab_size,
                 context_length=model.config.max_position,
                 has_tokenizer=tokenizer is not None,
+                moves_kv=model.native.isa != "cuda",
             ),
             eos_token_ids=frozenset(eos_token_ids),
             isa=model.native.isa,

@@ -24,6 +24,7 @@ from kvasir_kvstore.peers import join_target
 from kvasir_proto.v1 import worker_pb2, worker_pb2_grpc
 
 from kvasir_engine.worker import canary, loading, remote
+from kvasir_engine.worker.chunk_reuse import ChunkReuse
 from kvasir_engine.worker.compute import Compute
 from kvasir_engine.worker.crossing import Crossing
 from kvasir_engine.worker.drain import Drain
@@ -87,8 +88,8 @@ class Parts:
     def __init__(self, settings: WorkerSettings) -> None:
         uid = settings.uid or secrets.token_bytes(16)
         self.host = Host(settings, uid=uid, epoch=time.time_ns() // 1_000_000)
-        compute = Compute(self.host)
         self.offers = Offers(self.host)
+        compute = Compute(self.host, ChunkReuse(self.host, self.offers))
         self.vllm = remote.VllmGenerator(self.host) if settings.vllm_url else None
         self.generator: Generator = self.vllm or EngineGenerator(
             self.host, compute, Handoff(self.host), self.offers

@@ -72,7 +72,7 @@ class WorkerMetrics:
             "given_up", "Requests given up by the queue: hand_back, refuse or recalled", "why"
         )
         self.prompt_tokens = self._counter(
-            "prompt_tokens", "Prompt tokens by source: computed, cached or fetched", "source"
+            "prompt_tokens", "Prompt tokens by source: computed, cached, fetched, chunks", "source"
         )
         self.output_tokens = self._counter("output_tokens", "Tokens generated")
         self.kv_bytes = self._counter(

@@ -17,6 +17,7 @@ from kvasir_proto.v1 import worker_pb2
 
 from kvasir_engine.core.types import EngineRequest
 from kvasir_engine.worker import requests
+from kvasir_engine.worker.chunks import chunks_of, names_salt
 from kvasir_engine.worker.compute import Compute
 from kvasir_engine.worker.host import Host
 from kvasir_engine.worker.inflight import Scope
@@ -80,7 +81,9 @@ class Prefiller:
             request = self._engine_request(message, scope, skip_blocks=skip_blocks)
             # 3. Computed: KV flows meanwhile; the first token follows its last layer.
             try:
-                computing = self._compute.events(request, turn=turn, trace=trace)
+                computing = self._compute.events(
+                    request, turn=turn, trace=trace, chunks=chunks_of(message)
+                )
                 async with aclosing(computing) as events:
                     event = await anext(events)
                     yield _finished(event.token_ids[0], trace)
@@ -112,7 +115,7 @@ class Prefiller:
             request_id=f"{message.request_id}#prefill{next(self._count)}",
             prompt=tuple(message.token_ids),
             sampling=engine_sampling(message.sampling),
-            tenant_salt=message.tenant_salt,
+            tenant_salt=names_salt(message),
             deadline_ms=scope.deadline_ms,
             prefill_only_session=message.session_id,
             skip_blocks=skip_blocks,
@@ -129,5 +132,7 @@ def _finished(first_token_id: int, trace: Trace) -> worker_pb2.PrefillUpdate:
             kv_bytes_fetched=trace.kv_bytes_moved,
             queue_ms=trace.queue_ms,
             prefill_ms=trace.prefill_ms,
+            tokens_from_chunks=trace.tokens_from_chunks,
+            tokens_recomputed=trace.tokens_recomputed,
         )
     )

@@ -183,6 +183,7 @@ async def connected(host: Host, generator: VllmGenerator) -> AsyncIterator[None]
                 vocab_size=tokenizer.vocab_size,
                 context_length=await _context_length(host, vllm),
                 has_tokenizer=True,
+                moves_kv=False,
             ),
             eos_token_ids=frozenset(tokenizer.eos_token_ids),
             fingerprint=fingerprint,

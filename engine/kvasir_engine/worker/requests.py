@@ -15,6 +15,7 @@ from kvasir_proto.v1 import common_pb2, worker_pb2
 STOP_STRINGS_MAX = 16
 STOP_STRING_CHARS_MAX = 1024
 STOP_TOKENS_MAX = 256
+CHUNKS_MAX = 256
 TENANT_SALT_BYTES_MAX = 64
 REQUEST_ID_CHARS_MAX = 256
 PRIORITY_MAX = 100
@@ -28,6 +29,8 @@ class Limits:
     vocab_size: int
     context_length: int
     has_tokenizer: bool
+    moves_kv: bool
+    """Whether KV can be moved to other positions: chunks can be reused."""
 
 
 def _invalid(param: str, message: str) -> KvasirError:
@@ -53,6 +56,8 @@ def check_generate(request: worker_pb2.GenerateRequest, limits: Limits) -> None:
     _check_salt(request.tenant_salt)
     check_terms(request.terms)
     check_sampling(request.sampling)
+    if request.HasField("chunks"):
+        _check_chunks(request.chunks, len(request.token_ids), limits)
     _check_text(request, limits)
     total = len(request.token_ids) + request.sampling.max_tokens
     if total > limits.context_length:
@@ -81,6 +86,8 @@ def check_prefill(request: worker_pb2.PrefillRequest, limits: Limits) -> None:
     if request.session_id == 0:
         raise _invalid("session_id", "must not be 0")
     check_terms(request.terms)
+    if request.HasField("chunks"):
+        _check_chunks(request.chunks, len(request.token_ids), limits)
     if len(request.token_ids) >= limits.context_length:
         raise KvasirError(
             Reason.CONTEXT_LENGTH,
@@ -168,6 +175,20 @@ def _check_tokens(token_ids: Sequence[int], *, param: str, limits: Limits) -> No
         )
     if max(token_ids) >= limits.vocab_size:
         raise _invalid(param, f"holds an id outside the vocabulary of {limits.vocab_size}")
+
+
+def _check_chunks(chunks: common_pb2.Chunks, num_tokens: int, limits: Limits) -> None:
+    if not limits.moves_kv:
+        message = "this worker cannot move KV: it reuses no chunks"
+        raise KvasirError(Reason.UNSUPPORTED, message, param="chunks")
+    if not 0 < len(chunks.spans) <= CHUNKS_MAX:
+        raise _invalid("chunks.spans", f"must hold 1 to {CHUNKS_MAX}")
+    if not 0 < chunks.recompute_permille <= 1000:
+        raise _invalid("chunks.recompute_permille", "must be from 1 to 1000")
+    bounds = [bound for span in chunks.spans for bound in (span.start, span.end)]
+    is_empty = any(span.start == span.end for span in chunks.spans)
+    if is_empty or bounds != sorted(bounds) or bounds[-1] > num_tokens:
+        raise _invalid("chunks.spans", "must be in order, disjoint and within the prompt")
 
 
 def _check_text(request: worker_pb2.GenerateRequest, limits: Limits) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
+from kvasir_engine.blend import Blend
 from kvasir_engine.core.types import RequestTiming
 from kvasir_engine.worker.metrics import WorkerMetrics
 
@@ -31,6 +32,9 @@ class Trace:
     tokens_cached_fetched: int = 0
     tokens_cached_decode: int = 0
     tokens_computed: int = 0
+    tokens_from_chunks: int = 0
+    tokens_recomputed: int = 0
+    blend_ms: float = 0.0
     kv_bytes_moved: int = 0
     queue_ms: float = 0.0
     prefill_ms: float = 0.0
@@ -62,13 +66,30 @@ class Trace:
     ) -> None:
         """The first event of a prompt that this worker prefilled, `waited_ms` after it came."""
         self.queue_ms = waited_ms + timing.queue_ms
-        self.prefill_ms = timing.prefill_ms
-        self.tokens_cached_local = timing.tokens_cached
+        self.prefill_ms = self.blend_ms + timing.prefill_ms
+        self.tokens_cached_local += timing.tokens_cached
         self.tokens_computed += timing.tokens_computed
         metrics.queue_seconds.observe(self.queue_ms / 1000)
         metrics.prompt_tokens.labels("computed").inc(timing.tokens_computed)
         metrics.prompt_tokens.labels("cached").inc(timing.tokens_cached)
         metrics.prompt_tokens.labels("fetched").inc(self.tokens_cached_fetched)
+
+    def chunk_computed(self, alone: "Trace") -> None:
+        """A chunk's KV was not here; `alone` is what it cost."""
+        self.tokens_computed += alone.tokens_computed
+        self.kv_bytes_moved += alone.kv_bytes_moved
+
+    def blended(self, blend: Blend, metrics: WorkerMetrics) -> None:
+        """Part of the prompt was blended of chunks."""
+        num_exact = sum(part.count for part in blend.parts if part.is_exact)
+        num_computed = blend.end - blend.start - blend.tokens_reused
+        self.tokens_cached_local += num_exact
+        self.tokens_from_chunks = blend.tokens_reused - num_exact
+        self.tokens_recomputed = sum(blend.num_recomputed(part) for part in blend.parts)
+        self.tokens_computed += num_computed
+        metrics.prompt_tokens.labels("cached").inc(num_exact)
+        metrics.prompt_tokens.labels("chunks").inc(self.tokens_from_chunks)
+        metrics.prompt_tokens.labels("computed").inc(num_computed)
 
     def prefilled_by_peer(self, finished: worker_pb2.PrefillFinished, *, name: str) -> None:
         """A prefill worker has finished this prompt."""
@@ -78,13 +99,17 @@ class Trace:
         self.tokens_cached_local = finished.tokens_cached_local
         self.tokens_cached_fetched = finished.tokens_cached_fetched
         self.tokens_computed = finished.tokens_computed
+        self.tokens_from_chunks = finished.tokens_from_chunks
+        self.tokens_recomputed = finished.tokens_recomputed
         self.kv_bytes_moved += finished.kv_bytes_fetched
 
     def usage(self) -> common_pb2.Usage:
         """Token counts as clients are billed for them."""
-        reused = max(
-            self.tokens_cached_local + self.tokens_cached_fetched, self.tokens_cached_decode
-        )
+        reused = self.tokens_cached_local + self.tokens_cached_fetched
+        if self.tokens_from_chunks:  # no saving where chunks were computed alone for this request
+            computed_max = min(self.tokens_computed, self.prompt_tokens)
+            reused = min(reused + self.tokens_from_chunks, self.prompt_tokens - computed_max)
+        reused = max(reused, self.tokens_cached_decode)
         return common_pb2.Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.num_resumed + self.num_output,
@@ -106,6 +131,8 @@ class Trace:
             transfer_ms=self.transfer_ms,
             ttft_ms=self.ttft_ms,
             tpot_ms=self.tpot_ms,
+            tokens_from_chunks=self.tokens_from_chunks,
+            tokens_recomputed=self.tokens_recomputed,
         )
 
     def observe(self, metrics: WorkerMetrics) -> None:

@@ -133,15 +133,21 @@ void Model::plan_attention(const Step& step) {
   }
 }
 
-void Model::attention(const Step& step, int index) {
+// Q, K and V of all tokens of the step; K and V are in their blocks.
+void Model::project_kv(const Step& step, int index) {
   const Layer& layer = layers_[index];
   const int num_tokens = step.num_tokens;
   normalise(act_.x, layer.attention_norm, num_tokens, act_.normed);
   linear(compute_, layer.qkv, act_.normed, num_tokens, act_.qkv, Store::kPlain);
   for_rows(&pool_, num_tokens, kTokenGrain, [&](int token) { finish_kv(step, index, token); });
+}
+
+void Model::attention(const Step& step, int index) {
+  const Layer& layer = layers_[index];
+  project_kv(step, index);
   announce_layer(step, kv_, index);
   attend(step, index);
-  project_to_stream(layer.output, act_.attended, layer.post_attention_norm, num_tokens);
+  project_to_stream(layer.output, act_.attended, layer.post_attention_norm, step.num_tokens);
 }
 
 }  // namespace kvasir

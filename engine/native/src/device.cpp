@@ -18,6 +18,11 @@ void require(bool condition, const char* text) {
 void check_step(const Step& step, const ModelShape& shape, const KvPool& pool) {
   require(pool.data != nullptr, "no KV pool is attached");
   require(step.num_tokens > 0, "a step needs at least one token");
+  const bool is_whole = step.num_layers == shape.num_layers;
+  require(is_whole || (step.num_layers > 0 && step.num_layers < shape.num_layers),
+          "num_layers must be between 1 and the model's");
+  require(is_whole || (step.num_outputs == 0 && step.num_completes == 0),
+          "only a step of all layers has logits and completes blocks");
   int64_t total = 0;
   for (int s = 0; s < step.num_seqs; ++s) {
     require(step.seq_token_counts[s] > 0, "seq_token_counts must be positive");

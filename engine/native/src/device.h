@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -38,6 +39,7 @@ struct Step {
   const int32_t* token_ids;  // [num_tokens]
   const int32_t* positions;  // [num_tokens], consecutive within a sequence
   int num_tokens;
+  int num_layers;  // the first ones are computed, and K and V of the next, if there is one
   const int32_t* seq_token_counts;  // [num_seqs]
   int num_seqs;
   const int32_t* block_tables;  // [num_seqs][table_width]
@@ -55,6 +57,9 @@ struct Step {
 // an earlier load, false if it left the zeros.
 using FillPacked = std::function<bool(std::span<uint8_t> packed)>;
 
+struct KvMove;
+struct KvSpan;
+
 // Called with the bytes of weights that are in place, and those of all.
 using Progress = std::function<void(size_t done_bytes, size_t total_bytes)>;
 
@@ -66,6 +71,13 @@ class Device {
   virtual void attach_pool(const KvPool& pool) = 0;
   // Throws std::invalid_argument before anything is written if a value is out of range.
   virtual void forward(const Step& step) = 0;
+
+  // KV between blocks of the pool, see kv_move.h. Throw std::invalid_argument for spans outside the
+  // pool, and on devices that keep KV elsewhere.
+  virtual void move_kv(const KvMove&) { throw std::invalid_argument("this device moves no KV"); }
+  virtual void read_kv(int, const KvSpan&, float*) {
+    throw std::invalid_argument("this device moves no KV");
+  }
 
   virtual const ModelShape& shape() const = 0;
   virtual std::string path() const = 0;  // of kernels

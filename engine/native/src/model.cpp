@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "bf16.h"
+#include "kv_move.h"
 #include "loader.h"
 
 namespace kvasir {
@@ -147,12 +148,29 @@ void Model::forward(const Step& step) {
   embed(step);
   plan_attention(step);
   // 2. Layers; KV of a layer is announced as soon as all tokens of the step have written it.
-  for (int i = 0; i < shape_.num_layers; ++i) {
+  for (int i = 0; i < step.num_layers; ++i) {
     attention(step, i);
     feed_forward(layers_[i], step.num_tokens);
   }
+  if (step.num_layers < shape_.num_layers) project_kv(step, step.num_layers);
   // 3. Logits of the requested rows.
   if (step.num_outputs > 0) write_logits(step);
+}
+
+void Model::move_kv(const KvMove& move) {
+  const std::unique_lock guard(in_use_, std::try_to_lock);
+  require(guard.owns_lock(), "the model is already computing a step");
+  check_span(move.source, kv_);
+  check_span(move.target, kv_);
+  pool_.run(shape_.num_layers,
+            [&](int layer, int) { move_layer(kv_, shape_, kernels_, kv_kernels(), layer, move); });
+}
+
+void Model::read_kv(int layer, const KvSpan& span, float* out) {
+  const std::unique_lock guard(in_use_, std::try_to_lock);
+  require(guard.owns_lock(), "the model is already computing a step");
+  check_span(span, kv_);
+  read_layer(kv_, shape_, kv_kernels(), layer, span, out);
 }
 
 }  // namespace kvasir

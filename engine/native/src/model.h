@@ -72,6 +72,8 @@ class Model final : public Device {
 
   void attach_pool(const KvPool& pool) override;
   void forward(const Step& step) override;
+  void move_kv(const KvMove& move) override;
+  void read_kv(int layer, const KvSpan& span, float* out) override;
 
   const ModelShape& shape() const override { return shape_; }
   std::string path() const override { return kernels_.name; }
@@ -83,6 +85,7 @@ class Model final : public Device {
  private:
   void embed(const Step& step);
   void plan_attention(const Step& step);
+  void project_kv(const Step& step, int index);
   void attention(const Step& step, int index);
   void finish_kv(const Step& step, int layer, int token);
   const KvKernels& kv_kernels() const { return kernels_.kv[static_cast<int>(kv_format_)]; }

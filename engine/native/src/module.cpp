@@ -1,13 +1,16 @@
 // Bindings: takes Python's arguments apart, checks shapes, releases the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
+#include <optional>
 #include <stdexcept>
 
 #include "cuda_library.h"
+#include "kv_move.h"
 #include "loader.h"
 #include "model.h"
 #include "probe.h"
@@ -154,7 +157,7 @@ class PyModel {
   void forward(Input<int32_t, 1> token_ids, Input<int32_t, 1> positions,
                Input<int32_t, 1> seq_token_counts, Input<int32_t, 2> block_tables,
                Input<int32_t, 1> output_rows, Output<float, 2> logits, Input<int32_t, 1> completes,
-               Input<int32_t, 1> arrived) {
+               Input<int32_t, 1> arrived, std::optional<int> num_layers) {
     require(positions.shape(0) == token_ids.shape(0), "positions must be as long as token_ids");
     require(block_tables.shape(0) == seq_token_counts.shape(0),
             "block_tables must have one row per sequence");
@@ -167,6 +170,7 @@ class PyModel {
     step.token_ids = token_ids.data();
     step.positions = positions.data();
     step.num_tokens = static_cast<int>(token_ids.shape(0));
+    step.num_layers = num_layers.value_or(model_->shape().num_layers);
     step.seq_token_counts = seq_token_counts.data();
     step.num_seqs = static_cast<int>(seq_token_counts.shape(0));
     step.block_tables = block_tables.data();
@@ -180,6 +184,25 @@ class PyModel {
     step.num_arrived = static_cast<int>(arrived.shape(0));
     const nb::gil_scoped_release no_gil;
     model_->forward(step);
+  }
+
+  void move_kv(Input<int32_t, 1> source_blocks, int source_first, Input<int32_t, 1> target_blocks,
+               int target_first, int count) {
+    const KvMove move = {{source_blocks.data(), source_blocks.shape(0), source_first, count},
+                         {target_blocks.data(), target_blocks.shape(0), target_first, count}};
+    const nb::gil_scoped_release no_gil;
+    model_->move_kv(move);
+  }
+
+  void read_kv(int layer, Input<int32_t, 1> blocks, int first, Output<float, 2> out) {
+    const ModelShape& shape = model_->shape();
+    require(layer >= 0 && layer < shape.num_layers, "the model has no such layer");
+    require(out.shape(1) == 2 * static_cast<size_t>(shape.kv_size()),
+            "out must have one column per element of K and V");
+    require(out.shape(0) <= kStepTokensMax, "too many tokens are read");
+    const nb::gil_scoped_release no_gil;
+    const KvSpan span = {blocks.data(), blocks.shape(0), first, static_cast<int>(out.shape(0))};
+    model_->read_kv(layer, span, out.data());
   }
 
   std::string isa() const { return model_->path(); }
@@ -268,7 +291,11 @@ NB_MODULE(_native, m) {
       .def("forward", &PyModel::forward, nb::kw_only(), "token_ids"_a.noconvert(),
            "positions"_a.noconvert(), "seq_token_counts"_a.noconvert(),
            "block_tables"_a.noconvert(), "output_rows"_a.noconvert(), "logits"_a.noconvert(),
-           "completes"_a.noconvert(), "arrived"_a.noconvert())
+           "completes"_a.noconvert(), "arrived"_a.noconvert(), "num_layers"_a = nb::none())
+      .def("move_kv", &PyModel::move_kv, nb::kw_only(), "source_blocks"_a.noconvert(),
+           "source_first"_a, "target_blocks"_a.noconvert(), "target_first"_a, "count"_a)
+      .def("read_kv", &PyModel::read_kv, nb::kw_only(), "layer"_a, "blocks"_a.noconvert(),
+           "first"_a, "out"_a.noconvert())
       .def_prop_ro("isa", &PyModel::isa)
       .def_prop_ro("num_threads", &PyModel::num_threads)
       .def_prop_ro("weight_bytes", &PyModel::weight_bytes)

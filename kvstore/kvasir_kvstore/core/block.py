@@ -3,7 +3,8 @@
 A block is the K and V of BLOCK_TOKENS consecutive tokens in all layers. Its name is a 128-bit
 chained hash, H(parent, token ids), rooted in H(model fingerprint, tenant salt). Invariant: equal
 names mean equal bytes, for the same weights, the same layout and the same tenant. Router, engine,
-store and simulator all name blocks by this module; where blocks live is left to them.
+store and simulator all name blocks by this module; where blocks live is left to them. The exception
+are names under a `blended_salt`, which promise an approximation.
 """
 
 import hashlib
@@ -79,6 +80,27 @@ def tenant_of(tenant_salt: bytes) -> bytes:
     if not tenant_salt:
         return b""
     return hashlib.blake2b(tenant_salt, digest_size=NAME_BYTES, person=b"kvasir-tenant").digest()
+
+
+def blended_salt(
+    tenant_salt: bytes,
+    token_ids: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    recompute_permille: int,
+) -> bytes:
+    """A salt for blocks whose KV is blended of chunks, and so of no other request's names.
+
+    It depends on all tokens up to the end of the last chunk, and on how they are blended: under it
+    equal names mean KV of one quality, and of equal bytes unless a chunk could not be had. Exact
+    names stay exact.
+    """
+    end = spans[-1][1]
+    bounds = [bound for span in spans for bound in span]
+    digest = hashlib.blake2b(digest_size=NAME_BYTES, person=b"kvasir-blend")
+    digest.update(len(tenant_salt).to_bytes(4, "little") + tenant_salt)
+    digest.update(struct.pack(f"<{2 + len(bounds)}I", recompute_permille, len(spans), *bounds))
+    digest.update(_token_bytes(token_ids[:end]))
+    return digest.digest()
 
 
 def child(parent: bytes, token_bytes: bytes) -> bytes:

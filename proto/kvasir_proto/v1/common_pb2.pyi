@@ -232,6 +232,58 @@ class QueueTerms(_message.Message):
 Global___QueueTerms: _TypeAlias = QueueTerms  # noqa: Y015
 
 @_typing.final
+class Chunks(_message.Message):
+    """Parts of a prompt whose KV may come from elsewhere: computed alone, moved to their place and
+    computed again where they deviate most. The answer is then an approximation.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPANS_FIELD_NUMBER: _builtins.int
+    RECOMPUTE_PERMILLE_FIELD_NUMBER: _builtins.int
+    recompute_permille: _builtins.int
+    """of each chunk's tokens, 1 to 1000"""
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSpan]:
+        """in order, disjoint, within the prompt"""
+
+    def __init__(
+        self,
+        *,
+        spans: _abc.Iterable[Global___TokenSpan] | None = ...,
+        recompute_permille: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["recompute_permille", b"recompute_permille", "spans", b"spans"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Chunks: _TypeAlias = Chunks  # noqa: Y015
+
+@_typing.final
+class TokenSpan(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    end: _builtins.int
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenSpan: _TypeAlias = TokenSpan  # noqa: Y015
+
+@_typing.final
 class Usage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -275,6 +327,8 @@ class RequestStats(_message.Message):
     TTFT_MS_FIELD_NUMBER: _builtins.int
     TPOT_MS_FIELD_NUMBER: _builtins.int
     TOKENS_CACHED_DECODE_FIELD_NUMBER: _builtins.int
+    TOKENS_FROM_CHUNKS_FIELD_NUMBER: _builtins.int
+    TOKENS_RECOMPUTED_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     decode_worker: _builtins.str
     tokens_cached_local: _builtins.int
@@ -294,6 +348,10 @@ class RequestStats(_message.Message):
     tpot_ms: _builtins.float
     tokens_cached_decode: _builtins.int
     """prompt tokens that the decode worker already held"""
+    tokens_from_chunks: _builtins.int
+    """prompt tokens whose KV was moved from chunks computed alone"""
+    tokens_recomputed: _builtins.int
+    """tokens of chunks that were computed again in this prompt"""
     def __init__(
         self,
         *,
@@ -309,10 +367,12 @@ class RequestStats(_message.Message):
         ttft_ms: _builtins.float = ...,
         tpot_ms: _builtins.float = ...,
         tokens_cached_decode: _builtins.int = ...,
+        tokens_from_chunks: _builtins.int = ...,
+        tokens_recomputed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_worker", b"decode_worker", "kv_bytes_moved", b"kv_bytes_moved", "prefill_ms", b"prefill_ms", "prefill_worker", b"prefill_worker", "queue_ms", b"queue_ms", "tokens_cached_decode", b"tokens_cached_decode", "tokens_cached_fetched", b"tokens_cached_fetched", "tokens_cached_local", b"tokens_cached_local", "tokens_computed", b"tokens_computed", "tpot_ms", b"tpot_ms", "transfer_ms", b"transfer_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_worker", b"decode_worker", "kv_bytes_moved", b"kv_bytes_moved", "prefill_ms", b"prefill_ms", "prefill_worker", b"prefill_worker", "queue_ms", b"queue_ms", "tokens_cached_decode", b"tokens_cached_decode", "tokens_cached_fetched", b"tokens_cached_fetched", "tokens_cached_local", b"tokens_cached_local", "tokens_computed", b"tokens_computed", "tokens_from_chunks", b"tokens_from_chunks", "tokens_recomputed", b"tokens_recomputed", "tpot_ms", b"tpot_ms", "transfer_ms", b"transfer_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,15 +26,15 @@ from kvasir_proto.v1 import common_pb2 as kvasir__proto_dot_v1_dot_common__pb2
 from kvasir_proto.v1 import worker_pb2 as kvasir__proto_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fkvasir_proto/v1/inference.proto\x12\tkvasir.v1\x1a\x1ckvasir_proto/v1/common.proto\x1a\x1ckvasir_proto/v1/worker.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.kvasir.v1.ChatMessage\"\xb2\x02\n\x10InferenceRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12%\n\x06tokens\x18\x03 \x01(\x0b\x32\x13.kvasir.v1.TokenIdsH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.kvasir.v1.ChatMessagesH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.kvasir.v1.SamplingParams\x12\x13\n\x0bttft_slo_ms\x18\x06 \x01(\r\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12\x10\n\x08priority\x18\x08 \x01(\x11\x12\x12\n\nsession_id\x18\t \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\n \x01(\r\x12\x13\n\x0btpot_slo_ms\x18\x0b \x01(\rB\x07\n\x05input\"I\n\tCandidate\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x12\n\nhit_tokens\x18\x02 \x01(\r\x12\x18\n\x10ttft_estimate_ms\x18\x03 \x01(\x01\"\x8f\x01\n\rRouteDecision\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12(\n\ncandidates\x18\x04 \x03(\x0b\x32\x14.kvasir.v1.Candidate\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\"\x0e\n\x0c\x46leetRequest\"J\n\tFleetView\x12\'\n\x07members\x18\x01 \x03(\x0b\x32\x16.kvasir.v1.FleetMember\x12\x14\n\x0cring_version\x18\x02 \x01(\x04\"\xfd\x01\n\x0b\x46leetMember\x12\x31\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1c.kvasir.v1.WorkerDescription\x12\x11\n\treachable\x18\x02 \x01(\x08\x12\x14\n\x0c\x62locks_known\x18\x03 \x01(\x04\x12\x1a\n\x12requests_in_flight\x18\x04 \x01(\x04\x12\x0f\n\x07problem\x18\x05 \x01(\t\x12\x13\n\x0bttft_factor\x18\x06 \x01(\x01\x12\x12\n\nttft_error\x18\x07 \x01(\x01\x12&\n\x06\x63\x61nary\x18\x08 \x01(\x0e\x32\x16.kvasir.v1.CanaryState\x12\x14\n\x0c\x63\x61nary_error\x18\t \x01(\t\"\x12\n\x10TelemetryRequest\"\x92\x02\n\x0fRouterTelemetry\x12\x10\n\x08\x65poch_ms\x18\x01 \x01(\x04\x12\x10\n\x08\x61rrivals\x18\x02 \x01(\x04\x12\x10\n\x08measured\x18\x03 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x04\x12\x17\n\x0funcached_tokens\x18\x05 \x01(\x04\x12\x1f\n\x17uncached_tokens_squared\x18\x06 \x01(\x01\x12\x15\n\routput_tokens\x18\x07 \x01(\x04\x12\x0e\n\x06judged\x18\x08 \x01(\x04\x12\x10\n\x08\x61ttained\x18\t \x01(\x04\x12\x0f\n\x07refused\x18\n \x01(\x04\x12\x18\n\x10requests_waiting\x18\x0b \x01(\r\x12\x14\n\x0cqueue_age_ms\x18\x0c \x01(\r*\x95\x01\n\x0b\x43\x61naryState\x12\x1c\n\x18\x43\x41NARY_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43\x41NARY_STATE_NOT_NEEDED\x10\x01\x12\x18\n\x14\x43\x41NARY_STATE_PENDING\x10\x02\x12\x18\n\x14\x43\x41NARY_STATE_CROSSED\x10\x03\x12\x17\n\x13\x43\x41NARY_STATE_FAILED\x10\x04\x32\x8e\x02\n\tInference\x12\x43\n\x08Generate\x12\x1b.kvasir.v1.InferenceRequest\x1a\x18.kvasir.v1.GenerateChunk0\x01\x12>\n\x05Route\x12\x1b.kvasir.v1.InferenceRequest\x1a\x18.kvasir.v1.RouteDecision\x12\x36\n\x05\x46leet\x12\x17.kvasir.v1.FleetRequest\x1a\x14.kvasir.v1.FleetView\x12\x44\n\tTelemetry\x12\x1b.kvasir.v1.TelemetryRequest\x1a\x1a.kvasir.v1.RouterTelemetryb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fkvasir_proto/v1/inference.proto\x12\tkvasir.v1\x1a\x1ckvasir_proto/v1/common.proto\x1a\x1ckvasir_proto/v1/worker.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.kvasir.v1.ChatMessage\"\xe4\x02\n\x10InferenceRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12%\n\x06tokens\x18\x03 \x01(\x0b\x32\x13.kvasir.v1.TokenIdsH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.kvasir.v1.ChatMessagesH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.kvasir.v1.SamplingParams\x12\x13\n\x0bttft_slo_ms\x18\x06 \x01(\r\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12\x10\n\x08priority\x18\x08 \x01(\x11\x12\x12\n\nsession_id\x18\t \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\n \x01(\r\x12\x13\n\x0btpot_slo_ms\x18\x0b \x01(\r\x12\x17\n\x0f\x63hunk_separator\x18\x0c \x01(\t\x12\x17\n\x0f\x63hunk_recompute\x18\r \x01(\x02\x42\x07\n\x05input\"I\n\tCandidate\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x12\n\nhit_tokens\x18\x02 \x01(\r\x12\x18\n\x10ttft_estimate_ms\x18\x03 \x01(\x01\"\x8f\x01\n\rRouteDecision\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12(\n\ncandidates\x18\x04 \x03(\x0b\x32\x14.kvasir.v1.Candidate\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\"\x0e\n\x0c\x46leetRequest\"J\n\tFleetView\x12\'\n\x07members\x18\x01 \x03(\x0b\x32\x16.kvasir.v1.FleetMember\x12\x14\n\x0cring_version\x18\x02 \x01(\x04\"\xfd\x01\n\x0b\x46leetMember\x12\x31\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1c.kvasir.v1.WorkerDescription\x12\x11\n\treachable\x18\x02 \x01(\x08\x12\x14\n\x0c\x62locks_known\x18\x03 \x01(\x04\x12\x1a\n\x12requests_in_flight\x18\x04 \x01(\x04\x12\x0f\n\x07problem\x18\x05 \x01(\t\x12\x13\n\x0bttft_factor\x18\x06 \x01(\x01\x12\x12\n\nttft_error\x18\x07 \x01(\x01\x12&\n\x06\x63\x61nary\x18\x08 \x01(\x0e\x32\x16.kvasir.v1.CanaryState\x12\x14\n\x0c\x63\x61nary_error\x18\t \x01(\t\"\x12\n\x10TelemetryRequest\"\x92\x02\n\x0fRouterTelemetry\x12\x10\n\x08\x65poch_ms\x18\x01 \x01(\x04\x12\x10\n\x08\x61rrivals\x18\x02 \x01(\x04\x12\x10\n\x08measured\x18\x03 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x04\x12\x17\n\x0funcached_tokens\x18\x05 \x01(\x04\x12\x1f\n\x17uncached_tokens_squared\x18\x06 \x01(\x01\x12\x15\n\routput_tokens\x18\x07 \x01(\x04\x12\x0e\n\x06judged\x18\x08 \x01(\x04\x12\x10\n\x08\x61ttained\x18\t \x01(\x04\x12\x0f\n\x07refused\x18\n \x01(\x04\x12\x18\n\x10requests_waiting\x18\x0b \x01(\r\x12\x14\n\x0cqueue_age_ms\x18\x0c \x01(\r*\x95\x01\n\x0b\x43\x61naryState\x12\x1c\n\x18\x43\x41NARY_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43\x41NARY_STATE_NOT_NEEDED\x10\x01\x12\x18\n\x14\x43\x41NARY_STATE_PENDING\x10\x02\x12\x18\n\x14\x43\x41NARY_STATE_CROSSED\x10\x03\x12\x17\n\x13\x43\x41NARY_STATE_FAILED\x10\x04\x32\x8e\x02\n\tInference\x12\x43\n\x08Generate\x12\x1b.kvasir.v1.InferenceRequest\x1a\x18.kvasir.v1.GenerateChunk0\x01\x12>\n\x05Route\x12\x1b.kvasir.v1.InferenceRequest\x1a\x18.kvasir.v1.RouteDecision\x12\x36\n\x05\x46leet\x12\x17.kvasir.v1.FleetRequest\x1a\x14.kvasir.v1.FleetView\x12\x44\n\tTelemetry\x12\x1b.kvasir.v1.TelemetryRequest\x1a\x1a.kvasir.v1.RouterTelemetryb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvasir_proto.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CANARYSTATE']._serialized_start=1411
-  _globals['_CANARYSTATE']._serialized_end=1560
+  _globals['_CANARYSTATE']._serialized_start=1461
+  _globals['_CANARYSTATE']._serialized_end=1610
   _globals['_TOKENIDS']._serialized_start=106
   _globals['_TOKENIDS']._serialized_end=129
   _globals['_CHATMESSAGE']._serialized_start=131
@@ -42,21 +42,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGES']._serialized_start=177
   _globals['_CHATMESSAGES']._serialized_end=233
   _globals['_INFERENCEREQUEST']._serialized_start=236
-  _globals['_INFERENCEREQUEST']._serialized_end=542
-  _globals['_CANDIDATE']._serialized_start=544
-  _globals['_CANDIDATE']._serialized_end=617
-  _globals['_ROUTEDECISION']._serialized_start=620
-  _globals['_ROUTEDECISION']._serialized_end=763
-  _globals['_FLEETREQUEST']._serialized_start=765
-  _globals['_FLEETREQUEST']._serialized_end=779
-  _globals['_FLEETVIEW']._serialized_start=781
-  _globals['_FLEETVIEW']._serialized_end=855
-  _globals['_FLEETMEMBER']._serialized_start=858
-  _globals['_FLEETMEMBER']._serialized_end=1111
-  _globals['_TELEMETRYREQUEST']._serialized_start=1113
-  _globals['_TELEMETRYREQUEST']._serialized_end=1131
-  _globals['_ROUTERTELEMETRY']._serialized_start=1134
-  _globals['_ROUTERTELEMETRY']._serialized_end=1408
-  _globals['_INFERENCE']._serialized_start=1563
-  _globals['_INFERENCE']._serialized_end=1833
+  _globals['_INFERENCEREQUEST']._serialized_end=592
+  _globals['_CANDIDATE']._serialized_start=594
+  _globals['_CANDIDATE']._serialized_end=667
+  _globals['_ROUTEDECISION']._serialized_start=670
+  _globals['_ROUTEDECISION']._serialized_end=813
+  _globals['_FLEETREQUEST']._serialized_start=815
+  _globals['_FLEETREQUEST']._serialized_end=829
+  _globals['_FLEETVIEW']._serialized_start=831
+  _globals['_FLEETVIEW']._serialized_end=905
+  _globals['_FLEETMEMBER']._serialized_start=908
+  _globals['_FLEETMEMBER']._serialized_end=1161
+  _globals['_TELEMETRYREQUEST']._serialized_start=1163
+  _globals['_TELEMETRYREQUEST']._serialized_end=1181
+  _globals['_ROUTERTELEMETRY']._serialized_start=1184
+  _globals['_ROUTERTELEMETRY']._serialized_end=1458
+  _globals['_INFERENCE']._serialized_start=1613
+  _globals['_INFERENCE']._serialized_end=1883
 # @@protoc_insertion_point(module_scope)

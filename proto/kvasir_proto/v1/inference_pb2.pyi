@@ -124,6 +124,8 @@ class InferenceRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     TPOT_SLO_MS_FIELD_NUMBER: _builtins.int
+    CHUNK_SEPARATOR_FIELD_NUMBER: _builtins.int
+    CHUNK_RECOMPUTE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     prompt: _builtins.str
     ttft_slo_ms: _builtins.int
@@ -138,6 +140,10 @@ class InferenceRequest(_message.Message):
     """from now until the whole session should be done; 0: none"""
     tpot_slo_ms: _builtins.int
     """per output token; 0: none is asked for"""
+    chunk_separator: _builtins.str
+    """stands around and between the prompt's reusable chunks; empty: none"""
+    chunk_recompute: _builtins.float
+    """share of a chunk's tokens to compute again, 0.001 to 1; 0: default"""
     @_builtins.property
     def tokens(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -158,10 +164,12 @@ class InferenceRequest(_message.Message):
         session_id: _builtins.str = ...,
         deadline_ms: _builtins.int = ...,
         tpot_slo_ms: _builtins.int = ...,
+        chunk_separator: _builtins.str = ...,
+        chunk_recompute: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "sampling", b"sampling", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "deadline_ms", b"deadline_ms", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "session_id", b"session_id", "timeout_ms", b"timeout_ms", "tokens", b"tokens", "tpot_slo_ms", b"tpot_slo_ms", "ttft_slo_ms", b"ttft_slo_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "chunk_recompute", b"chunk_recompute", "chunk_separator", b"chunk_separator", "deadline_ms", b"deadline_ms", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "session_id", b"session_id", "timeout_ms", b"timeout_ms", "tokens", b"tokens", "tpot_slo_ms", b"tpot_slo_ms", "ttft_slo_ms", b"ttft_slo_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "tokens", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015

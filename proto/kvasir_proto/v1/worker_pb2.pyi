@@ -198,6 +198,7 @@ class GenerateRequest(_message.Message):
     STREAM_ID_FIELD_NUMBER: _builtins.int
     CREATED_S_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     resume_text_chars: _builtins.int
     """characters of their text that the client already has"""
@@ -229,6 +230,10 @@ class GenerateRequest(_message.Message):
     def terms(self) -> _common_pb2.QueueTerms:
         """where this worker, or its prefill peer, queues it"""
 
+    @_builtins.property
+    def chunks(self) -> _common_pb2.Chunks:
+        """absent: all KV is exact"""
+
     def __init__(
         self,
         *,
@@ -245,10 +250,11 @@ class GenerateRequest(_message.Message):
         stream_id: _builtins.str = ...,
         created_s: _builtins.int = ...,
         model: _builtins.str = ...,
+        chunks: _common_pb2.Chunks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prefill_peer", b"prefill_peer", "sampling", b"sampling", "terms", b"terms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "prefill_peer", b"prefill_peer", "sampling", b"sampling", "terms", b"terms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_s", b"created_s", "format", b"format", "model", b"model", "prefill_peer", b"prefill_peer", "request_id", b"request_id", "resume_text_chars", b"resume_text_chars", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "stream_id", b"stream_id", "tenant_salt", b"tenant_salt", "terms", b"terms", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "created_s", b"created_s", "format", b"format", "model", b"model", "prefill_peer", b"prefill_peer", "request_id", b"request_id", "resume_text_chars", b"resume_text_chars", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "stream_id", b"stream_id", "tenant_salt", b"tenant_salt", "terms", b"terms", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -304,6 +310,7 @@ class PrefillRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     TERMS_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     tenant_salt: _builtins.bytes
     session_id: _builtins.int
@@ -317,6 +324,8 @@ class PrefillRequest(_message.Message):
     def sampling(self) -> _common_pb2.SamplingParams: ...
     @_builtins.property
     def terms(self) -> _common_pb2.QueueTerms: ...
+    @_builtins.property
+    def chunks(self) -> _common_pb2.Chunks: ...
     def __init__(
         self,
         *,
@@ -327,10 +336,11 @@ class PrefillRequest(_message.Message):
         session_id: _builtins.int = ...,
         timeout_ms: _builtins.int = ...,
         terms: _common_pb2.QueueTerms | None = ...,
+        chunks: _common_pb2.Chunks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "terms", b"terms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "sampling", b"sampling", "terms", b"terms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "tenant_salt", b"tenant_salt", "terms", b"terms", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "tenant_salt", b"tenant_salt", "terms", b"terms", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -430,6 +440,8 @@ class PrefillFinished(_message.Message):
     KV_BYTES_FETCHED_FIELD_NUMBER: _builtins.int
     QUEUE_MS_FIELD_NUMBER: _builtins.int
     PREFILL_MS_FIELD_NUMBER: _builtins.int
+    TOKENS_FROM_CHUNKS_FIELD_NUMBER: _builtins.int
+    TOKENS_RECOMPUTED_FIELD_NUMBER: _builtins.int
     first_token_id: _builtins.int
     tokens_cached_local: _builtins.int
     tokens_cached_fetched: _builtins.int
@@ -437,6 +449,8 @@ class PrefillFinished(_message.Message):
     kv_bytes_fetched: _builtins.int
     queue_ms: _builtins.float
     prefill_ms: _builtins.float
+    tokens_from_chunks: _builtins.int
+    tokens_recomputed: _builtins.int
     def __init__(
         self,
         *,
@@ -447,10 +461,12 @@ class PrefillFinished(_message.Message):
         kv_bytes_fetched: _builtins.int = ...,
         queue_ms: _builtins.float = ...,
         prefill_ms: _builtins.float = ...,
+        tokens_from_chunks: _builtins.int = ...,
+        tokens_recomputed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_id", b"first_token_id", "kv_bytes_fetched", b"kv_bytes_fetched", "prefill_ms", b"prefill_ms", "queue_ms", b"queue_ms", "tokens_cached_fetched", b"tokens_cached_fetched", "tokens_cached_local", b"tokens_cached_local", "tokens_computed", b"tokens_computed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_id", b"first_token_id", "kv_bytes_fetched", b"kv_bytes_fetched", "prefill_ms", b"prefill_ms", "queue_ms", b"queue_ms", "tokens_cached_fetched", b"tokens_cached_fetched", "tokens_cached_local", b"tokens_cached_local", "tokens_computed", b"tokens_computed", "tokens_from_chunks", b"tokens_from_chunks", "tokens_recomputed", b"tokens_recomputed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

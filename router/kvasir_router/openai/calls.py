@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
+from kvasir_router.chunks import Prompt
 from kvasir_router.intake import Caller, Intake, Wanted, random_seed
 from kvasir_router.openai.schema import Body, ChatBody, CompletionBody
 from kvasir_router.terms import with_headers
@@ -37,11 +38,11 @@ class OpenAiCalls:
             prompt_param="prompt",
             headers=headers,
         )
-        return self._intake.call(await self._prompt_ids(body.prompt), wanted, caller)
+        prompt = await self._prompt(body.prompt, separator=wanted.terms.chunk_separator)
+        return self._intake.call(prompt, wanted, caller)
 
     async def _chat(self, body: ChatBody, headers: Mapping[str, str], caller: Caller) -> Call:
         messages = [message.for_template() for message in body.messages]
-        token_ids = await self._intake.encode_chat(messages)
         asked = body.max_completion_tokens
         wanted = _wanted(
             body,
@@ -50,13 +51,13 @@ class OpenAiCalls:
             prompt_param="messages",
             headers=headers,
         )
-        return self._intake.call(token_ids, wanted, caller)
+        prompt = await self._intake.encode_chat(messages, separator=wanted.terms.chunk_separator)
+        return self._intake.call(prompt, wanted, caller)
 
-    async def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
+    async def _prompt(self, prompt: str | list[int], *, separator: str | None) -> Prompt:
         if isinstance(prompt, str):
-            return await self._intake.encode(prompt, param="prompt")
-        self._intake.check_ids(prompt, param="prompt")
-        return prompt
+            return await self._intake.encode(prompt, param="prompt", separator=separator)
+        return self._intake.ids_prompt(prompt, param="prompt", separator=separator)
 
 
 def _wanted(

@@ -7,6 +7,7 @@ from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2, inference_pb2, worker_pb2
 from pydantic import ValidationError
 
+from kvasir_router.chunks import Prompt
 from kvasir_router.intake import Caller, Intake, Wanted, random_seed
 from kvasir_router.openai.errors import from_validation
 from kvasir_router.openai.schema import STOP_CHARS_MAX, STOP_MAX, Message, Role
@@ -21,15 +22,17 @@ async def call_of(request: inference_pb2.InferenceRequest, intake: Intake, calle
     intake.check_model(request.model)
     kind = request.WhichOneof("input")
     intake.check_ids(request.sampling.stop_token_ids, param="sampling.stop_token_ids")
+    terms = _terms(request)
     wanted = Wanted(
         sampling=_sampling(request.sampling),
         max_tokens=request.sampling.max_tokens or None,
         max_tokens_param="sampling.max_tokens",
         prompt_param=kind or "input",
         format=worker_pb2.STREAM_FORMAT_GRPC,
-        terms=_terms(request),
+        terms=terms,
     )
-    return intake.call(await _token_ids(request, intake), wanted, caller)
+    prompt = await _prompt(request, intake, separator=terms.chunk_separator)
+    return intake.call(prompt, wanted, caller)
 
 
 def _terms(request: inference_pb2.InferenceRequest) -> Terms:
@@ -41,15 +44,16 @@ def _terms(request: inference_pb2.InferenceRequest) -> Terms:
         raise from_validation(error) from None
 
 
-async def _token_ids(request: inference_pb2.InferenceRequest, intake: Intake) -> list[int]:
+async def _prompt(
+    request: inference_pb2.InferenceRequest, intake: Intake, *, separator: str | None
+) -> Prompt:
     match request.WhichOneof("input"):
         case "prompt":
-            return await intake.encode(request.prompt, param="prompt")
+            return await intake.encode(request.prompt, param="prompt", separator=separator)
         case "tokens":
-            intake.check_ids(request.tokens.ids, param="tokens.ids")
-            return list(request.tokens.ids)
+            return intake.ids_prompt(request.tokens.ids, param="tokens.ids", separator=separator)
         case "chat":
-            return await intake.encode_chat(_messages(request.chat))
+            return await intake.encode_chat(_messages(request.chat), separator=separator)
         case _:
             message = "one of prompt, tokens and chat is needed"
             raise KvasirError(Reason.INVALID_REQUEST, message, param="input")

@@ -22,9 +22,13 @@ def accounted(fleet: Fleet, request: Request, route: Route) -> Iterator[None]:
         ledger.prefilled(route.computes, request_id=request.request_id)
 
 
-def first_token(fleet: Fleet, route: Route, request_id: str, *, took_ms: float) -> None:
-    """The prompt is computed, `took_ms` after it was sent: estimates learn from it."""
-    fleet.view().calibration.observe(
-        route.computes, uncalibrated_ms=route.uncalibrated_ms, actual_ms=took_ms
-    )
+def first_token(fleet: Fleet, route: Route, request_id: str, *, took_ms: float | None) -> None:
+    """The prompt is computed, `took_ms` after it was sent: estimates learn from it.
+
+    None: they have nothing to learn from it, for they know nothing of chunks.
+    """
+    if took_ms is not None:
+        fleet.view().calibration.observe(
+            route.computes, uncalibrated_ms=route.uncalibrated_ms, actual_ms=took_ms
+        )
     fleet.ledger.prefilled(route.computes, request_id=request_id)

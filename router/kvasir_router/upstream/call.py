@@ -35,6 +35,8 @@ class Call:
     arrived_ms: int
     deadline_ms: int
     """Monotonic, like `arrived_ms`."""
+    chunks: common_pb2.Chunks | None = None
+    """Parts of the prompt whose KV may be reused."""
 
 
 @dataclass(slots=True)
@@ -107,6 +109,7 @@ def generate_request(
         stream_id=call.stream_id,
         created_s=call.created_s,
         model=call.model,
+        chunks=call.chunks,
     ).SerializeToString()
 
 

@@ -236,7 +236,8 @@ class Dispatcher:
         if is_first:
             progress.route = route
             self.moves.begun(call.request_id)
-            first_token(self._fleet, route, call.request_id, took_ms=at_ms - progress.sent_ms)
+            took_ms = None if call.chunks else at_ms - progress.sent_ms
+            first_token(self._fleet, route, call.request_id, took_ms=took_ms)
             await sink.begin(route)
         payloads = [frame.payload for frame in frames if frame.payload]
         if payloads:
