@@ -1,10 +1,14 @@
 """A blended prompt: exact where it is computed or exact already, close to it elsewhere."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
-from engine_builders import MODELS, golden_model
+from engine_builders import MODELS, VOCAB_SIZE, golden_model
+from family_models import make_family_model
 from kvasir_engine.blend import Blend, Part, run_blend
-from kvasir_engine.model import LoadedModel, new_kv_arrays
+from kvasir_engine.model import LoadedModel, load_model, new_kv_arrays
 
 RNG = np.random.default_rng(5)
 HEAD, FIRST, SECOND = (RNG.integers(1, 512, size).astype(np.int32) for size in (20, 64, 96))
@@ -38,8 +42,8 @@ def compute(
 class Blended:
     """A model whose pool holds the chunks computed alone, in blocks 0 to 4."""
 
-    def __init__(self, name: str = MODELS[0]) -> None:
-        self.model = golden_model(name)
+    def __init__(self, model: LoadedModel | None = None) -> None:
+        self.model = model or golden_model()
         self.arrays = new_kv_arrays(self.model, 40)
         compute(self.model, FIRST, np.arange(2, dtype=np.int32))
         compute(self.model, SECOND, np.arange(2, 5, dtype=np.int32))
@@ -65,10 +69,23 @@ class Blended:
 @pytest.mark.parametrize("tokens_max", [5, 64, 512])
 @pytest.mark.parametrize("name", MODELS)
 def test_all_tokens_recomputed_give_every_bit(name: str, tokens_max: int) -> None:
-    blended = Blended(name)
+    blended = Blended(golden_model(name))
     logits = blended.rest_logits(1000, tokens_max=tokens_max)
     np.testing.assert_array_equal(logits, blended.exact_logits())
     np.testing.assert_array_equal(blended.arrays.data[TARGET], blended.arrays.data[EXACT])
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3-capped", "phi3", "llama-odd-sizes"])
+def test_windows_several_rotations_and_odd_heads_are_blended(
+    family: str, kv: Any, tmp_path: Path
+) -> None:
+    folder = make_family_model(family, tmp_path / family, vocab_size=VOCAB_SIZE)
+    blended = Blended(load_model(folder, num_threads=1, kv=kv))
+    exact = blended.exact_logits()
+    np.testing.assert_array_equal(blended.rest_logits(1000), exact)
+    spread = exact.std()
+    assert np.abs(blended.rest_logits(150) - exact).mean() < spread / 2
 
 
 def test_blocks_are_whole_afterwards_and_not_before() -> None:
@@ -96,7 +113,7 @@ def test_blended_output_agrees_with_exact_output() -> None:
     """Weights are random and tokens 512: by chance one in 512 agrees."""
     agreements = []
     for name in MODELS:
-        blended = Blended(name)
+        blended = Blended(golden_model(name))
         logits, exact = blended.rest_logits(150), blended.exact_logits()
         agreements.append((logits.argmax(1) == exact.argmax(1)).mean())
     assert np.mean(agreements) > 0.4
