@@ -40,7 +40,7 @@ class ChunkBenchSettings:
     num_threads: int = 2
     num_prompts: int = 6
     num_chunks: int = 8
-    permilles: tuple[int, ...] = (50, 150, 300, 1000)
+    permilles: tuple[int, ...] = (50, 150, 300)
     """Shares of a chunk's tokens that are computed again."""
 
 
