@@ -9,7 +9,7 @@ from kvasir_engine.worker.stream import chunk_format
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
-LIMITS = Limits(vocab_size=512, context_length=1024, has_tokenizer=True)
+LIMITS = Limits(vocab_size=512, context_length=1024, has_tokenizer=True, moves_kv=True)
 NASTY = 'a"b\\\n\r\t\u2028 \x00 é 漢 😀'
 
 
@@ -155,7 +155,7 @@ def test_bad_request_names_its_field(field: str, value: object, reason: Reason, 
 )
 def test_text_needs_a_tokenizer(format_: int, stop: list[str], param: str) -> None:
     request = make_request(format=format_, sampling=sampling(stop=stop))
-    limits = Limits(vocab_size=512, context_length=1024, has_tokenizer=False)
+    limits = Limits(vocab_size=512, context_length=1024, has_tokenizer=False, moves_kv=True)
     with pytest.raises(KvasirError) as caught:
         requests.check_generate(request, limits)
     assert (caught.value.reason, caught.value.param) == (Reason.UNSUPPORTED, param)
