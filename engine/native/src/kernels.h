@@ -21,6 +21,9 @@ inline constexpr int kRowAlign = 16;      // floats of the widest vector; a head
 // segments are joined in order: they may be computed apart.
 inline constexpr int kSegmentTokens = 256;
 
+// Rows of activations that lie interleaved: few pointers reach them all, each at a fixed offset.
+inline constexpr int kRowGroup = 4;
+
 // Floats of scratch that one gemm call needs: a block of sums.
 inline constexpr size_t kGemmScratch = size_t{kPanelColumns} * kPanelColumns;
 
@@ -28,9 +31,11 @@ enum class Store { kPlain, kAdd };
 
 // c[m][n] (=|+=) a[m][k] * panels + bias
 struct GemmArgs {
-  const uint8_t* a;  // rows as the format's kernel takes them
-  size_t a_stride;   // bytes
-  int m;             // <= kGemmRowsMax
+  const uint8_t* a;      // rows as the format's kernel takes them
+  size_t a_stride;       // bytes
+  const uint8_t* words;  // the same rows interleaved, where the kernel wants them so
+  size_t words_stride;   // bytes, from one kRowGroup rows to the next
+  int m;                 // <= kGemmRowsMax
   int k;
   const uint8_t* panels;  // see weight_format.h
   int n;
@@ -51,6 +56,10 @@ struct GemmKernel {
   void (*multiply)(const GemmArgs& args);
   // Does nothing but the path's multiply-adds, in registers; returns the operations done.
   double (*exercise)(int rounds);
+  // Lays up to kRowGroup prepared rows side by side: word 0 of each, word 1 of each, ...; null: the
+  // kernel does not want that.
+  void (*interleave)(const uint8_t* rows, size_t stride, int count, int k,
+                     uint8_t* words) = nullptr;
 };
 
 // Attention of consecutive tokens of one sequence, for the query heads that share one KV head.

@@ -14,7 +14,7 @@ constexpr size_t kBlockBytes = size_t{256}
                                << 10;  // of activations, in a core's cache beside weights
 constexpr int kBlockRowsMin = 48;
 constexpr int kBlockRowsUnit = 48;       // whole register tiles of every kernel
-constexpr int kOperandRowsUnit = 16;     // kernels may read past the last row, to whole tiles
+constexpr int kOperandRowsUnit = 16;     // of the tallest tile
 constexpr int kPrepareGrain = 16 << 10;  // elements per item of preparing activations
 
 // How a product is cut into items: groups of panels times row blocks. The cut is invisible in the
@@ -50,8 +50,12 @@ struct Cut {
 struct Operand {
   const GemmKernel* kernel;
   const uint8_t* data;
-  size_t stride;  // bytes
+  size_t stride;                   // bytes
+  const uint8_t* words = nullptr;  // the same interleaved, or null
 };
+
+// Kernels may read past the last row, to whole tiles.
+size_t operand_rows(int m) { return round_up(m, kOperandRowsUnit) + kOperandRowsUnit; }
 
 Operand prepare(const Compute& compute, const PackedMatrix& weights, Rows a, int m) {
   const GemmKernel& kernel = compute.kernels->gemm[static_cast<int>(weights.format)];
@@ -59,13 +63,22 @@ Operand prepare(const Compute& compute, const PackedMatrix& weights, Rows a, int
     return {&kernel, reinterpret_cast<const uint8_t*>(a.data), a.stride * sizeof(float)};
   }
   const size_t stride = kernel.row_bytes(weights.k);
-  const int grain = std::max(1, kPrepareGrain / weights.k);
-  compute.pool->run((m + grain - 1) / grain, [&](int item, int thread) {
-    for (int row = item * grain; row < std::min(m, (item + 1) * grain); ++row) {
-      kernel.prepare(a[row], weights.k, compute.scratch_of(thread), compute.operand + row * stride);
+  const int num_groups = (m + kRowGroup - 1) / kRowGroup;
+  const int grain = std::max(1, kPrepareGrain / kRowGroup / weights.k);  // groups of an item
+  uint8_t* words = compute.operand + operand_rows(m) * stride;
+  compute.pool->run((num_groups + grain - 1) / grain, [&](int item, int thread) {
+    for (int group = item * grain; group < std::min(num_groups, (item + 1) * grain); ++group) {
+      const int first = group * kRowGroup;
+      const int count = std::min(kRowGroup, m - first);
+      uint8_t* rows = compute.operand + first * stride;
+      for (int r = 0; r < count; ++r) {
+        kernel.prepare(a[first + r], weights.k, compute.scratch_of(thread), rows + r * stride);
+      }
+      if (kernel.interleave == nullptr) continue;
+      kernel.interleave(rows, stride, count, weights.k, words + first * stride);
     }
   });
-  return {&kernel, compute.operand, stride};
+  return {&kernel, compute.operand, stride, kernel.interleave == nullptr ? nullptr : words};
 }
 
 GemmArgs args_of(const PackedMatrix& weights, const Operand& operand, const Cut& cut, int item,
@@ -74,6 +87,9 @@ GemmArgs args_of(const PackedMatrix& weights, const Operand& operand, const Cut&
   GemmArgs args{};
   args.a = operand.data + cut.first_row(item) * operand.stride;
   args.a_stride = operand.stride;
+  args.words =
+      operand.words == nullptr ? nullptr : operand.words + cut.first_row(item) * operand.stride;
+  args.words_stride = kRowGroup * operand.stride;
   args.m = cut.rows(item);
   args.k = weights.k;
   args.panels = weights.panel(first_panel);
@@ -95,9 +111,10 @@ void PackedMatrix::read_row(int row, float* out) const {
 size_t operand_bytes(const Kernels& kernels, int m, int k) {
   size_t most = 0;
   for (const GemmKernel& kernel : kernels.gemm) {
-    if (kernel.prepare != nullptr) most = std::max(most, kernel.row_bytes(k));
+    if (kernel.prepare == nullptr) continue;
+    most = std::max(most, kernel.row_bytes(k) * (kernel.interleave == nullptr ? 1 : 2));
   }
-  return most * (m + kOperandRowsUnit);
+  return most * operand_rows(m);
 }
 
 void linear(const Compute& compute, const PackedMatrix& weights, Rows a, int m, Rows c,

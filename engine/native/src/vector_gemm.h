@@ -64,6 +64,7 @@ inline __attribute__((always_inline)) void add_products(const float* a, size_t a
 template <class V>
 struct Bf16Tile {
   static constexpr int kRows = V::kRows;
+  static constexpr int kRowUnit = 1;
 
   template <int kR>
   static void run(const GemmArgs& g, int row, const uint8_t* panel, int column, Fetch ahead) {

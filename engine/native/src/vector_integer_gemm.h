@@ -46,6 +46,7 @@ constexpr int kUnitsOfGroup = static_cast<int>(kInt4GroupBytes / kCacheLineBytes
 template <class V>
 struct Int4Tile {
   static constexpr int kRows = V::kInt4Rows;
+  static constexpr int kRowUnit = 1;
   static constexpr int kC = V::kColumns;
 
   // Adds the products of one group: exact integers, then scaled.

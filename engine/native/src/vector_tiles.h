@@ -1,6 +1,7 @@
 // What all vector products share: the walk over register tiles, fetching ahead, storing results.
 //
-// A format's product gives a Tile: kRows (most rows of a register tile), and
+// A format's product gives a Tile: kRows (most rows of a register tile), kRowUnit (rows of a tile
+// are a multiple of it, but for the last), and
 // run<kR, kLines>(args, row, panel, column, ahead), which computes kR rows of V::kColumns registers
 // of columns over all of k and fetches kLines cache lines from `ahead` on with each unit of a
 // panel.
@@ -74,7 +75,8 @@ inline void run_tile(int rows, const GemmArgs& g, int row, const uint8_t* panel,
 #undef KVASIR_ROWS
 }
 
-// All rows and panels. Rows are spread evenly over tiles: 16 rows are 8 + 8, not 12 + 4. The next
+// All rows and panels. Rows are spread evenly over tiles, in whole groups where they lie
+// interleaved: 16 rows are 8 + 8, not 12 + 4. The next
 // panel is fetched during the first two passes over this one, or during the only one, then two
 // lines at a time: their second comes along by itself.
 template <class V, class Tile>
@@ -88,7 +90,10 @@ void multiply_tiles(const GemmArgs& g, size_t panel_stride, int units) {
     const int num_fetches = g.m < kFetchRowsMin ? 0 : is_only ? 1 : 2;
     int pass = 0;
     for (int row = 0; row < g.m; --num_tiles) {
-      const int rows = (g.m - row + num_tiles - 1) / num_tiles;
+      const int left = g.m - row;
+      const int even = (left + num_tiles - 1) / num_tiles;
+      const int whole = (even + Tile::kRowUnit - 1) / Tile::kRowUnit * Tile::kRowUnit;
+      const int rows = whole < left ? whole : left;
       for (int column = 0; column < kPanelColumns && first + column < g.n; column += kWide) {
         Fetch ahead = {panel, 0};
         if (pass < num_fetches) {
