@@ -46,6 +46,7 @@ class _Samples:
 def run_bench_kv(
     json_path: Path | None = None,
     *,
+    peers: Sequence[str] | None = None,
     sizes_bytes: Sequence[int] = SIZES_BYTES,
     bytes_per_row: int = BYTES_PER_ROW,
     report: Callable[[str], None] = log.info,
@@ -53,11 +54,15 @@ def run_bench_kv(
     """Measures every path at every size; writes the rows to `json_path` if one is given.
 
     Args:
+        peers: which of bench_paths.PEERS are measured too; None: all that can be.
         sizes_bytes: of blocks; multiples of 16.
         bytes_per_row: moved for each measurement.
         report: gets one line per row as it is ready, and one per path that cannot be measured.
+
+    Raises:
+        ValueError: one of `peers` cannot be measured.
     """
-    paths = make_paths(report)
+    paths = make_paths(report, peers=peers)
     rows = []
     for size in sizes_bytes:
         num_moves = max(REPEATS_MIN, bytes_per_row // size) // ROUNDS

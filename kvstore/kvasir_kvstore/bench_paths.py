@@ -8,7 +8,7 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +19,8 @@ import numpy as np
 from kvasir_kvstore._native import BlockClient, BlockPool, BlockServer
 from kvasir_kvstore.bench_peers import Move, Path, make_peer_paths
 
+PEERS = ("grpc", "nixl", "mooncake")
+
 _LAYERS = 16
 _TIMEOUT_MS = 30_000
 _GRPC_CHUNK_BYTES = 1 << 20
@@ -26,17 +28,29 @@ _GRPC_METHOD = "/bench/Pull"
 _LOOPBACK = "127.0.0.1"
 
 
-def make_paths(report: Callable[[str], None]) -> dict[str, Path]:
-    """All paths that can be measured here; `report` gets a line for each that cannot."""
+def make_paths(
+    report: Callable[[str], None], *, peers: Sequence[str] | None = None
+) -> dict[str, Path]:
+    """All paths that can be measured here; `report` gets a line for each that cannot.
+
+    Args:
+        peers: which of PEERS; None: all.
+
+    Raises:
+        ValueError: one of `peers` cannot be measured.
+    """
+    others = {"grpc": _grpc} | make_peer_paths(report)
+    missing = set(peers or ()) - set(others)
+    if missing:
+        raise ValueError(f"cannot be measured here: {', '.join(sorted(missing))}")
     paths: dict[str, Path] = {
         "memcpy": _memcpy,
         "raw-tcp": _raw_tcp,
-        "grpc": _grpc,
         "shm": partial(_pull, shared=True),
         "tcp": _pull,
         "tcp-encrypted": partial(_pull, key=os.urandom(32)),
     }
-    return paths | make_peer_paths(report)
+    return paths | {name: path for name, path in others.items() if peers is None or name in peers}
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from kvasir_kvstore.index import Location, RedisIndex
 from kvasir_kvstore.metrics import TierMetrics
 from kvasir_kvstore.nodes import NodeSet
 from kvasir_kvstore.peers import DataPlane, join_target
-from kvasir_kvstore.pulls import NamedPuller, can_pull_from
+from kvasir_kvstore.pulls import GoesOn, NamedPuller, can_pull_from
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +42,13 @@ FETCHES_MAX = 8
 
 @dataclass(frozen=True, slots=True)
 class FetchResult:
-    """What a fetch brought. `problem`: a reason as in PullResult.error, or "" (misses too)."""
+    """What a fetch brought. `problem`: as PullResult.error, "slow" (ended), or "" (misses too)."""
 
     num_fetched_leading: int
     bytes_moved: int
     problem: str
+    locate_ms: float = 0.0
+    """Until it was known who has the blocks; the transfer came after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ class KvTier:
         *,
         timeout_ms: int,
         chain_head: bytes | None = None,
+        goes_on: GoesOn | None = None,
     ) -> FetchResult:
         """Fetches the longest leading part of the names that the tier holds, names[i] to blocks[i].
 
@@ -151,20 +154,26 @@ class KvTier:
             blocks: of the pool, not published.
             timeout_ms: over all; what has arrived by then counts.
             chain_head: name of the chain's first block, if `names` begins later.
+            goes_on: asked all the while, with how many blocks have come; False ends the fetch, and
+                what has arrived counts.
         """
         if not names:
             return FetchResult(0, 0, "")
-        end_s = time.monotonic() + timeout_ms / 1000
+        started_s = time.monotonic()
+        end_s = started_s + timeout_ms / 1000
         head = chain_head or names[0]
         runs, problem = await self._locate(names, head, end_s=end_s)
+        locate_ms = (time.monotonic() - started_s) * 1000
         known = runs[-1].end if runs else 0
-        result = await self._fetch(runs, names, blocks, end_s=end_s)
-        if result.problem and self._index is not None:  # the holder is away: another may have them
-            done = result.num_fetched_leading
+        result = await self._fetch(runs, names, blocks, end_s=end_s, goes_on=goes_on)
+        if result.problem not in ("", "slow") and self._index is not None:
+            done = result.num_fetched_leading  # the holder is away: another may have the rest
             runs, _ = await self._ask_nodes(names[done:], head, end_s=end_s)
             if runs:
                 known = max(known, done + runs[-1].end)
-                more = await self._fetch(runs, names[done:], blocks[done:], end_s=end_s)
+                more = await self._fetch(
+                    runs, names[done:], blocks[done:], end_s=end_s, goes_on=_after(goes_on, done)
+                )
                 result = FetchResult(
                     done + more.num_fetched_leading,
                     result.bytes_moved + more.bytes_moved,
@@ -174,7 +183,7 @@ class KvTier:
         self._metrics.blocks.labels("fetched").inc(num_fetched)
         self._metrics.blocks.labels("lost").inc(known - num_fetched)
         self._metrics.blocks.labels("unknown").inc(len(names) - known)
-        return FetchResult(num_fetched, result.bytes_moved, result.problem or problem)
+        return FetchResult(num_fetched, result.bytes_moved, result.problem or problem, locate_ms)
 
     async def offer(
         self,
@@ -254,42 +263,69 @@ class KvTier:
         blocks: Sequence[int],
         *,
         end_s: float,
+        goes_on: GoesOn | None,
     ) -> FetchResult:
         """Fetches run after run until one does not come whole."""
         num_fetched = bytes_moved = 0
         for run in runs:
+            if goes_on is not None and not goes_on(num_fetched):
+                return FetchResult(num_fetched, bytes_moved, "slow")
             wanted = slice(run.first, run.end)
-            result = await self._pull(run, names[wanted], blocks[wanted], end_s=end_s)
+            so_far = _after(goes_on, num_fetched)
+            result = await self._pull(
+                run, names[wanted], blocks[wanted], end_s=end_s, goes_on=so_far
+            )
             bytes_moved += result.bytes_moved
             num_ok = _num_leading(result)
             if num_ok < run.count and not result.error:
                 rest = slice(run.first + num_ok, run.end)
                 lost = Run(run.holder, rest.start, run.count - num_ok)
-                loaded, moved = await self._load(lost, names[rest], blocks[rest], end_s=end_s)
+                so_far = _after(goes_on, num_fetched + num_ok)
+                loaded, moved = await self._load(
+                    lost, names[rest], blocks[rest], end_s=end_s, goes_on=so_far
+                )
                 num_ok, bytes_moved = num_ok + loaded, bytes_moved + moved
             num_fetched += num_ok
             if num_ok < run.count:
                 if _ms_until(end_s) > 1:  # else they may only have come late
                     await self._forget_stale(run, names[wanted][num_ok:], result.error)
-                return FetchResult(num_fetched, bytes_moved, result.error)
+                is_slow = result.error == "cancelled" and goes_on is not None
+                problem = "slow" if is_slow else result.error
+                return FetchResult(num_fetched, bytes_moved, problem)
         return FetchResult(num_fetched, bytes_moved, "")
 
     async def _pull(
-        self, run: Location, names: Sequence[bytes], blocks: Sequence[int], *, end_s: float
+        self,
+        run: Location,
+        names: Sequence[bytes],
+        blocks: Sequence[int],
+        *,
+        end_s: float,
+        goes_on: GoesOn | None = None,
     ) -> PullResult:
         result = await self._puller.pull(
-            run.holder, names=names, blocks=blocks, timeout_ms=_ms_until(end_s)
+            run.holder,
+            names=names,
+            blocks=blocks,
+            timeout_ms=_ms_until(end_s),
+            goes_on=goes_on,
         )
         self._metrics.frames_bad.inc(result.frames_bad)
         self._metrics.bytes.labels(result.transport or "none").inc(result.bytes_moved)
         encoding = "encoded" if result.is_lossy else "raw"
         self._metrics.wire_bytes.labels(encoding).inc(result.bytes_wire)
-        if result.error:
+        if result.error not in ("", "cancelled"):
             log.warning("fetching KV blocks from %s: %s", run.holder.name, result.error)
         return result
 
     async def _load(
-        self, run: Location, names: Sequence[bytes], blocks: Sequence[int], *, end_s: float
+        self,
+        run: Location,
+        names: Sequence[bytes],
+        blocks: Sequence[int],
+        *,
+        end_s: float,
+        goes_on: GoesOn | None,
     ) -> tuple[int, int]:
         """Fetches blocks that the holder has, but not in memory: leading ones, and bytes moved."""
         target = join_target(run.holder.host, run.holder.grpc_port)
@@ -303,8 +339,11 @@ class KvTier:
                 break
             if not count:
                 break
+            if goes_on is not None and not goes_on(num_fetched):
+                break
             part = slice(num_fetched, num_fetched + count)
-            result = await self._pull(run, names[part], blocks[part], end_s=end_s)
+            going_on = _after(goes_on, num_fetched)
+            result = await self._pull(run, names[part], blocks[part], end_s=end_s, goes_on=going_on)
             num_ok = _num_leading(result)
             num_fetched, bytes_moved = num_fetched + num_ok, bytes_moved + result.bytes_moved
             if num_ok < count:
@@ -348,6 +387,11 @@ class KvTier:
             if not num_left:
                 break
         return "ok" if num_left < self._replicas else reason
+
+
+def _after(goes_on: GoesOn | None, num_before: int) -> GoesOn | None:
+    """Asks with the blocks of earlier pulls added."""
+    return None if goes_on is None else lambda num_arrived: goes_on(num_before + num_arrived)
 
 
 def _num_leading(result: PullResult) -> int:

@@ -7,7 +7,7 @@ any more, so they may be freed.
 import asyncio
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kvasir_proto.v1 import common_pb2
@@ -17,6 +17,10 @@ from kvasir_kvstore.codecs import LinkCodecs
 from kvasir_kvstore.peers import DataPlane
 
 UID_BYTES = 16
+WATCH_INTERVAL_S = 0.002
+
+GoesOn = Callable[[float], bool]
+"""Asked while blocks arrive, with how many have; False ends the pull."""
 
 
 def can_pull_from(source: common_pb2.PeerAddress) -> bool:
@@ -29,6 +33,7 @@ class NamedPuller:
     """Pulls into one pool, at most `pulls_max` at a time; more wait."""
 
     def __init__(self, pool: BlockPool, plane: DataPlane, *, pulls_max: int) -> None:
+        self._pool = pool
         self._client = BlockClient(
             pool,
             connections_per_peer_max=pulls_max,
@@ -48,6 +53,7 @@ class NamedPuller:
         names: Sequence[bytes],
         blocks: Sequence[int],
         timeout_ms: int,
+        goes_on: GoesOn | None = None,
     ) -> PullResult:
         """Pulls names[i] into blocks[i]; see BlockClient.pull_named."""
         cancel_id = next(self._cancel_ids)
@@ -66,6 +72,11 @@ class NamedPuller:
         future = self._executor.submit(pull)
         done = asyncio.ensure_future(asyncio.wrap_future(future))
         try:
+            while goes_on is not None and not done.done():
+                await asyncio.wait({done}, timeout=WATCH_INTERVAL_S)
+                if not goes_on(self._num_arrived(blocks)):
+                    self._client.cancel(cancel_id)
+                    break
             result = await asyncio.shield(done)
         except asyncio.CancelledError:
             if not future.cancel():
@@ -78,6 +89,9 @@ class NamedPuller:
             raise
         self._links.pulled(source, bytes_wire=result.bytes_wire, wire_s=result.wire_s)
         return result
+
+    def _num_arrived(self, blocks: Sequence[int]) -> float:
+        return float(self._pool.ready[list(blocks)].sum()) / self._pool.num_layers
 
     async def close(self) -> None:
         """Ends all pulls and waits for them."""

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+from kvasir_kvstore import bench_peers
 from kvasir_kvstore.bench import run_bench_kv
 
 
@@ -22,3 +24,11 @@ def test_every_path_is_measured_and_written(tmp_path: Path) -> None:
         assert row["gb_per_s"] > 0
         assert row["p50_us"] > 0
         assert row["cpu_s_per_gb"] >= 0
+
+
+def test_a_peer_that_was_asked_for_and_is_not_there_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_peers, "_NIXL", "kvasir_has_no_such_module")
+    with pytest.raises(ValueError, match="nixl"):
+        run_bench_kv(peers=["nixl"], report=lambda _line: None)

@@ -5,8 +5,10 @@ import asyncio
 import pytest
 from kvasir_engine.worker.inflight import InFlight
 from kvasir_engine.worker.metrics import Gauges, WorkerMetrics
-from kvasir_engine.worker.rates import RETRY_EVERY, FetchRates
+from kvasir_engine.worker.rates import FetchRates
 from kvasir_engine.worker.state import Role, TransferHealth, Work, WorkerState
+from kvasir_kvstore.core.block import BLOCK_TOKENS
+from kvasir_kvstore.core.fetch import FIRST_LOSS_MS_MAX, FIRST_TRIES_MAX, RETRY_EVERY
 from kvasir_proto.errors import KvasirError, Reason
 
 
@@ -152,34 +154,27 @@ def test_broken_data_plane_is_unhealthy_at_once() -> None:
     assert not health.healthy
 
 
-@pytest.mark.parametrize(
-    ("fetch_ms", "compute_ms", "worth_it"),
-    [(0.0, 0.0, True), (0.0, 5.0, True), (1.0, 5.0, True), (10.0, 5.0, False), (10.0, 0.0, True)],
-)
-def test_blocks_are_fetched_only_if_that_is_faster(
-    fetch_ms: float, compute_ms: float, worth_it: bool
-) -> None:
-    rates = FetchRates(ms_per_block=fetch_ms)
-    timeout_ms = rates.timeout_ms(
-        num_blocks=10, compute_ms_per_block=compute_ms, timeout_ms_max=2000
-    )
-    assert (timeout_ms > 0) == worth_it
-    assert timeout_ms <= 2000
-
-
-def test_slow_fetches_are_tried_again_after_a_while() -> None:
-    rates = FetchRates(ms_per_block=10)
-    tried = [
-        rates.timeout_ms(num_blocks=4, compute_ms_per_block=5, timeout_ms_max=2000) > 0
-        for _ in range(2 * RETRY_EVERY)
-    ]
-    assert tried.count(True) == 2
-
-
-def test_fetch_rate_follows_measurements() -> None:
+def test_a_path_that_is_too_slow_is_tried_again_after_a_while() -> None:
     rates = FetchRates()
-    rates.fetched(num_blocks=10, elapsed_ms=100)
-    rates.fetched(num_blocks=0, elapsed_ms=900)
-    assert rates.ms_per_block == 10
-    rates.fetched(num_blocks=10, elapsed_ms=200)
-    assert rates.ms_per_block == pytest.approx(13)
+    rates.fetched(locate_ms=1, transfer_ms=100, num_arrived=10)
+    assert rates.us_per_token == pytest.approx(10_000 / BLOCK_TOKENS)
+    plans = [rates.plan(num_blocks=4, compute_ms_per_block=5) for _ in range(2 * RETRY_EVERY)]
+    assert [i for i, plan in enumerate(plans) if plan] == [RETRY_EVERY - 1, 2 * RETRY_EVERY - 1]
+    assert all(plan.loss_ms_max < 1 for plan in plans if plan)
+
+
+def test_nothing_to_fetch_is_no_reason_to_try_again() -> None:
+    rates = FetchRates()
+    rates.fetched(locate_ms=1, transfer_ms=100, num_arrived=10)
+    assert not any(rates.plan(num_blocks=0, compute_ms_per_block=5) for _ in range(RETRY_EVERY))
+    assert rates.plan(num_blocks=4, compute_ms_per_block=5) is None
+
+
+def test_a_path_that_brought_nothing_yet_gets_a_few_tries() -> None:
+    rates = FetchRates()
+    for _ in range(FIRST_TRIES_MAX):
+        plan = rates.plan(num_blocks=4, compute_ms_per_block=5)
+        assert plan is not None
+        assert plan.loss_ms_max == FIRST_LOSS_MS_MAX
+        rates.fetched(locate_ms=1, transfer_ms=100, num_arrived=0)
+    assert rates.plan(num_blocks=4, compute_ms_per_block=5) is None

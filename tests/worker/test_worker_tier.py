@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from kvasir_engine.worker import rates
+from kvasir_kvstore.core import fetch
 from kvasir_proto.v1 import worker_pb2
 from worker_builders import Process, make_model_dir, make_request, prompt, started, until
 
@@ -15,8 +15,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _fetching_always_looks_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "FETCH_LATENCY_MS", -1e6)
+def _first_fetches_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "FIRST_LOSS_MS_MAX", 1e9)
 
 
 @pytest.fixture(scope="module")

@@ -207,15 +207,25 @@ def serve(url: str | None, model: Path | None, json_file: Path | None, **values:
 
 
 @bench.command()
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    type=click.Choice(["grpc", "nixl", "mooncake"]),
+    help="Measure these beside it, or fail; without, those that are installed.",
+)
 @JSON_FILE
-def kv(json_file: Path | None) -> None:
-    """Measure how KV blocks move on this machine, beside memcpy, plain TCP and gRPC.
+def kv(json_file: Path | None, peers: tuple[str, ...]) -> None:
+    """Measure how KV blocks move on this machine, beside memcpy, plain TCP and other libraries.
 
     Whole pulls by name with checksums, both ends in this process; medians of interleaved rounds.
     """
     from kvasir_kvstore.bench import run_bench_kv
 
-    run_bench_kv(json_file, report=click.echo)
+    try:
+        run_bench_kv(json_file, peers=peers or None, report=click.echo)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     if json_file is not None:
         click.echo(f"wrote {json_file}")
 

@@ -1,8 +1,9 @@
 """Computes a request on this worker's engine, after fetching from the KV tier what is worth it.
 
 Decides, before a prompt is computed, whether its missing blocks are fetched or computed: whichever
-takes less time by the rates measured so far. Fetching is an optimisation: whatever it does not
-bring is computed, and a request never fails for it.
+takes less time by the rates measured so far (kvasir_kvstore/core/fetch.py); a fetch that turns out
+to be slower is stopped. Fetching is an optimisation: whatever it does not bring is computed, and a
+request never fails for it.
 """
 
 import logging
@@ -12,6 +13,7 @@ from contextlib import aclosing
 
 from kvasir_kvstore.client import KvTier
 from kvasir_kvstore.core.block import BLOCK_TOKENS
+from kvasir_kvstore.core.fetch import FetchPlan, FetchWatch
 from kvasir_proto.errors import KvasirError, Reason
 
 from kvasir_engine.core.types import EngineRequest, Reservation, TokenEvent
@@ -75,12 +77,11 @@ class Compute:
         if tier is None:
             return None
         names, num_held = self._wanted(request)
-        timeout_ms = self._host.fetch_rates.timeout_ms(
-            num_blocks=len(names) - num_held,
-            compute_ms_per_block=self._compute_ms_per_block(),
-            timeout_ms_max=self._host.settings.fetch_timeout_ms,
+        rates = self._host.fetch_rates
+        plan = rates.plan(
+            num_blocks=len(names) - num_held, compute_ms_per_block=self._compute_ms_per_block()
         )
-        if not timeout_ms:
+        if plan is None:
             return None
         engine = self._host.served().engine
         try:
@@ -89,13 +90,14 @@ class Compute:
             if error.reason not in (Reason.BUSY, Reason.OVERLOADED):
                 raise
             return None  # no memory now: wait for it in the engine's queue
+        rates.num_running += 1
         try:
-            num_fetched = await self._fetch(
-                tier, names, reservation, timeout_ms=timeout_ms, trace=trace
-            )
+            num_fetched = await self._fetch(tier, names, reservation, plan=plan, trace=trace)
         except BaseException:
             await engine.release(request.request_id)
             raise
+        finally:
+            rates.num_running -= 1
         return reservation, reservation.tokens_cached + num_fetched * BLOCK_TOKENS
 
     async def _fetch(
@@ -104,7 +106,7 @@ class Compute:
         names: list[bytes],
         reservation: Reservation,
         *,
-        timeout_ms: int,
+        plan: FetchPlan,
         trace: Trace,
     ) -> int:
         """Fetches the blocks that follow the cached ones; returns how many came."""
@@ -113,12 +115,27 @@ class Compute:
         if not missing:
             return 0
         started_s = time.monotonic()
+        watch = FetchWatch(plan)
+
+        def elapsed_ms() -> float:
+            return (time.monotonic() - started_s) * 1000
+
         result = await tier.locate_and_fetch(
-            missing, blocks, timeout_ms=timeout_ms, chain_head=names[0]
+            missing,
+            blocks,
+            timeout_ms=self._host.settings.fetch_timeout_ms,
+            chain_head=names[0],
+            goes_on=lambda num_arrived: watch.goes_on(
+                elapsed_ms=elapsed_ms(), num_arrived=num_arrived
+            ),
         )
         num_fetched = result.num_fetched_leading
-        elapsed_ms = (time.monotonic() - started_s) * 1000
-        self._host.fetch_rates.fetched(num_blocks=num_fetched, elapsed_ms=elapsed_ms)
+        if num_fetched or result.problem == "slow":
+            self._host.fetch_rates.fetched(
+                locate_ms=result.locate_ms,
+                transfer_ms=elapsed_ms() - result.locate_ms,
+                num_arrived=max(num_fetched, watch.num_arrived),
+            )
         trace.tokens_cached_fetched = num_fetched * BLOCK_TOKENS
         trace.kv_bytes_moved += result.bytes_moved
         self._host.metrics.kv_bytes.labels("fetch").inc(result.bytes_moved)

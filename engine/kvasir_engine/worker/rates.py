@@ -1,54 +1,48 @@
-"""Fetch or recompute: the choice, from rates measured on this worker. Pure."""
-
-from dataclasses import dataclass
+"""What fetches from the KV tier took on this worker, and how the next one is to go."""
 
 from kvasir_kvstore.core.block import BLOCK_TOKENS
-
-_WEIGHT = 0.3
-"""Of the newest measurement in the running mean."""
-FETCH_LATENCY_MS = 2.0
-"""Of asking where blocks are and opening the transfer."""
-RETRY_EVERY = 32
-"""A fetch that is not worth it by old measurements is tried again this often."""
+from kvasir_kvstore.core.fetch import FIRST_TRIES_MAX, RETRY_EVERY, FetchPlan, PathRates, plan_fetch
 
 
-@dataclass(slots=True)
 class FetchRates:
-    """What a fetched block costs, and the choice that follows."""
+    """The worker's path to the KV tier. Belongs to one event loop."""
 
-    ms_per_block: float = 0.0
-    """Running mean; 0: not yet known, so a fetch is tried."""
-    num_declined: int = 0
+    def __init__(self) -> None:
+        self.path = PathRates()
+        self.num_running = 0
+        self._num_declined = 0
+        self._num_in_vain = 0
 
     @property
     def us_per_token(self) -> float:
         """What a fetched token costs; 0: not yet known."""
-        return self.ms_per_block * 1000 / BLOCK_TOKENS
+        return self.path.ms_per_block * 1000 / BLOCK_TOKENS
 
-    def fetched(self, *, num_blocks: int, elapsed_ms: float) -> None:
-        """A fetch ended; one that brought nothing says nothing about the rate."""
-        if num_blocks == 0:
-            return
-        ms_per_block = elapsed_ms / num_blocks
-        known = self.ms_per_block
-        self.ms_per_block = known + _WEIGHT * (ms_per_block - known) if known else ms_per_block
+    def plan(self, *, num_blocks: int, compute_ms_per_block: float) -> FetchPlan | None:
+        """How to fetch so many blocks; None: compute them."""
+        is_retry = self._num_declined >= RETRY_EVERY - 1
+        plan = plan_fetch(
+            num_blocks=num_blocks,
+            path=self.path,
+            num_fetches=self.num_running,
+            compute_ms_per_block=compute_ms_per_block,
+            is_retry=is_retry,
+        )
+        if plan is None:
+            self._num_declined += num_blocks > 0
+        elif is_retry:
+            self._num_declined = 0
+        return plan
 
-    def timeout_ms(
-        self, *, num_blocks: int, compute_ms_per_block: float, timeout_ms_max: int
-    ) -> int:
-        """How long to try to fetch `num_blocks`; 0: compute them.
-
-        `compute_ms_per_block` of 0 means that it is not yet known: fetching is then tried. The
-        time is bounded by twice what computing would take, so a wrong guess costs at most that.
-        """
-        if num_blocks == 0:
-            return 0
-        if not compute_ms_per_block:
-            return timeout_ms_max
-        compute_ms = num_blocks * compute_ms_per_block
-        fetch_ms = FETCH_LATENCY_MS + num_blocks * self.ms_per_block
-        if fetch_ms >= compute_ms:
-            self.num_declined += 1
-            if self.num_declined % RETRY_EVERY:
-                return 0
-        return min(timeout_ms_max, int(2 * compute_ms) + 50)
+    def fetched(self, *, locate_ms: float, transfer_ms: float, num_arrived: float) -> None:
+        """A fetch ended that had found blocks, or was stopped before it did."""
+        if not self.path.ms_per_block and not num_arrived:
+            self._num_in_vain += 1
+            if self._num_in_vain < FIRST_TRIES_MAX:
+                return
+        self.path = self.path.after(
+            latency_ms=locate_ms,
+            transfer_ms=transfer_ms,
+            num_arrived=num_arrived,
+            num_fetches=self.num_running,
+        )
