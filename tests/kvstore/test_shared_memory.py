@@ -83,6 +83,19 @@ def test_another_life_of_the_peer_is_refused(tmp_path: Path) -> None:
         assert pair.pull_named().error == "other_layout"
 
 
+def test_a_process_that_leaves_spares_the_socket_of_its_successor(tmp_path: Path) -> None:
+    with make_pair(socket_dir=str(tmp_path)) as pair:
+        pair.publish(1)
+        before = pair.server
+        pair.server = BlockServer(
+            pair.source, host="127.0.0.1", port=0, uid=UID, epoch=EPOCH, socket_dir=str(tmp_path)
+        )
+        before.stop()
+        assert pair.pull_named().transport == "shm"
+        pair.server.stop()
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_needs_shared_memory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not shared"):
         BlockServer(

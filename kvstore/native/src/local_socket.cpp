@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -47,6 +48,13 @@ int connect_in(const Fd& folder, const std::string& file, const Fd& fd) {
   return connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address);
 }
 
+// 0: there is no such file.
+uint64_t inode_of(const Fd& folder, const std::string& file) {
+  struct stat status{};
+  const bool is_there = fstatat(folder.get(), file.c_str(), &status, AT_SYMLINK_NOFOLLOW) == 0;
+  return is_there ? status.st_ino : 0;
+}
+
 void sweep(const std::string& path, const Fd& folder) {
   const std::unique_ptr<DIR, int (*)(DIR*)> entries(opendir(path.c_str()), closedir);
   if (!entries) return;
@@ -87,8 +95,8 @@ struct DescriptorMessage {
 
 }  // namespace
 
-Fd listen_local(const std::string& folder_path, const Name& uid, int backlog) {
-  const Fd folder = open_folder(folder_path);
+LocalListener listen_local(const std::string& folder_path, const Name& uid, int backlog) {
+  Fd folder = open_folder(folder_path);
   if (folder) sweep(folder_path, folder);
   const std::string file = file_name(uid);
   const std::string bound = file + ".new";  // nobody connects, or sweeps, before it listens
@@ -99,15 +107,19 @@ Fd listen_local(const std::string& folder_path, const Name& uid, int backlog) {
     const auto* generic = reinterpret_cast<const sockaddr*>(&address);
     const bool is_listening =
         bind(fd.get(), generic, sizeof address) == 0 && listen(fd.get(), backlog) == 0;
+    const uint64_t inode = inode_of(folder, bound);
     if (is_listening && renameat(folder.get(), bound.c_str(), folder.get(), file.c_str()) == 0) {
-      return fd;
+      return {.fd = std::move(fd), .folder = std::move(folder), .file = file, .inode = inode};
     }
   }
   throw std::system_error(errno, std::generic_category(), "cannot listen in " + folder_path);
 }
 
-void unlink_local(const std::string& folder, const Name& uid) {
-  unlinkat(open_folder(folder).get(), file_name(uid).c_str(), 0);
+void stop_listening(LocalListener& listener) {
+  if (listener.fd && inode_of(listener.folder, listener.file) == listener.inode) {
+    unlinkat(listener.folder.get(), listener.file.c_str(), 0);
+  }
+  listener = {};
 }
 
 bool connect_local(const std::string& folder_path, const Name& uid, Stream& stream) {

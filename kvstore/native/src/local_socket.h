@@ -8,9 +8,17 @@
 
 namespace kvasir {
 
+struct LocalListener {
+  Fd fd;
+  Fd folder;
+  std::string file;
+  uint64_t inode = 0;  // of the file: a later process of this uid may have put its own in its place
+};
+
 // Listens, and clears the folder of sockets whose process has gone. Throws std::system_error.
-Fd listen_local(const std::string& folder, const Name& uid, int backlog);
-void unlink_local(const std::string& folder, const Name& uid);
+LocalListener listen_local(const std::string& folder, const Name& uid, int backlog);
+// Removes the socket's file, unless it has become that of another.
+void stop_listening(LocalListener& listener);
 // False: no such process on this node.
 bool connect_local(const std::string& folder, const Name& uid, Stream& stream);
 

@@ -7,8 +7,6 @@
 #include <algorithm>
 #include <system_error>
 
-#include "local_socket.h"
-
 namespace kvasir {
 namespace {
 
@@ -23,10 +21,11 @@ BlockServer::BlockServer(BlockPool& pool, const ServerOptions& options)
       self_(options.self),
       connections_max_(options.connections_max),
       secret_(options.secret),
-      socket_dir_(options.socket_dir),
       listener_(listen_on(options.host, options.port, kBacklog)),
       port_(bound_port(listener_.get())),
-      local_listener_(socket_dir_.empty() ? Fd() : listen_local(socket_dir_, self_.uid, kBacklog)),
+      local_listener_(options.socket_dir.empty()
+                          ? LocalListener()
+                          : listen_local(options.socket_dir, self_.uid, kBacklog)),
       acceptor_([this] { accept_loop(); }) {}
 
 void BlockServer::stop() {
@@ -42,8 +41,7 @@ void BlockServer::stop() {
   }
   for (const auto& [id, connection] : connections) connection->thread.join();
   listener_ = Fd();
-  if (local_listener_) unlink_local(socket_dir_, self_.uid);
-  local_listener_ = Fd();
+  stop_listening(local_listener_);
 }
 
 size_t BlockServer::num_connections() const {
@@ -55,13 +53,13 @@ size_t BlockServer::num_connections() const {
 void BlockServer::accept_loop() {
   while (!stopped_.is_raised()) {
     pollfd entries[3] = {{.fd = listener_.get(), .events = POLLIN, .revents = 0},
-                         {.fd = local_listener_.get(), .events = POLLIN, .revents = 0},
+                         {.fd = local_listener_.fd.get(), .events = POLLIN, .revents = 0},
                          {.fd = stopped_.fd(), .events = POLLIN, .revents = 0}};
     poll(entries, 3, kReapMs);
     reap();
     if (stopped_.is_raised()) return;
     if (entries[0].revents != 0) accept_from(listener_, false);
-    if (entries[1].revents != 0) accept_from(local_listener_, true);
+    if (entries[1].revents != 0) accept_from(local_listener_.fd, true);
   }
 }
 

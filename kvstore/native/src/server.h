@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "local_socket.h"
 #include "pool.h"
 #include "sender.h"
 #include "stream.h"
@@ -63,10 +64,9 @@ class BlockServer {
   const Identity self_;
   const uint32_t connections_max_;
   const std::string secret_;
-  const std::string socket_dir_;
   Fd listener_;
   const uint16_t port_;
-  Fd local_listener_;
+  LocalListener local_listener_;
   Signal stopped_;
   ServerCounters counters_;
   mutable std::mutex mutex_;
