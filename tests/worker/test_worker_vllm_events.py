@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from fake_vllm import fake_vllm
 from fake_vllm_events import CLEARED, fake_events, hashes_of, removed, stored
@@ -34,6 +35,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder() -> Any:
     with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as short:  # a socket's path is short
         yield Path(short)
+
+
+def batch_of(event: Any) -> bytes:
+    return msgspec.msgpack.encode([1.5, [event], 0])
 
 
 @asynccontextmanager
@@ -124,6 +129,28 @@ async def test_a_batch_that_is_lost_for_good_makes_it_start_over(
         await until(lambda: held(worker) == expected)
 
 
+async def test_a_replay_that_leaves_a_batch_out_is_not_believed(model: Path, folder: Path) -> None:
+    async with fake_events(folder) as vllm:
+        for event in (stored(PROMPT), removed(*hashes_of(PROMPT)), stored(prompt(40, seed=9))):
+            await vllm.publish(event)
+        left_out = vllm.buffer[1]
+        del vllm.buffer[1]
+        async with beside_vllm(model, folder) as worker:
+            await until(lambda: vllm.num_replays > 1)
+            assert not worker.host.tells_blocks
+            vllm.buffer.insert(1, left_out)
+            await until(lambda: held(worker) == names(worker, prompt(40, seed=9)))
+
+
+async def test_without_a_replay_it_is_followed_from_where_it_is(model: Path, folder: Path) -> None:
+    async with fake_events(folder) as vllm:
+        await vllm.publish(stored(PROMPT))
+        async with beside_vllm(model, folder, vllm_replay=None) as worker:
+            await follows(worker)
+            await vllm.publish(removed(*hashes_of(PROMPT)), stored(prompt(40, seed=9)))
+            await until(lambda: held(worker) == names(worker, prompt(40, seed=9)))
+
+
 async def test_a_server_that_starts_anew_holds_nothing(model: Path, folder: Path) -> None:
     async with fake_events(folder) as vllm:
         starting = beside_vllm(model, folder)
@@ -171,8 +198,20 @@ async def test_a_server_that_keeps_salts_to_itself_is_not_followed_for_tenants(
 
 @pytest.mark.parametrize(
     "bad",
-    [b"\xc1", b"\x90", b"\x93\x01\x91\x91\xa1x\x00"],
-    ids=["not MessagePack", "empty", "another event"],
+    [
+        b"\xc1",
+        b"\x90",
+        b"\x93\x01\x91\x91\xa1x\x00",
+        batch_of([]),
+        batch_of(stored(PROMPT) | {"token_ids": 3}),
+        batch_of(stored(PROMPT) | {"token_ids": ["x"] * 96}),
+        batch_of(stored(PROMPT) | {"block_hashes": [[1], [2], [3]]}),
+        batch_of(stored(PROMPT) | {"block_size": None}),
+    ],
+    ids=[
+        *("not MessagePack", "empty", "another event", "event of nothing", "tokens are no list"),
+        *("tokens are no numbers", "hashes are no hashes", "no size"),
+    ],
 )
 async def test_what_cannot_be_understood_is_not_followed(
     model: Path, folder: Path, bad: bytes

@@ -10,7 +10,7 @@ hold, they go by what they sent here, as they do with a vLLM that publishes noth
 
 import asyncio
 import logging
-from typing import Any
+import struct
 
 import msgspec
 import zmq
@@ -27,6 +27,9 @@ RETRY_S = 0.5
 SEQUENCE_BYTES = 8
 BATCHES_AT_ONCE = 16
 """Of a replay, before other tasks have their turn: a read that finds one does not wait."""
+
+MALFORMED = (msgspec.DecodeError, struct.error, LookupError, TypeError, ValueError)
+"""What bytes may raise that are no batch of events."""
 
 END_OF_REPLAY = b"\xff" * SEQUENCE_BYTES
 QUEUE_MAX = 100_000
@@ -117,6 +120,8 @@ class VllmEvents:
         _, sequence, payload = _checked(frames)
         if sequence <= self._latest:
             raise EventsLostError("vLLM counts anew")
+        if self._latest < 0 and self._replay_endpoint is None:
+            self._next = sequence  # nothing is told of what came before
         self._latest = sequence
         if sequence > self._next:
             missing = self._next
@@ -145,6 +150,8 @@ class VllmEvents:
                         if frames[1:2] == [END_OF_REPLAY]:
                             return first
                         _, sequence, payload = _checked(frames)
+                        if first is not None and sequence != self._next:
+                            raise EventsLostError("vLLM leaves batches out of what it repeats")
                         first = sequence if first is None else first
                         self._apply(sequence, payload)
                         if sequence % BATCHES_AT_ONCE == 0:
@@ -154,12 +161,13 @@ class VllmEvents:
 
     def _apply(self, sequence: int, payload: bytes) -> None:
         try:
-            batch: Any = msgspec.msgpack.decode(payload)
-        except msgspec.DecodeError as error:
-            raise EventFormatError(f"a batch is not MessagePack: {error}") from error
-        for event in events_of(batch):
-            change = self._blocks.apply(event)
-            if self._host.tells_blocks:
+            events = events_of(msgspec.msgpack.decode(payload))
+            changes = [self._blocks.apply(event) for event in events]
+        except MALFORMED as error:
+            name = type(error).__name__
+            raise EventFormatError(f"a batch cannot be understood: {name}") from error
+        if self._host.tells_blocks:
+            for change in changes:
                 self._host.hub.blocks_changed(stored=change.stored, removed=change.removed)
         self._next = sequence + 1
 
