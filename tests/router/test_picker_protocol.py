@@ -121,6 +121,14 @@ async def test_gateway_that_does_not_say_how_it_sends_is_taken_to_stream(asking:
     assert endpoint_of((await asking.hear()).request_headers.response) == asking.own
 
 
+async def test_endpoint_that_a_client_names_is_removed_until_there_is_a_choice(
+    asking: Asking,
+) -> None:
+    await asking.head(protocol_config=BUFFERED, more={ENDPOINT: "169.254.169.254:80"})
+    told = (await asking.hear()).request_headers.response
+    assert list(told.header_mutation.remove_headers) == [ENDPOINT]
+
+
 async def test_stream_that_breaks_off_ends_the_request(asking: Asking) -> None:
     await asking.head(protocol_config=BUFFERED)
     assert (await asking.hear()).WhichOneof("response") == "request_headers"
@@ -207,7 +215,8 @@ async def test_keys_are_asked_for_at_the_gateway_already(tmp_path: Path) -> None
         for header, expected in {"Bearer bad": 401, "Bearer good-key": 0}.items():
             asking = Asking(router)
             await asking.head(protocol_config=DUPLEX, more={"authorization": header})
-            await asking.body(BODY, ends=True)
+            if not expected:  # others are refused before they show a body
+                await asking.body(BODY, ends=True)
             answer = await asking.hear()
             assert answer.immediate_response.status.code == expected
             if not expected:

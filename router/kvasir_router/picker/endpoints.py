@@ -83,6 +83,14 @@ class EndpointPicker:
         self._calls, self._dispatcher, self._fleet = calls, dispatcher, fleet
         self._replicas, self._tenants, self._metrics = replicas, tenants, metrics
 
+    def check(self, asked: Asked) -> None:
+        """Whoever has no key shows no body either: it would take memory.
+
+        Raises:
+            KvasirError: what the client is to be told.
+        """
+        self._caller(asked)
+
     async def pick(self, asked: Asked) -> Pick:
         """An endpoint.
 

@@ -20,6 +20,7 @@ from kvasir_router.picker.endpoints import Asked, EndpointPicker, Pick
 from kvasir_router.picker.messages import (
     body_unchanged,
     endpoint_chosen,
+    endpoint_open,
     headers_of,
     refusal,
     subset_of,
@@ -99,10 +100,11 @@ class Exchange:
         self._asked = Asked(headers, None, subset_of(part.metadata_context))
         mode = self._modes.request_body_mode
         if not part.request_headers.end_of_stream:
+            self._picker.check(self._asked)
             if mode == envoy.FULL_DUPLEX_STREAMED:
                 return []
             if mode in (envoy.BUFFERED, envoy.BUFFERED_PARTIAL):
-                return [Answer(request_headers=envoy.HeadersResponse())]
+                return [Answer(request_headers=envoy.HeadersResponse(response=endpoint_open()))]
         common, metadata = await self._choose(self._asked)
         chosen = envoy.HeadersResponse(response=common)
         return [Answer(request_headers=chosen, dynamic_metadata=metadata)]
@@ -119,6 +121,7 @@ class Exchange:
         if self._modes.request_body_mode == envoy.BUFFERED_PARTIAL and not part.end_of_stream:
             raise KvasirError(Reason.TOO_LARGE, "the body exceeds what the gateway keeps of it")
         common, metadata = await self._choose(self._asked_whole())
+        self._body.clear()
         chosen = envoy.BodyResponse(response=common)
         return [Answer(request_body=chosen, dynamic_metadata=metadata)]
 

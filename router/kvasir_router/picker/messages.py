@@ -45,6 +45,11 @@ def subset_of(metadata: envoy.Metadata) -> frozenset[str] | None:
     return frozenset(value.string_value for value in fields[SUBSET].list_value.values)
 
 
+def endpoint_open() -> envoy.CommonResponse:
+    """The choice is yet to come: whatever a client says in its place does not count."""
+    return envoy.CommonResponse(header_mutation=envoy.HeaderMutation(remove_headers=[ENDPOINT]))
+
+
 def endpoint_chosen(endpoint: str) -> tuple[envoy.CommonResponse, struct_pb2.Struct]:
     """The choice: a header, and metadata for load balancers that go by them."""
     common = envoy.CommonResponse(
