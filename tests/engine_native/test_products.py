@@ -107,6 +107,17 @@ def test_a_product_is_that_of_the_slow_model(
     assert error.max() <= 1e-5 * max(1.0, np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("depth", "rows"), [(1536, 320), (3136, 160), (4096, 100)])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_rows_that_do_not_fit_the_cache_together_are_right(
+    path: str, weights: str, depth: int, rows: int
+) -> None:
+    tensor, a = operands((33, depth), rows)
+    expected = model_of(tensor, a, path, weights)
+    error = np.abs(multiply(tensor, a, path, weights) - expected)
+    assert error.max() <= 1e-5 * max(1.0, np.abs(expected).max())
+
+
 @pytest.mark.parametrize("weights", FORMATS)
 def test_rows_do_not_depend_on_their_neighbours_or_on_threads(path: str, weights: str) -> None:
     tensor, a = operands((333, 1072), 200)

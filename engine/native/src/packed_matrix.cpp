@@ -17,8 +17,8 @@ constexpr int kBlockRowsUnit = 48;       // whole register tiles of every kernel
 constexpr int kOperandRowsUnit = 16;     // of the tallest tile
 constexpr int kPrepareGrain = 16 << 10;  // elements per item of preparing activations
 
-// How a product is cut into items: groups of panels times row blocks. The cut is invisible in the
-// result, since no sum crosses items.
+// How a product is cut into items: groups of panels times row blocks, which begin with a kRowGroup
+// (rows lie interleaved). The cut is invisible in the result, since no sum crosses items.
 struct Cut {
   int num_blocks;
   int block_rows;
@@ -30,7 +30,7 @@ struct Cut {
   Cut(const PackedMatrix& weights, size_t row_bytes, int rows, int num_threads)
       : m(rows), num_panels(weights.num_panels()) {
     const int fitting = static_cast<int>(std::min(kBlockBytes / row_bytes, size_t{kGemmRowsMax}));
-    const int most = std::clamp(fitting, kBlockRowsMin, kGemmRowsMax);
+    const int most = std::max(fitting / kRowGroup * kRowGroup, kBlockRowsMin);
     num_blocks = (m + most - 1) / most;
     block_rows = std::min(
         most, static_cast<int>(round_up((m + num_blocks - 1) / num_blocks, kBlockRowsUnit)));
