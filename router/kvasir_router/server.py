@@ -122,8 +122,8 @@ class RouterServer:
         return join_target(self._settings.reached_at, self.http_port)
 
     def _told_endpoint(self) -> str:
-        """What other replicas may tell gateways; "": nothing."""
-        is_open = not self.leaving.has_begun and self._settings.reached_at not in WILDCARDS
+        """What other replicas may tell gateways; "": nothing, as it would not serve."""
+        is_open = not self.readiness.problems() and self._settings.reached_at not in WILDCARDS
         return self._endpoint() if is_open else ""
 
     async def start(self) -> None:

@@ -224,6 +224,27 @@ async def test_keys_are_asked_for_at_the_gateway_already(tmp_path: Path) -> None
             await asking.close()
 
 
+async def test_replica_that_cannot_serve_yet_is_not_told_of(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    picking = {"picker_port": 0, "advertise_host": HOST}
+    async with running_router(tmp_path / "other", **picking) as other:
+        peers = (f"127.0.0.1:{other.server.grpc_port}",)
+        async with running_router(
+            tmp_path / "one", FakeWorker("w"), peers=peers, **picking
+        ) as router:
+            await router.until(lambda: router.server.peers.num_connected == 1)
+            asking = Asking(router)
+            for number in range(8):
+                await asking.close()
+                asking = Asking(router)
+                await asking.head(protocol_config=DUPLEX)
+                await asking.body(BODY.replace(b"hello", b"%d" % number), ends=True)
+                chosen = (await asking.hear()).request_headers.response
+                assert endpoint_of(chosen) == asking.own
+            await asking.close()
+
+
 async def test_health_says_whether_the_router_can_serve(router: RouterUnderTest) -> None:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{router.server.picker_port}") as channel:
         stub = health_pb2_grpc.HealthStub(channel)
