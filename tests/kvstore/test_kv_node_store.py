@@ -109,7 +109,7 @@ async def test_blocks_outlive_the_node_in_the_store_and_a_changed_one_is_a_miss(
 
 
 async def test_an_outage_is_told_of_and_ends_by_itself(s3: S3Server) -> None:
-    names = [os.urandom(16) for _ in range(8)]
+    names = [os.urandom(16) for _ in range(18)]
     settings = {"store_url": URL, "store_endpoint": s3.endpoint}
     with running_node(**settings) as node:
         async with make_holder([node.spec]) as worker:
@@ -119,16 +119,16 @@ async def test_an_outage_is_told_of_and_ends_by_itself(s3: S3Server) -> None:
                 lambda: store_of(node), lambda tier: tier.blocks_written == 4, timeout_s=30
             )
             s3.stop()
-            await worker.offer(names[4:6])
+            await worker.offer(names[4:16])
             tier = await eventually(
-                lambda: store_of(node), lambda tier: tier.blocks_dropped == 2, timeout_s=60
+                lambda: store_of(node), lambda tier: tier.blocks_dropped == 12, timeout_s=60
             )
             assert "store" in tier.problem
             assert (await describe(node)).degraded == [tier.problem]
-            assert await fetch(node, names[:6], worker.contents) == 6, "memory serves on"
+            assert await fetch(node, names[:16], worker.contents) == 16, "memory serves on"
             s3.start()
             await eventually(lambda: store_of(node), lambda tier: not tier.problem, timeout_s=60)
-            await worker.offer(names[6:])
+            await worker.offer(names[16:])
             await eventually(
                 lambda: store_of(node), lambda tier: tier.blocks_written == 6, timeout_s=30
             )

@@ -223,9 +223,10 @@ class Arena:
         await asyncio.to_thread(self.server.stop)
 
     def _start_load(self, name: bytes) -> "asyncio.Task[bool] | None":
-        """None: no tier has it, or there is no room."""
+        """None: no tier has it, there is no room, or memory has it too old, or not yet."""
         stored = next((held for tier in self.below if (held := tier.find(name))), None)
-        if stored is None or len(self._loads) >= LOADS_MAX:
+        is_in_memory = not self.cache.missing([name])
+        if stored is None or is_in_memory or len(self._loads) >= LOADS_MAX:
             return None
         slots = self._reserve([name], stored.origin, stored_ms=stored.stored_ms)
         if not slots:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import struct
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +138,7 @@ class ObjectTier:
             result = await obstore.get_async(self._store, key)
             return bytes(await result.bytes_async())
 
-        body = await self._call(get())
+        body = await self._call(get)
         if body is None:
             return False
         if not await asyncio.to_thread(self._unpack, key, body, target):
@@ -197,7 +197,7 @@ class ObjectTier:
             body = await asyncio.to_thread(self._pack, key, held)
         finally:
             self._memory.unpin(name)
-        if await self._call(obstore.put_async(self._store, key, body)) is None:
+        if await self._call(lambda: obstore.put_async(self._store, key, body)) is None:
             return False
         self._counts.blocks_written += 1
         self._know({name: held})
@@ -222,19 +222,20 @@ class ObjectTier:
         is_learnt = False
         while True:
             if not is_learnt or self.problem:
-                is_learnt = await self._call(pages(), timeout_s=LIST_TIMEOUT_S) is not None
+                is_learnt = await self._call(pages, timeout_s=LIST_TIMEOUT_S) is not None
             await asyncio.sleep(RETRY_MS / 1000)
 
-    async def _call(self, call: Coroutine[Any, Any, Any], *, timeout_s: float = TIMEOUT_S) -> Any:
+    async def _call(
+        self, call: Callable[[], Awaitable[Any]], *, timeout_s: float = TIMEOUT_S
+    ) -> Any:
         """The call's result; b"" if there is no such object; None if the store is away."""
         import obstore.exceptions
 
         if self._now_ms() < self._retry_at_ms:
-            call.close()
             return None
         try:
             async with asyncio.timeout(timeout_s):
-                result = await call
+                result = await call()
         except FileNotFoundError:
             return b""
         except (obstore.exceptions.BaseError, OSError, TimeoutError) as error:
