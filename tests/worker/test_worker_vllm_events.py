@@ -129,6 +129,20 @@ async def test_a_batch_that_is_lost_for_good_makes_it_start_over(
         await until(lambda: held(worker) == expected)
 
 
+async def test_what_a_replay_leaves_out_is_asked_for_again(
+    model: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with fake_events(folder) as vllm:
+        for event in (stored(PROMPT), removed(*hashes_of(PROMPT)), stored(prompt(40, seed=9))):
+            await vllm.publish(event)
+        vllm.left_out = {1}
+        async with beside_vllm(model, folder) as worker:
+            await follows(worker)
+            assert held(worker) == names(worker, prompt(40, seed=9))
+            assert (vllm.num_replays, "starting over" in caplog.text) == (2, False)
+
+
 async def test_a_replay_that_leaves_a_batch_out_is_not_believed(model: Path, folder: Path) -> None:
     async with fake_events(folder) as vllm:
         for event in (stored(PROMPT), removed(*hashes_of(PROMPT)), stored(prompt(40, seed=9))):

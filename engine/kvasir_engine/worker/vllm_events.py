@@ -137,21 +137,34 @@ class VllmEvents:
         """Has vLLM tell what it remembers; the first batch that it told."""
         if self._replay_endpoint is None:
             return None
+        first, is_whole = await self._repeated(self._replay_endpoint, since=since)
+        while not is_whole:
+            due = self._next
+            begin, is_whole = await self._repeated(self._replay_endpoint, since=due)
+            if begin != due:
+                raise EventsLostError(f"batch {due} cannot be had any more")
+        return first
+
+    async def _repeated(self, endpoint: str, *, since: int) -> tuple[int | None, bool]:
+        """One answer: its first batch, and whether none was left out.
+
+        vLLM's socket drops of large answers what it cannot send at once.
+        """
         first: int | None = None
         try:
             with self._context.socket(zmq.DEALER) as asking:
                 asking.set_hwm(0)  # an answer is one long row of batches
                 asking.linger = 0
-                asking.connect(self._replay_endpoint)
+                asking.connect(endpoint)
                 async with asyncio.timeout(REPLAY_TIMEOUT_S):
                     await asking.send_multipart([b"", since.to_bytes(SEQUENCE_BYTES, "big")])
                     while True:
                         frames = await asking.recv_multipart()
                         if frames[1:2] == [END_OF_REPLAY]:
-                            return first
+                            return first, True
                         _, sequence, payload = _checked(frames)
                         if first is not None and sequence != self._next:
-                            raise EventsLostError("vLLM leaves batches out of what it repeats")
+                            return first, False
                         first = sequence if first is None else first
                         self._apply(sequence, payload)
                         if sequence % BATCHES_AT_ONCE == 0:
