@@ -93,6 +93,8 @@ class ServerStats(TypedDict):
     blocks_missed: int
     bytes_sent: int
     sessions_sent: int
+    background_waits: int
+    """Pieces of background transfers, from and into the pool, that let urgent ones pass."""
 
 class BlockServer:
     """Lends a pool's blocks to peers over TCP, on threads of its own."""
@@ -208,8 +210,15 @@ class BlockClient:
         timeout_ms: int,
         cancel_id: int = 0,
         codec: str = "raw",
+        background: bool = False,
+        local: bool = True,
     ) -> PullResult:
-        """Pull published blocks by name, names[i] into blocks[i]."""
+        """Pull published blocks by name, names[i] into blocks[i].
+
+        `background`: nobody waits for it. At both ends it lets all other transfers pass, with a
+        bound, and it uses connections of its own: half as many, one at least.
+        `local`: False goes by TCP even to a peer of this node.
+        """
     def cancel(self, cancel_id: int) -> None:
         """End the pull that was, or soon will be, started with this id (nonzero, used once)."""
     def close(self) -> None:

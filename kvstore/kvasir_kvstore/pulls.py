@@ -53,6 +53,7 @@ class NamedPuller:
         names: Sequence[bytes],
         blocks: Sequence[int],
         timeout_ms: int,
+        background: bool = False,
         goes_on: GoesOn | None = None,
     ) -> PullResult:
         """Pulls names[i] into blocks[i]; see BlockClient.pull_named."""
@@ -68,6 +69,7 @@ class NamedPuller:
             timeout_ms=timeout_ms,
             cancel_id=cancel_id,
             codec=self._links.choose(source, num_bytes=len(blocks) * self._block_bytes),
+            background=background,
         )
         future = self._executor.submit(pull)
         done = asyncio.ensure_future(asyncio.wrap_future(future))

@@ -75,6 +75,8 @@ class Pair:
         epoch: int = EPOCH,
         timeout_ms: int = 20_000,
         cancel_id: int = 0,
+        background: bool = False,
+        local: bool = True,
     ) -> PullResult:
         names = self.names if names is None else names
         return self.client.pull_named(
@@ -86,6 +88,8 @@ class Pair:
             blocks=list(range(len(names))) if blocks is None else blocks,
             timeout_ms=timeout_ms,
             cancel_id=cancel_id,
+            background=background,
+            local=local,
         )
 
     def pull_session(

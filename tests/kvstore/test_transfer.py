@@ -57,6 +57,18 @@ def test_a_block_that_the_peer_lacks_is_a_miss_and_no_error() -> None:
         assert list(pair.target.ready[:3]) == [3, 0, 3]
 
 
+def test_a_block_that_changed_after_it_was_first_sent_is_not_taken() -> None:
+    with make_pair() as pair:
+        names = pair.publish(2)
+        assert pair.pull_named().error == ""
+        pair.source.data[1, 700] ^= 4
+        result = pair.pull_named()
+        assert (result.error, result.blocks_ok) == ("bad_frame", [True, False])
+        assert pair.source.unpublish(names[1])
+        pair.source.publish(names[1], 1)  # other contents, as a new block's
+        assert pair.pull_named().error == ""
+
+
 def test_connections_are_kept_for_the_next_pull() -> None:
     with make_pair() as pair:
         pair.publish(1)

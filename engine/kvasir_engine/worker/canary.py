@@ -1,9 +1,10 @@
 """The canary: one KV block that this worker pulls from itself, the way peers pull from it.
 
 Decides whether the data plane works: a tiny request warms the engine up and leaves a block, which
-is then pulled by name over a real connection to the advertised address and compared. A worker
-whose canary dies says so in its readiness. The same check, and one of the peer that failed last,
-bring it back.
+is then pulled by name over a real connection to the advertised address and compared: by TCP, also
+where peers of this node would read its memory, since others come to that port. A worker whose
+canary dies says so in its readiness. The same check, and one of the peer that failed last, bring it
+back.
 """
 
 import asyncio
@@ -36,7 +37,7 @@ async def check(host: Host) -> str:
     name = serving.names(tokens, tenant_salt=_SALT)[0]
     try:
         await _compute(serving, tokens)
-        pulled, data = await _pull(serving, host.address, name)
+        pulled, data = await _pull(serving, host.address, name, local=False)
     except KvasirError as error:
         return f"the engine refuses the canary: {error.message}"
     source = serving.pool.lookup(name)
@@ -94,12 +95,12 @@ async def _probe_failed_peer(host: Host) -> str:
 
 
 async def _pull(
-    serving: Serving, source: common_pb2.PeerAddress, name: bytes
+    serving: Serving, source: common_pb2.PeerAddress, name: bytes, *, local: bool = True
 ) -> tuple[Pulled, bytes]:
     """Pulls one block into one that is reserved for it; the result, and what is in it then."""
     async with reserved_block(serving) as block:
         pull = serving.puller.named(
-            source, names=[name], blocks=[block], timeout_ms=PULL_TIMEOUT_MS
+            source, names=[name], blocks=[block], timeout_ms=PULL_TIMEOUT_MS, local=local
         )
         try:
             pulled = await pull.finish(timeout_s=2 * PULL_TIMEOUT_MS / 1000)

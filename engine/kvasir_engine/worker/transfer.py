@@ -139,8 +139,12 @@ class Puller:
         names: Sequence[bytes],
         blocks: Sequence[int],
         timeout_ms: int,
+        local: bool = True,
     ) -> Pull:
-        """Starts to pull blocks by name into `blocks`; a name the source lacks is no error."""
+        """Starts to pull blocks by name into `blocks`; a name the source lacks is no error.
+
+        `local`: False goes by TCP even to a peer of this node.
+        """
         cancel_id = next(self._cancel_ids)
 
         def pull() -> Pulled:
@@ -153,6 +157,7 @@ class Puller:
                 blocks=blocks,
                 timeout_ms=timeout_ms,
                 cancel_id=cancel_id,
+                local=local,
             )
             return _pulled(result, "raw")
 

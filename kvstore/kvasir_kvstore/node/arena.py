@@ -175,7 +175,11 @@ class Arena:
         unfilled = dict(slots)
         try:
             result = await self._puller.pull(
-                source, names=list(slots), blocks=list(slots.values()), timeout_ms=timeout_ms
+                source,
+                names=list(slots),
+                blocks=list(slots.values()),
+                timeout_ms=timeout_ms,
+                background=True,
             )
             whole = [name for name, is_ok in zip(slots, result.blocks_ok, strict=True) if is_ok]
             for name in reversed(whole):  # parents last: they are wanted most

@@ -1,6 +1,7 @@
 #include "client.h"
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <unordered_set>
 
@@ -21,14 +22,14 @@ constexpr size_t kCancelledEarlyMax = 1024;
 // Fills in what all requests of the pull have in common; names go with the types that take them.
 Code send_request(const Pull& pull, const Stream& stream, Request request, Deadline deadline,
                   const Signal* ended) {
-  const bool has_names = request.type == RequestType::kNamed || request.type == RequestType::kUsed;
-  const size_t body_bytes = has_names ? pull.names.size() * sizeof(Name) : 0;
+  const bool is_named = has_names(request.type);
+  const size_t body_bytes = is_named ? pull.names.size() * sizeof(Name) : 0;
   request.session_id = pull.session_id;
   request.count = static_cast<uint32_t>(pull.blocks.size());
   request.timeout_ms = static_cast<uint32_t>(deadline.left_ms());
   request.body_crc = crc32c(pull.names.data(), body_bytes);
   seal(request);
-  std::vector<Name> names(has_names ? pull.names : std::vector<Name>());
+  std::vector<Name> names(is_named ? pull.names : std::vector<Name>());
   auto* body = reinterpret_cast<uint8_t*>(names.data());
   Tag tag;
   SecureChannel* const secure = stream.secure();
@@ -73,6 +74,49 @@ class BlockClient::Registration {
   const uint64_t cancel_id_;
   uint64_t id_;
   Signal ended_;
+};
+
+// Named pulls wait for one of the peer's connections, of which background pulls have some of their
+// own. Sessions do not wait: one that waits for its turn to be computed must not hold back one that
+// is being computed, or both sides could wait for ever.
+class BlockClient::Turn {
+ public:
+  Turn(BlockClient& client, const Pull& pull, Deadline deadline, const Signal* ended)
+      : client_(client), pull_(pull) {
+    if (pull.is_session()) return;
+    const uint32_t max = client.options_.connections_per_peer_max;
+    const uint32_t running_max = pull.is_background ? std::max(1U, max / 2) : max;
+    std::unique_lock lock(client.mutex_);
+    for (;;) {
+      if (ended->is_raised()) code_ = Code::kCancelled;
+      if (deadline.is_past()) code_ = Code::kTimeout;
+      if (code_ != Code::kOk) return;
+      if (num_running() < running_max) break;
+      client.changed_.wait_for(lock, std::chrono::milliseconds(deadline.left_ms()));
+    }
+    ++num_running();
+    holds_ = true;
+  }
+  ~Turn() {
+    if (!holds_) return;
+    const std::lock_guard lock(client_.mutex_);
+    --num_running();
+    client_.changed_.notify_all();
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+  Code code() const { return code_; }
+
+ private:
+  uint32_t& num_running() {
+    PeerState& state = client_.peers_[pull_.peer];
+    return pull_.is_background ? state.num_background : state.num_urgent;
+  }
+
+  BlockClient& client_;
+  const Pull& pull_;
+  Code code_ = Code::kOk;
+  bool holds_ = false;
 };
 
 BlockClient::BlockClient(BlockPool& pool, Options options)
@@ -125,11 +169,10 @@ PullResult BlockClient::pull(const Pull& pull) {
   const Deadline deadline = Deadline::in(pull.timeout_ms);
   Receiver receiver(pool_, pull.blocks, pull.names, pull.session_id);
   receiver.accept(pull.codec, options_.codecs);
-  Code code = enter(pull, deadline, registration.ended());
-  if (code == Code::kOk) {
-    code = attempt(pull, receiver, deadline, registration.ended());
-    leave(pull);
-  }
+  if (pull.is_background) receiver.set_background();
+  const Turn turn(*this, pull, deadline, registration.ended());
+  Code code = turn.code();
+  if (code == Code::kOk) code = attempt(pull, receiver, deadline, registration.ended());
   return receiver.take_result(code);
 }
 
@@ -143,7 +186,10 @@ Code BlockClient::attempt(const Pull& pull, Receiver& receiver, Deadline deadlin
       const Code code = connect(pull.peer, deadline, ended, link);
       if (code != Code::kOk) return code;
     }
+    if (receiver.has_landed() && link.view == nullptr) return Code::kUnreachable;
     receiver.read_from(link.view.get(), link.transport());
+    std::optional<Traffic::Urgent> urgent;
+    if (!pull.is_session() && !pull.is_background) urgent.emplace(pool_.traffic());
     const bool in_place = link.view != nullptr && !pull.is_session();
     const Code code = in_place ? read_shared(pull, link, receiver, deadline, ended)
                                : run(pull, link, receiver, deadline, ended);
@@ -168,9 +214,9 @@ Code BlockClient::read_shared(const Pull& pull, const Link& link, Receiver& rece
 
 Code BlockClient::run(const Pull& pull, const Link& link, Receiver& receiver, Deadline deadline,
                       const Signal* ended) {
-  const RequestType type = pull.is_session() ? RequestType::kSession : RequestType::kNamed;
+  const RequestType by_name = pull.is_background ? RequestType::kBackground : RequestType::kNamed;
   Request request{};
-  request.type = type;
+  request.type = pull.is_session() ? RequestType::kSession : by_name;
   request.codec = link.view ? Codec::kRaw : pull.codec;
   request.request_id = next_request_id_++;
   Code code = send_request(pull, link.stream, request, deadline, ended);
@@ -184,7 +230,7 @@ Code BlockClient::run(const Pull& pull, const Link& link, Receiver& receiver, De
 
 // A peer of this node is read from its memory, where it offers that; others by TCP.
 Code BlockClient::connect(const Peer& peer, Deadline deadline, const Signal* ended, Link& link) {
-  const bool is_local = !options_.socket_dir.empty() &&
+  const bool is_local = peer.may_be_local && !options_.socket_dir.empty() &&
                         connect_local(options_.socket_dir, peer.life.uid, link.stream);
   Code code = Code::kOk;
   if (!is_local) {
@@ -245,30 +291,6 @@ Code BlockClient::map_memory(const Peer& peer, Deadline deadline, const Signal* 
   return Code::kOk;
 }
 
-// Named pulls wait for one of the peer's connections. Sessions do not: one that waits for its turn
-// to be computed must not hold back one that is being computed, or both sides could wait for ever.
-Code BlockClient::enter(const Pull& pull, Deadline deadline, const Signal* ended) {
-  std::unique_lock lock(mutex_);
-  for (;;) {
-    if (ended->is_raised()) return Code::kCancelled;
-    if (deadline.is_past()) return Code::kTimeout;
-    if (pull.is_session()) return Code::kOk;
-    PeerState& state = peers_[pull.peer];
-    if (state.num_named < options_.connections_per_peer_max) {
-      ++state.num_named;
-      return Code::kOk;
-    }
-    changed_.wait_for(lock, std::chrono::milliseconds(deadline.left_ms()));
-  }
-}
-
-void BlockClient::leave(const Pull& pull) {
-  if (pull.is_session()) return;
-  const std::lock_guard lock(mutex_);
-  --peers_.at(pull.peer).num_named;
-  changed_.notify_all();
-}
-
 BlockClient::Link BlockClient::take_idle(const Peer& peer) {
   const std::lock_guard lock(mutex_);
   const auto it = peers_.find(peer);
@@ -302,7 +324,7 @@ void BlockClient::drop_unused() {
     std::erase_if(state.idle, [&](const Idle& idle) {
       return idle.since_ms < oldest_ms || idle.link.stream.is_disturbed();
     });
-    const bool is_unused = state.idle.empty() && state.num_named == 0;
+    const bool is_unused = state.idle.empty() && state.num_urgent == 0 && state.num_background == 0;
     it = is_unused ? peers_.erase(it) : std::next(it);
   }
 }

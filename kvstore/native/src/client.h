@@ -29,8 +29,9 @@ struct Peer {
   std::string host;
   uint16_t port;
   Identity life;
+  bool may_be_local = true;  // false: reached by TCP, even if it is of this node
 
-  auto key() const { return std::tie(host, port, life.uid, life.epoch); }
+  auto key() const { return std::tie(host, port, life.uid, life.epoch, may_be_local); }
   bool operator<(const Peer& other) const { return key() < other.key(); }
 };
 
@@ -40,8 +41,9 @@ struct Pull {
   std::vector<Name> names;  // per block; empty: pull the session
   uint64_t session_id = 0;
   int64_t timeout_ms = 0;
-  uint64_t cancel_id = 0;     // 0: cannot be cancelled by id
-  Codec codec = Codec::kRaw;  // wished for, over TCP
+  uint64_t cancel_id = 0;      // 0: cannot be cancelled by id
+  Codec codec = Codec::kRaw;   // wished for, over TCP
+  bool is_background = false;  // by name, and nobody waits for it
 
   bool is_session() const { return names.empty(); }
 };
@@ -86,9 +88,11 @@ class BlockClient {
   struct PeerState {
     std::vector<Idle> idle;
     std::weak_ptr<const SharedView> view;  // one for all connections
-    uint32_t num_named = 0;                // named pulls that hold one of the peer's connections
+    uint32_t num_urgent = 0;               // named pulls that hold one of the peer's connections
+    uint32_t num_background = 0;           // those in the background: they have their own
   };
   class Registration;
+  class Turn;
 
   void claim_blocks(const std::vector<uint32_t>& blocks);
   Code attempt(const Pull& pull, Receiver& receiver, Deadline deadline, const Signal* ended);
@@ -99,8 +103,6 @@ class BlockClient {
   Code connect(const Peer& peer, Deadline deadline, const Signal* ended, Link& link);
   Code greet(const Peer& peer, Stream& stream, Deadline deadline, const Signal* ended) const;
   Code map_memory(const Peer& peer, Deadline deadline, const Signal* ended, Link& link);
-  Code enter(const Pull& pull, Deadline deadline, const Signal* ended);
-  void leave(const Pull& pull);
   Link take_idle(const Peer& peer);
   void keep(const Peer& peer, Link link);
   void drop_unused();

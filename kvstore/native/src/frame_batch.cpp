@@ -74,11 +74,15 @@ const uint8_t* FrameBatch::encode_layers(Frame& frame, const uint8_t* layers) {
   return target;
 }
 
-Code FrameBatch::add_payload(Frame frame, const uint8_t* payload) {
-  frame.kind = FrameKind::kData;
-  const bool has_tag = stream_.secure() != nullptr && codec_ != Codec::kShared;
-  frame.payload_crc = has_tag ? 0 : crc32c(payload, frame.payload_bytes);
-  return add(frame, codec_ == Codec::kShared ? nullptr : payload);
+uint32_t FrameBatch::frame_checksum(const Frame& frame, const uint8_t* payload, bool is_pinned) {
+  if (stream_.secure() != nullptr && codec_ != Codec::kShared) return 0;  // it has a tag
+  if (!is_pinned || is_lossy(frame.codec)) return crc32c(payload, frame.payload_bytes);
+  auto checksum = pool_.frame_checksum(frame.source_block, frame.layer_first);
+  if (!checksum) {
+    checksum = crc32c(payload, frame.payload_bytes);
+    pool_.keep_frame_checksum(frame.source_block, frame.layer_first, *checksum);
+  }
+  return *checksum;
 }
 
 Code FrameBatch::add_block(uint32_t ordinal, uint32_t block, const Name& name, uint32_t checksum) {
@@ -99,6 +103,7 @@ Code FrameBatch::add_layers(const Slice& slice, const Name& name) {
   const auto step = std::max<uint32_t>(1, kFramePayloadBytes / layer_bytes);
   for (uint32_t first = slice.layer_first; first < slice.layer_end; first += step) {
     Frame frame{};
+    frame.kind = FrameKind::kData;
     frame.codec = codec_ == Codec::kShared ? codec_ : Codec::kRaw;
     frame.ordinal = slice.ordinal;
     frame.source_block = slice.block;
@@ -109,7 +114,8 @@ Code FrameBatch::add_layers(const Slice& slice, const Name& name) {
     const uint8_t* const layers = pool_.layer(slice.block, first);
     const uint8_t* const encoded = is_lossy(codec_) ? encode_layers(frame, layers) : nullptr;
     const uint8_t* const payload = encoded != nullptr ? encoded : layers;
-    if (add_payload(frame, payload) != Code::kOk) break;
+    frame.payload_crc = frame_checksum(frame, payload, slice.is_pinned);
+    if (add(frame, codec_ == Codec::kShared ? nullptr : payload) != Code::kOk) break;
   }
   return code_;
 }
@@ -134,6 +140,7 @@ Code FrameBatch::add_end(Code reason, uint32_t count) {
 Code FrameBatch::flush() {
   if (code_ == Code::kOk && stopped_.is_raised()) code_ = Code::kCancelled;
   if (code_ == Code::kOk && num_parts_ > 0) {
+    if (background_) background_->before(bytes_);
     code_ = stream_.send_all(parts_.data(), num_parts_, Deadline::in(kSendStallMs), &stopped_);
   }
   if (code_ == Code::kOk) payload_bytes_sent_ += bytes_;

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "codec.h"
@@ -24,6 +25,8 @@ class FrameBatch {
         request_id_(request_id),
         codec_(codec),
         shape_(shape) {}
+  // From now on, what is sent lets urgent transfers pass.
+  void set_background() { background_.emplace(pool_.traffic()); }
   ~FrameBatch();
   FrameBatch(const FrameBatch&) = delete;
   FrameBatch& operator=(const FrameBatch&) = delete;
@@ -33,6 +36,7 @@ class FrameBatch {
     uint32_t block;
     uint32_t layer_first;
     uint32_t layer_end;
+    bool is_pinned = false;  // published, and held as it is: its checksums are made once
   };
 
   // Each sends what is full; the code is sticky.
@@ -58,7 +62,7 @@ class FrameBatch {
 
   // Makes the frame one of encoded layers; null: they cannot be, or it would not pay.
   const uint8_t* encode_layers(Frame& frame, const uint8_t* layers);
-  Code add_payload(Frame frame, const uint8_t* payload);
+  uint32_t frame_checksum(const Frame& frame, const uint8_t* payload, bool is_pinned);
   // Seals the frame; makes room for it before if need be.
   Code add(Frame frame, const uint8_t* payload);
 
@@ -79,6 +83,7 @@ class FrameBatch {
   uint64_t payload_bytes_sent_ = 0;
   Code code_ = Code::kOk;
   std::vector<Name> pins_;
+  std::optional<Traffic::Background> background_;
 };
 
 }  // namespace kvasir

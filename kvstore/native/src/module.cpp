@@ -161,6 +161,7 @@ nb::dict server_stats(const BlockServer& server) {
   stats["blocks_missed"] = counters.blocks_missed.load();
   stats["bytes_sent"] = counters.bytes_sent.load();
   stats["sessions_sent"] = counters.sessions_sent.load();
+  stats["background_waits"] = server.pool().traffic().num_yields();
   return stats;
 }
 
@@ -202,18 +203,19 @@ PullResult pull_session(BlockClient& client, const std::string& host, uint16_t p
 PullResult pull_named(BlockClient& client, const std::string& host, uint16_t port,
                       const nb::bytes& uid, uint64_t epoch, const std::vector<nb::bytes>& names,
                       std::vector<uint32_t> blocks, int64_t timeout_ms, uint64_t cancel_id,
-                      const std::string& codec) {
+                      const std::string& codec, bool is_background, bool may_be_local) {
   if (names.empty()) return {};
   if (names.size() != blocks.size() || names.size() > kNamesMax) {
     throw std::invalid_argument("names and blocks must be of one length, at most " +
                                 std::to_string(kNamesMax));
   }
-  Pull pull{.peer = {host, port, {to_name(uid, "uid"), epoch}},
+  Pull pull{.peer = {host, port, {to_name(uid, "uid"), epoch}, may_be_local},
             .blocks = std::move(blocks),
             .names = {},
             .timeout_ms = timeout_ms,
             .cancel_id = cancel_id,
-            .codec = codec_of(codec)};
+            .codec = codec_of(codec),
+            .is_background = is_background};
   for (const nb::bytes& name : names) pull.names.push_back(to_name(name, "name"));
   return run_pull(client, std::move(pull));
 }
@@ -251,7 +253,8 @@ void bind_client(nb::module_& m) {
       .def("pull_session", &pull_session, nb::kw_only(), "host"_a, "port"_a, "uid"_a, "epoch"_a,
            "session_id"_a, "blocks"_a, "timeout_ms"_a, "cancel_id"_a = 0, "codec"_a = "raw")
       .def("pull_named", &pull_named, nb::kw_only(), "host"_a, "port"_a, "uid"_a, "epoch"_a,
-           "names"_a, "blocks"_a, "timeout_ms"_a, "cancel_id"_a = 0, "codec"_a = "raw")
+           "names"_a, "blocks"_a, "timeout_ms"_a, "cancel_id"_a = 0, "codec"_a = "raw",
+           "background"_a = false, "local"_a = true)
       .def("cancel", &BlockClient::cancel, "cancel_id"_a)
       .def("close", &BlockClient::close, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -13,6 +13,7 @@ namespace {
 constexpr size_t kLine = 128;  // two cache lines: the prefetcher takes them in pairs
 constexpr size_t kHugePage = 2 << 20;
 constexpr size_t kClosedMax = 1024;
+constexpr uint64_t kKnown = uint64_t{1} << 32;  // beside a checksum
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 
@@ -31,6 +32,8 @@ BlockPool::BlockPool(const PoolShape& shape, bool is_shared)
       memory_(is_shared ? Mapping::make_shared(shape.shared_bytes(), descriptor_)
                         : Mapping::make_private(shape.data_bytes(), true)),
       data_(memory_.data() + (is_shared ? shape.shared_data_offset() : 0)),
+      checksums_(Mapping::make_private(
+          size_t{shape.num_blocks} * shape.num_layers * sizeof(uint64_t), false)),
       counters_(Mapping::make_private(2 * words_bytes(shape) + kLine, false)) {
   if (is_shared) directory_.emplace(memory_.data(), shape.num_blocks);
 }
@@ -96,6 +99,9 @@ bool BlockPool::unpublish(const Name& name) {
   if (it == names_.end()) return true;
   if (it->second.pins > 0) return false;
   if (directory_) directory_->remove(it->second.block);
+  for (uint32_t layer = 0; layer < shape_.num_layers; ++layer) {
+    checksum(it->second.block, layer) = 0;
+  }
   published_.erase(it->second.block);
   names_.erase(it);
   return true;
@@ -131,6 +137,22 @@ bool BlockPool::count_use(const Name& name) {
 void BlockPool::unpin(const Name& name) {
   const std::lock_guard lock(mutex_);
   --names_.at(name).pins;
+}
+
+uint64_t& BlockPool::checksum(uint32_t block, uint32_t layer_first) const {
+  return reinterpret_cast<uint64_t*>(
+      checksums_.data())[size_t{block} * shape_.num_layers + layer_first];
+}
+
+std::optional<uint32_t> BlockPool::frame_checksum(uint32_t block, uint32_t layer_first) const {
+  const uint64_t kept =
+      std::atomic_ref<uint64_t>(checksum(block, layer_first)).load(std::memory_order_relaxed);
+  return (kept & kKnown) != 0 ? std::optional(static_cast<uint32_t>(kept)) : std::nullopt;
+}
+
+void BlockPool::keep_frame_checksum(uint32_t block, uint32_t layer_first, uint32_t value) {
+  std::atomic_ref<uint64_t>(checksum(block, layer_first))
+      .store(kKnown | value, std::memory_order_relaxed);
 }
 
 void BlockPool::share_checksum(uint32_t block, uint32_t checksum) {

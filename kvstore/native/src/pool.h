@@ -18,6 +18,7 @@
 #include "directory.h"
 #include "mapping.h"
 #include "name.h"
+#include "traffic.h"
 
 namespace kvasir {
 
@@ -70,8 +71,14 @@ class BlockPool {
   // Counts a pull of the block by name; false: it is not published.
   bool count_use(const Name& name);
   void unpin(const Name& name);
+  // Of the layers from `layer_first` on that one frame of the (pinned) block carries, once kept.
+  std::optional<uint32_t> frame_checksum(uint32_t block, uint32_t layer_first) const;
+  void keep_frame_checksum(uint32_t block, uint32_t layer_first, uint32_t checksum);
   // Lets readers of the shared memory check what they copy; the block must be pinned.
   void share_checksum(uint32_t block, uint32_t checksum);
+
+  // Of all transfers from and into this memory.
+  Traffic& traffic() { return traffic_; }
 
   void open_session(uint64_t id);
   void extend_session(uint64_t id, const std::vector<uint32_t>& blocks);
@@ -101,13 +108,17 @@ class BlockPool {
   };
 
   void check_block(uint32_t block) const;
+  uint64_t& checksum(uint32_t block, uint32_t layer_first) const;
   Session& session(uint64_t id);
 
   const PoolShape shape_;
   Fd descriptor_;
   Mapping memory_;
   uint8_t* const data_;
-  Mapping counters_;  // ready[num_blocks], uses[num_blocks], progress, on cache lines of their own
+  Mapping checksums_;  // uint64 [num_blocks, num_layers]: of frames, by their first layer
+  Mapping counters_;   // ready[num_blocks], uses[num_blocks], progress, on cache lines of their own
+
+  Traffic traffic_;
 
   mutable std::mutex mutex_;
   std::optional<Directory> directory_;  // of a shared pool: names_, for other processes

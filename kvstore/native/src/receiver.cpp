@@ -44,6 +44,7 @@ Code Receiver::run(const Stream& stream, uint64_t request_id, Deadline deadline,
     if (code != Code::kOk) return code;
     has_received_ = true;
     if (!is_expected(frame)) return bad_frame();
+    if (background_) background_->before(frame.payload_bytes);
     if (frame.kind == FrameKind::kData && frame.codec != Codec::kShared) {
       code = receive_payload(frame);
       if (code != Code::kOk) return code;
@@ -72,6 +73,7 @@ size_t Receiver::copy_listed(Deadline deadline, const Signal* ended) {
   size_t num_unknown = 0;
   for (size_t i = 0; i < names_.size(); ++i) {
     if (ended->is_raised() || deadline.is_past()) break;
+    if (background_) background_->before(pool_.shape().block_bytes());
     num_unknown += !copy_named(i);
   }
   return num_unknown;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "codec.h"
@@ -47,11 +48,15 @@ class Receiver {
   void accept(Codec codec, const CodecShape& shape);
   // From now on, frames may say where in this memory their payload lies; null: none may.
   void read_from(const SharedView* view, Transport transport);
+  // From now on, lets urgent transfers pass.
+  void set_background() { background_.emplace(pool_.traffic()); }
   // Copies the named blocks that the memory lists with a checksum; returns how many it lists
   // without, which the owner has yet to make.
   size_t copy_listed(Deadline deadline, const Signal* ended);
 
   bool has_received() const { return has_received_; }
+  // Some layers are final: a peer that sends all that was asked for would send them again.
+  bool has_landed() const { return result_.bytes_moved > 0 || result_.frames_bad > 0; }
   bool all_whole() const;
   // Blocks that are not whole are set back to `ready` 0.
   PullResult take_result(Code error);
@@ -92,6 +97,7 @@ class Receiver {
   Ahead ahead_{};  // read together with the last payload
   size_t next_bytes_ = 0;
   bool has_received_ = false;
+  std::optional<Traffic::Background> background_;
   PullResult result_;
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "crc32c.h"
@@ -95,10 +96,9 @@ bool receive_request(const SenderContext& context, const Stream& stream, Request
   if (stream.recv_all(&request, sizeof request, deadline, &context.stopped) != Code::kOk) {
     return false;
   }
-  const bool has_names = request.type == RequestType::kNamed || request.type == RequestType::kUsed;
   bool good = is_intact(request) && request.count <= kNamesMax;
   if (good) {
-    names.resize(has_names ? request.count : 0);
+    names.resize(has_names(request.type) ? request.count : 0);
     const size_t size = names.size() * sizeof(Name);
     const Code code = stream.recv_all(names.data(), size, deadline, &context.stopped);
     if (code != Code::kOk) return false;
@@ -115,6 +115,12 @@ bool serve_named(const SenderContext& context, const Stream& stream, const Reque
   const uint32_t num_layers = context.pool.shape().num_layers;
   FrameBatch batch(context.pool, stream, context.stopped, request.request_id, request.codec,
                    codecs);
+  std::optional<Traffic::Urgent> urgent;
+  if (request.type == RequestType::kBackground) {
+    batch.set_background();
+  } else {
+    urgent.emplace(context.pool.traffic());
+  }
   uint64_t blocks_sent = 0;
   Code reason = Code::kOk;
   uint32_t ordinal = 0;
@@ -126,8 +132,11 @@ bool serve_named(const SenderContext& context, const Stream& stream, const Reque
       batch.own_pin(name);
       context.pool.count_use(name);
       ++blocks_sent;
-      const FrameBatch::Slice whole{
-          .ordinal = ordinal, .block = *block, .layer_first = 0, .layer_end = num_layers};
+      const FrameBatch::Slice whole{.ordinal = ordinal,
+                                    .block = *block,
+                                    .layer_first = 0,
+                                    .layer_end = num_layers,
+                                    .is_pinned = true};
       if (batch.add_layers(whole, name) != Code::kOk) return false;
     } else {
       context.counters.blocks_missed += 1;
@@ -146,6 +155,7 @@ bool share_named(const SenderContext& context, const Stream& stream, const Reque
                  const std::vector<Name>& names) {
   const Deadline deadline = Deadline::in(std::min<int64_t>(request.timeout_ms, kRequestMsMax));
   FrameBatch batch(context.pool, stream, context.stopped, request.request_id, Codec::kShared);
+  if (request.type == RequestType::kBackground) batch.set_background();
   Code reason = Code::kOk;
   uint32_t ordinal = 0;
   for (; ordinal < names.size() && reason == Code::kOk; ++ordinal) {
@@ -235,9 +245,11 @@ class SessionSender {
     sent_.resize(blocks_.size(), 0);
     const uint32_t num_layers = context_.pool.shape().num_layers;
     size_t swept_bytes = 0;
+    std::optional<Traffic::Urgent> urgent;
     for (size_t i = first_unsent_; i < blocks_.size() && swept_bytes < kSweepBytes; ++i) {
       const uint32_t ready = std::min(context_.pool.ready_layers(blocks_[i]), num_layers);
       if (ready <= sent_[i]) continue;
+      if (!urgent) urgent.emplace(context_.pool.traffic());
       const FrameBatch::Slice slice{.ordinal = static_cast<uint32_t>(i),
                                     .block = blocks_[i],
                                     .layer_first = sent_[i],
@@ -247,6 +259,7 @@ class SessionSender {
       sent_[i] = ready;
     }
     if (const Code code = batch_.flush(); code != Code::kOk) return code;
+    urgent.reset();
     while (first_unsent_ < blocks_.size() && sent_[first_unsent_] == num_layers) ++first_unsent_;
     all_sent = status == Status::kFinished && first_unsent_ == blocks_.size();
     return all_sent || swept_bytes > 0 ? Code::kOk : pause(seen);
@@ -303,7 +316,7 @@ void serve_connection(const SenderContext& context, Stream& stream,
       context.counters.bad_requests += 1;
       return;
     }
-    if (request.type == RequestType::kNamed) {
+    if (request.type == RequestType::kNamed || request.type == RequestType::kBackground) {
       usable = context.is_local ? share_named(context, stream, request, names)
                                 : serve_named(context, stream, request, names, codecs);
     } else if (request.type == RequestType::kUsed) {

@@ -39,6 +39,7 @@ class BlockServer {
 
   void stop();
   uint16_t port() const { return port_; }
+  BlockPool& pool() const { return pool_; }
   const ServerCounters& counters() const { return counters_; }
   size_t num_connections() const;
 

@@ -88,7 +88,18 @@ static_assert(sizeof(HelloReply) == 40);
 // How a payload is encoded. kShared: it is not there, but in the peer's memory.
 enum class Codec : uint8_t { kRaw = 0, kShared = 1, kInt8 = 2, kInt4 = 3, kEntropy = 4 };
 
-enum class RequestType : uint8_t { kNamed = 1, kSession = 2, kAcknowledge = 3, kUsed = 4 };
+enum class RequestType : uint8_t {
+  kNamed = 1,
+  kSession = 2,
+  kAcknowledge = 3,
+  kUsed = 4,
+  kBackground = 5,  // kNamed for nobody who waits: it lets the others pass
+};
+
+inline bool has_names(RequestType type) {
+  return type == RequestType::kNamed || type == RequestType::kUsed ||
+         type == RequestType::kBackground;
+}
 
 struct Request {
   uint32_t magic;
