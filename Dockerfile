@@ -9,9 +9,10 @@ RUN python3 -m venv /opt/build \
  && /opt/build/bin/pip install -q 'scikit-build-core>=0.10' 'nanobind>=2.4' 'cmake>=3.18' ninja
 RUN python3 -m venv --without-pip /opt/kvasir
 
-# 1. What Kvasir depends on, read from pyproject.toml; of the extras, what workers beside vLLM need.
+# 1. What Kvasir depends on, read from pyproject.toml; of the extras, what workers
+# beside vLLM and KV nodes with an object store need.
 COPY pyproject.toml /src/
-RUN /opt/build/bin/python -c "import tomllib; p = tomllib.load(open('/src/pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['vllm'], sep='\n')" > /src/requirements.txt \
+RUN /opt/build/bin/python -c "import tomllib; p = tomllib.load(open('/src/pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['vllm'], *p['optional-dependencies']['s3'], sep='\n')" > /src/requirements.txt \
  && /opt/build/bin/pip --python /opt/kvasir/bin/python install -q -r /src/requirements.txt
 
 # 2. The native parts: compiled once into a build folder that step 3 finds up to date.

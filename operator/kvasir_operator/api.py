@@ -11,7 +11,7 @@ from pydantic import Field
 
 from kvasir_operator.api_base import NAME_PATTERN, ApiModel, Rule, map_list
 from kvasir_operator.api_gateway import GatewaySettings
-from kvasir_operator.api_kv import KvNodeSettings
+from kvasir_operator.api_kv import KvCodec, KvNodeSettings, KvUseSettings
 from kvasir_operator.api_planner import PlannerSettings, WorkerPrice
 from kvasir_operator.api_pods import KeyRef, PodSettings, Resources
 from kvasir_operator.api_security import ROUTER_PEER_PORT, LinkSettings, SecuritySettings
@@ -111,6 +111,16 @@ class PoolRef(ApiModel):
 
 class KvCachePoolTemplate(KvNodeSettings, Replicas):
     """A pool of KV nodes that a ModelService owns."""
+
+    codec: KvCodec = Field(
+        default="raw",
+        description="How KV travels over TCP to the service's workers, in hand-offs and from KV "
+        "nodes. raw: exactly. int8, int4, entropy: a half, a third or a quarter of the bytes, "
+        "losing a little. auto: per link, whichever of them is soonest there. A codec needs the "
+        "record of `kvasir kv probe` in the model's folder: workers refuse to start with one that "
+        "has not passed, and auto leaves it out. All but raw share no KV with workers that take "
+        "raw: a change replaces all workers, and old and new ones exchange none meanwhile.",
+    )
 
 
 class RouterSettings(PodSettings):
@@ -304,7 +314,13 @@ class ModelServiceSpec(EngineSettings, ImageSettings):
 
 
 class WorkerPoolSpec(
-    WorkerSettings, EngineSettings, Replicas, ImageSettings, IndexSettings, LinkSettings
+    KvUseSettings,
+    WorkerSettings,
+    EngineSettings,
+    Replicas,
+    ImageSettings,
+    IndexSettings,
+    LinkSettings,
 ):
     """Workers of one role for one model."""
 
@@ -315,23 +331,16 @@ class WorkerPoolSpec(
             "kvNodes and lentReplicas need engine kvasir, for vLLM keeps its KV to itself: remove "
             "them",
         ),
+        Rule(
+            "self.engine != 'vllm' || self.kvCodec == 'raw'",
+            "kvCodec needs engine kvasir, for vLLM keeps its KV to itself: remove kvCodec",
+        ),
     )
     model: Model = Field(description="The model that the workers serve. It cannot be changed.")
     price: WorkerPrice = Field(
         default_factory=WorkerPrice,
         description="What one worker costs, for the planner of a ModelService that selects the "
         "pool. A ModelService's own pools have it in their template.",
-    )
-    kv_nodes: tuple[str, ...] = Field(
-        default=(),
-        max_length=64,
-        description="KV nodes to use: HOST:PORT, or dns:HOST:PORT for every address of a name.",
-    )
-    kv_copies: int = Field(
-        default=1,
-        ge=1,
-        le=8,
-        description="KV nodes that each block is offered to: `copies` of the KVCachePool.",
     )
     network_policy: bool = Field(default=False, description=NETWORK_POLICY_TEXT)
     peer_pool: str | None = Field(

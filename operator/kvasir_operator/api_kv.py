@@ -1,12 +1,14 @@
-"""The API of KV nodes: memory, disk, and what may stay in them for how long."""
+"""The API of KV nodes: memory, disk, object store, what stays in them for how long; codecs."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from kvasir_operator.api_base import ApiModel, Rule
 from kvasir_operator.api_pods import PodSettings
+from kvasir_operator.api_security import SecretName
 
+KvCodec = Literal["raw", "auto", "int8", "int4", "entropy"]  # as the worker's setting
 TIER_MB_MAX = 4_194_304
 TTL_S_MAX = 31_536_000
 HAS_CLAIM = "has({0}.disk) && has({0}.disk.volumeClaim)"
@@ -52,6 +54,37 @@ class KvDisk(ApiModel):
     )
 
 
+class ObjectStore(ApiModel):
+    """A tier of blocks in a bucket, below memory and disk, which nodes and pools may share."""
+
+    RULES = (
+        Rule(
+            "!has(self.endpoint) || !self.endpoint.contains('@')",
+            "endpoint must not hold a user or password, which everybody could read: put them into "
+            "a Secret as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and name it in secretRef",
+        ),
+    )
+    url: str = Field(
+        pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9._/-]*)?$",
+        max_length=1024,
+        description="The bucket and a prefix in it, s3://BUCKET/PREFIX. Nodes write every block "
+        "there and delete none: give the bucket a rule of expiry.",
+    )
+    endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^/?#]+(/[^?#]*)?$",
+        max_length=1024,
+        description="Where a store is that speaks S3 and is not Amazon's: "
+        "http://minio.data.svc:9000. Absent: Amazon's.",
+    )
+    secret_ref: SecretName | None = Field(
+        default=None,
+        description="The Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, where needed "
+        "also AWS_SESSION_TOKEN and AWS_REGION. Nodes read it when they start, and do not start "
+        "without it. Absent: the identity that the node's machine or `env` gives them.",
+    )
+
+
 class KvNodeSettings(PodSettings):
     """A KV node."""
 
@@ -65,6 +98,11 @@ class KvNodeSettings(PodSettings):
     disk: KvDisk | None = Field(
         default=None,
         description="Blocks that memory has no room for go to disk. Absent: memory only.",
+    )
+    object_store: ObjectStore | None = Field(
+        default=None,
+        description="Blocks are also kept in a bucket, which outlives nodes. An outage costs hits, "
+        "never requests. Absent: memory and disk only.",
     )
     block_ttl_seconds: int | None = Field(
         default=None,
@@ -90,4 +128,25 @@ class KvNodeSettings(PodSettings):
         ge=1,
         le=100,
         description="How much of each tier the blocks of one tenant may take, in percent.",
+    )
+
+
+class KvUseSettings(ApiModel):
+    """How workers use KV of others."""
+
+    kv_nodes: tuple[str, ...] = Field(
+        default=(),
+        max_length=64,
+        description="KV nodes to use: HOST:PORT, or dns:HOST:PORT for every address of a name.",
+    )
+    kv_copies: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="KV nodes that each block is offered to: `copies` of the KVCachePool.",
+    )
+    kv_codec: KvCodec = Field(
+        default="raw",
+        description="How KV travels over TCP to the workers: `kvCache.codec` of the ModelService. "
+        "Prefill and decode workers exchange KV only if both take raw or neither does.",
     )

@@ -8,6 +8,12 @@ SECRET_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 ROUTER_PEER_PORT = 50054  # other replicas and the operator, where links are secure
 
 
+class SecretName(ApiModel):
+    """A Secret in the same namespace."""
+
+    name: str = Field(pattern=SECRET_PATTERN, max_length=253, description="Name of the Secret.")
+
+
 class SecuritySettings(ApiModel):
     """How the parts of a service know one another."""
 

@@ -18,6 +18,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApi]:
 
 
 KEY = {"name": "a", "key": "b"}
+STORE = {"url": "s3://blocks", "endpoint": "http://minio:9000", "secretRef": {"name": "s3"}}
 DATA = {"volumes": [{"name": "data", "emptyDir": {}}]}
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "requests above limits": (
@@ -97,6 +98,16 @@ VLLM = {"engine": "vllm", "vllm": {"image": "vllm/vllm-openai:v0.11.0"}}
 REFUSED_SERVICES = {
     "vllm without its image": ({"engine": "vllm"}, "vllm must be set if and only if engine is"),
     "vllm with KV nodes": ({**VLLM, "kvCache": {}}, "kvCache needs engine kvasir"),
+    "vllm with a codec": ({**VLLM, "kvCache": {"codec": "auto"}}, "kvCache needs engine kvasir"),
+    "codec of no worker": ({"kvCache": {"codec": "zip"}}, "Unsupported value"),
+    "object store without a bucket": (
+        {"kvCache": {"objectStore": {"url": "https://a/b"}}},
+        "spec.kvCache.objectStore.url",
+    ),
+    "object store with a password": (
+        {"kvCache": {"objectStore": {"url": "s3://abc", "endpoint": "http://a:b@minio"}}},
+        "endpoint must not hold a user or password",
+    ),
     "vllm with a planner": ({**VLLM, "planner": {}}, "planner needs engine kvasir"),
     "port of the routers' peers": ({"router": {"grpcPort": 50054}}, "choose another port"),
 }
@@ -114,7 +125,8 @@ def test_contradictions_of_a_service_are_refused(
 def test_nodes_with_a_disk_are_made_and_stay(api: KubeApi) -> None:
     disk = {"sizeMb": 100, "volumeClaim": {"storageClassName": "fast"}}
     for name, spec in {"kept": disk, "lost": {"sizeMb": 100}}.items():
-        pool = make_object("KVCachePool", name, {"disk": spec, "copies": 2, "moveMbPerSecond": 9})
+        more = {"copies": 2, "moveMbPerSecond": 9, "objectStore": STORE}
+        pool = make_object("KVCachePool", name, {"disk": spec, **more})
         pool["metadata"] = {"name": name, "namespace": "default"}
         api.apply(pool)
     with operator(api, "d") as process:
@@ -123,6 +135,8 @@ def test_nodes_with_a_disk_are_made_and_stay(api: KubeApi) -> None:
         assert claim["spec"]["storageClassName"] == "fast"
         assert claim["spec"]["resources"]["requests"] == {"storage": "110Mi"}
         wait_for("an emptyDir", lambda: "lost" in api("get", "statefulsets", "-o", "name"))
+        [node] = api.json("statefulset", "lost")["spec"]["template"]["spec"]["containers"]
+        assert {"AWS_ACCESS_KEY_ID", "AWS_REGION"} < {variable["name"] for variable in node["env"]}
         wait_for("reconciles that write nothing", lambda: is_quiet(api, process), limit_s=60)
     refusal = api(
         "patch", "kvp", "kept", "--type=merge", "-p", '{"spec":{"disk":null}}', check=False
@@ -164,6 +178,8 @@ def test_workers_with_vllm_are_made_and_stay(api: KubeApi) -> None:
     assert "engine must be kvasir, for vLLM hands no KV off" in api.apply(pool, check=False)
     pool |= {"kind": "DecodePool", "spec": pool["spec"] | {"kvNodes": ["a:1"]}}
     assert "kvNodes and lentReplicas need engine kvasir" in api.apply(pool, check=False)
+    pool["spec"] = {"model": MODEL, **VLLM, "kvCodec": "int8"}
+    assert "kvCodec needs engine kvasir" in api.apply(pool, check=False)
 
 
 REFUSED_REDIS = {
@@ -208,9 +224,12 @@ def test_every_setting_is_accepted_and_stays(api: KubeApi) -> None:
         "nodeSelector": {"gpu": "yes"},
         "kvCacheMb": 2048,
     }
+    cache = {"codec": "auto", "objectStore": STORE}
     image = {"reference": "models:1", "path": "/m", "asVolume": True}
     model = {"name": "tiny", "source": {"image": image}}
-    service = make_object("ModelService", "full", {"model": model, "decode": decode, "kvCache": {}})
+    service = make_object(
+        "ModelService", "full", {"model": model, "decode": decode, "kvCache": cache}
+    )
     service["metadata"] = {"name": "full", "namespace": "default"}
     with operator(api, "g") as process:
         api.apply(service)
@@ -219,6 +238,7 @@ def test_every_setting_is_accepted_and_stays(api: KubeApi) -> None:
         assert pod["spec"]["topologySpreadConstraints"]
         assert pod["spec"]["affinity"]["podAffinity"]
         assert any("image" in volume for volume in pod["spec"]["volumes"])
+        assert "--kv-codec" in pod["spec"]["containers"][0]["args"]
         wait_for("policies", lambda: "full-redis" in api("get", "networkpolicies"))
         wait_for("reconciles that write nothing", lambda: is_quiet(api, process), limit_s=60)
 

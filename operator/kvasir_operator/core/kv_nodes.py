@@ -1,10 +1,12 @@
-"""What a KV node keeps blocks on: its arguments, its volumes and the claims for them."""
+"""What a KV node keeps blocks on: its arguments, credentials, volumes and the claims for them."""
 
 from collections.abc import Sequence
 
 from kvasir_operator.api import KVCachePoolSpec
 from kvasir_operator.core.manifests import WORKER_GRPC_PORT, Manifest, Owner
 
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+MORE_CREDENTIALS = ("AWS_SESSION_TOKEN", "AWS_REGION")  # where the store asks for them
 DISK_FOLDER, DISK_VOLUME = "/kv-disk", "kvasir-disk"
 BLOCKS_FOLDER = f"{DISK_FOLDER}/blocks"  # beside what a file system keeps at its root
 
@@ -14,6 +16,10 @@ def tier_args(owner: Owner, spec: KVCachePoolSpec) -> Sequence[str]:
     args = ["--memory-mb", str(spec.memory_mb)]
     if spec.disk is not None:
         args += ["--disk-dir", BLOCKS_FOLDER, "--disk-mb", str(spec.disk.size_mb)]
+    if spec.object_store is not None:
+        args += ["--store-url", spec.object_store.url]
+        if spec.object_store.endpoint is not None:
+            args += ["--store-endpoint", spec.object_store.endpoint]
     if spec.block_ttl_seconds is not None:
         args += ["--block-ttl-ms", str(1000 * spec.block_ttl_seconds)]
     if spec.tenant_share_percent_max < 100:
@@ -24,6 +30,17 @@ def tier_args(owner: Owner, spec: KVCachePoolSpec) -> Sequence[str]:
         all_nodes = f"dns:{owner.name}.{owner.namespace}.svc:{WORKER_GRPC_PORT}"
         args += ["--kv-node", all_nodes, "--move-mb-per-s", str(spec.move_mb_per_second)]
     return args
+
+
+def store_credentials(spec: KVCachePoolSpec) -> dict[str, Manifest]:
+    """Keys of a Secret by the variables in which a node looks for them."""
+    if spec.object_store is None or spec.object_store.secret_ref is None:
+        return {}
+    secret = spec.object_store.secret_ref.name
+    needed = {key: {"name": secret, "key": key} for key in CREDENTIALS}
+    return needed | {
+        key: {"name": secret, "key": key, "optional": True} for key in MORE_CREDENTIALS
+    }
 
 
 def disk_mounts(spec: KVCachePoolSpec) -> list[Manifest]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from kvasir_operator.api import ImageSettings
 from kvasir_operator.api_base import ApiModel
-from kvasir_operator.api_pods import KeyRef, PodSettings, Resources
+from kvasir_operator.api_pods import PodSettings, Resources
 from kvasir_operator.api_types import Model, ModelSource
 from kvasir_operator.core.manifests import POOL_LABEL, TLS_ANNOTATION, Manifest, without_empty
 from kvasir_operator.core.problems import MODEL_CONTAINER, MODEL_VOLUME
@@ -67,7 +67,8 @@ class Part:
     probe_command: Sequence[str] = ()  # instead of both
     grace_s: int = 30
     env: Mapping[str, str] = field(default_factory=dict)
-    secret_env: Mapping[str, KeyRef] = field(default_factory=dict)  # never in args: ps shows those
+    secret_env: Mapping[str, Manifest] = field(default_factory=dict)
+    """Keys of Secrets by the variables that take them; never in args: ps shows those."""
     engine: Engine | None = None
     near: tuple[str, str] | None = None  # a pool to be near to, and the label of the domains
     volumes: Sequence[Manifest] = ()  # of its own, besides those of its settings
@@ -207,10 +208,7 @@ def _env(part: Part, settings: PodSettings) -> list[Manifest]:
             name: {"valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
             for name, path in downward.items()
         },
-        **{
-            name: {"valueFrom": {"secretKeyRef": _as_written(ref)}}
-            for name, ref in part.secret_env.items()
-        },
+        **{name: {"valueFrom": {"secretKeyRef": key}} for name, key in part.secret_env.items()},
         **{name: without_empty({"value": value}) for name, value in part.env.items()},
         **{variable.name: without_empty(_as_written(variable)) for variable in settings.env},
     }

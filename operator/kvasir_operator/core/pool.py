@@ -11,7 +11,13 @@ from kvasir_operator.api import DecodePoolSpec, KVCachePoolSpec, PrefillPoolSpec
 from kvasir_operator.core import children as make
 from kvasir_operator.core.conditions import Problem
 from kvasir_operator.core.fit import memory_problem
-from kvasir_operator.core.kv_nodes import disk_claims, disk_mounts, disk_volumes, tier_args
+from kvasir_operator.core.kv_nodes import (
+    disk_claims,
+    disk_mounts,
+    disk_volumes,
+    store_credentials,
+    tier_args,
+)
 from kvasir_operator.core.manifests import (
     REVISION_LABEL,
     WORKER_DATA_PORT,
@@ -323,7 +329,7 @@ def _part(world: World, spec: PoolSpec) -> Part:
         image=spec,
         default_image=world.default_image,
         service_account=owner.name,
-        secret_env={"KVASIR_REDIS": ref} if (ref := spec.redis_url_secret_ref) else {},
+        secret_env=_secret_env(spec),
         model=model,
         needs_weights=True,
         volumes=disk_volumes(spec) if isinstance(spec, KVCachePoolSpec) else (),
@@ -332,6 +338,13 @@ def _part(world: World, spec: PoolSpec) -> Part:
         near=_near(spec),
         grace_s=grace_s,
     )
+
+
+def _secret_env(spec: PoolSpec) -> dict[str, Manifest]:
+    keys = store_credentials(spec) if isinstance(spec, KVCachePoolSpec) else {}
+    if spec.redis_url_secret_ref is not None:
+        keys["KVASIR_REDIS"] = spec.redis_url_secret_ref.model_dump()
+    return keys
 
 
 def _engine(spec: PoolSpec) -> Engine | None:
@@ -381,4 +394,6 @@ def _worker_args(owner: Owner, spec: WorkerPoolSpec) -> list[str]:
         args += ["--kv-node", node]
     if spec.kv_copies > 1:
         args += ["--kv-replicas", str(spec.kv_copies)]
+    if spec.kv_codec != "raw":
+        args += ["--kv-codec", spec.kv_codec]
     return args + (["--stream-port", str(WORKER_STREAM_PORT)] if spec.tls_secret else [])

@@ -52,6 +52,7 @@ from kvasir_operator.core.slots import (
     PARTS,
     Slot,
     holder_of,
+    kv_codec,
     kv_key_secret,
     link_secret,
     selected_refs,
@@ -158,6 +159,8 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
     worker = common | engine | {"kvNodes": _kv_nodes(owner, spec)}
     if spec.kv_cache is not None and spec.kv_cache.copies > 1:
         worker |= {"kvCopies": spec.kv_cache.copies}
+    if (codec := kv_codec(spec)) != "raw":
+        worker |= {"kvCodec": codec}
     slots = slots_of(owner, spec)
     bodies = {
         slot.part: _body(
@@ -202,7 +205,9 @@ def _planned_selected(world: World, slots: Sequence[Slot]) -> list[Manifest]:
 
 
 def _body(template: WorkerPoolTemplate | KvCachePoolTemplate, common: Manifest) -> Manifest:
-    body = template.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"price"})
+    body = template.model_dump(
+        mode="json", by_alias=True, exclude_none=True, exclude={"price", "codec"}
+    )
     return body | common
 
 
