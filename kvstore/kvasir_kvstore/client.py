@@ -11,8 +11,9 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from kvasir_proto.errors import KvasirError
 from kvasir_proto.links import Links
@@ -25,7 +26,7 @@ from kvasir_kvstore.index import Location, RedisIndex
 from kvasir_kvstore.metrics import TierMetrics
 from kvasir_kvstore.nodes import NodeSet
 from kvasir_kvstore.peers import DataPlane, join_target
-from kvasir_kvstore.pulls import GoesOn, NamedPuller, can_pull_from
+from kvasir_kvstore.pulls import WATCH_INTERVAL_S, GoesOn, NamedPuller, can_pull_from
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ OFFER_NODES_SPARE = 1
 """So many nodes that cannot take an offer are replaced by the next in rank."""
 OFFER_NAMES_WAITING_MAX = 8192
 FETCHES_MAX = 8
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,8 @@ class KvTier:
         started_s = time.monotonic()
         end_s = started_s + timeout_ms / 1000
         head = chain_head or names[0]
-        runs, problem = await self._locate(names, head, end_s=end_s)
+        found = await _watched(self._locate(names, head, end_s=end_s), goes_on)
+        runs, problem = found or ([], "slow")
         locate_ms = (time.monotonic() - started_s) * 1000
         known = runs[-1].end if runs else 0
         result = await self._fetch(runs, names, blocks, end_s=end_s, goes_on=goes_on)
@@ -276,22 +279,23 @@ class KvTier:
                 run, names[wanted], blocks[wanted], end_s=end_s, goes_on=so_far
             )
             bytes_moved += result.bytes_moved
-            num_ok = _num_leading(result)
-            if num_ok < run.count and not result.error:
+            num_ok, problem = _num_leading(result), result.error
+            if num_ok < run.count and not problem:
                 rest = slice(run.first + num_ok, run.end)
                 lost = Run(run.holder, rest.start, run.count - num_ok)
                 so_far = _after(goes_on, num_fetched + num_ok)
-                loaded, moved = await self._load(
+                loaded = await self._load(
                     lost, names[rest], blocks[rest], end_s=end_s, goes_on=so_far
                 )
-                num_ok, bytes_moved = num_ok + loaded, bytes_moved + moved
+                num_ok += loaded.num_fetched_leading
+                bytes_moved += loaded.bytes_moved
+                problem = loaded.problem
             num_fetched += num_ok
             if num_ok < run.count:
                 if _ms_until(end_s) > 1:  # else they may only have come late
-                    await self._forget_stale(run, names[wanted][num_ok:], result.error)
-                is_slow = result.error == "cancelled" and goes_on is not None
-                problem = "slow" if is_slow else result.error
-                return FetchResult(num_fetched, bytes_moved, problem)
+                    await self._forget_stale(run, names[wanted][num_ok:], problem)
+                is_slow = problem == "cancelled" and goes_on is not None
+                return FetchResult(num_fetched, bytes_moved, "slow" if is_slow else problem)
         return FetchResult(num_fetched, bytes_moved, "")
 
     async def _pull(
@@ -326,30 +330,33 @@ class KvTier:
         *,
         end_s: float,
         goes_on: GoesOn | None,
-    ) -> tuple[int, int]:
-        """Fetches blocks that the holder has, but not in memory: leading ones, and bytes moved."""
+    ) -> FetchResult:
+        """Fetches blocks that the holder has elsewhere; without a problem, it has no more."""
         target = join_target(run.holder.host, run.holder.grpc_port)
         num_fetched = bytes_moved = 0
+        problem = ""
         while num_fetched < run.count and (timeout_ms := _ms_until(end_s)) > 1:
             part = slice(num_fetched, run.count)
+            going_on = _after(goes_on, num_fetched)
             try:
-                count = await self._nodes.load(target, names[part], timeout_ms=timeout_ms)
+                loading = self._nodes.load(target, names[part], timeout_ms=timeout_ms)
+                count = await _watched(loading, going_on)
             except KvasirError as error:
                 log.info("loading KV blocks at %s: %s", run.holder.name, error.message)
+                problem = error.reason.value
                 break
             if not count:
-                break
-            if goes_on is not None and not goes_on(num_fetched):
+                problem = "slow" if count is None else ""
                 break
             part = slice(num_fetched, num_fetched + count)
-            going_on = _after(goes_on, num_fetched)
             result = await self._pull(run, names[part], blocks[part], end_s=end_s, goes_on=going_on)
             num_ok = _num_leading(result)
             num_fetched, bytes_moved = num_fetched + num_ok, bytes_moved + result.bytes_moved
+            problem = result.error
             if num_ok < count:
                 break
         self._metrics.blocks.labels("loaded").inc(num_fetched)
-        return num_fetched, bytes_moved
+        return FetchResult(num_fetched, bytes_moved, problem)
 
     async def _forget_stale(self, run: Location, names: Sequence[bytes], problem: str) -> None:
         """The holder has restarted or no longer has them: others need not ask it for these."""
@@ -387,6 +394,19 @@ class KvTier:
             if not num_left:
                 break
         return "ok" if num_left < self._replicas else reason
+
+
+async def _watched(call: Coroutine[Any, Any, Result], goes_on: GoesOn | None) -> Result | None:
+    """The call's result; None: it was ended, since to wait on did not pay."""
+    task = asyncio.create_task(call)
+    try:
+        while goes_on is not None and not task.done():
+            await asyncio.wait({task}, timeout=WATCH_INTERVAL_S)
+            if not task.done() and not goes_on(0):
+                return None
+        return await task
+    finally:
+        task.cancel()
 
 
 def _after(goes_on: GoesOn | None, num_before: int) -> GoesOn | None:

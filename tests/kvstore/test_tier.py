@@ -5,13 +5,14 @@ import os
 import socket
 import time
 
+import grpc.aio
 import pytest
 from conftest import RedisServer
 from kv_fleet import PROTO_LAYOUT, make_holder
 from kvasir_kvstore.client import KvTier
 from kvasir_kvstore.index import RedisIndex
 from kvasir_kvstore.peers import PeerSpec, parse_spec
-from kvasir_proto.v1 import common_pb2
+from kvasir_proto.v1 import common_pb2, kvnode_pb2, kvnode_pb2_grpc
 from kvstore_builders import free_port, make_pool
 from prometheus_client import CollectorRegistry
 
@@ -124,6 +125,49 @@ async def test_a_dead_holder_is_a_miss_and_says_why(shared_redis: RedisServer) -
         result = await worker.tier.locate_and_fetch(names, [0], timeout_ms=2000)
         assert (result.num_fetched_leading, result.problem) == (0, "unreachable")
     await index.close()
+
+
+class _Busy(kvnode_pb2_grpc.KvNodeServicer):
+    """A KV node that never comes to load blocks."""
+
+    async def Load(
+        self, request: kvnode_pb2.LoadRequest, context: object
+    ) -> kvnode_pb2.LoadResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def test_a_holder_that_does_not_come_to_load_blocks_costs_no_more_than_it_may(
+    shared_redis: RedisServer,
+) -> None:
+    """What it had in memory counts, and the index still says that it has the rest."""
+    names = [os.urandom(16) for _ in range(4)]
+    asked: list[float] = []
+
+    def goes_on(num_arrived: float) -> bool:
+        asked.append(num_arrived)
+        return asked.count(2) < 10
+
+    server = grpc.aio.server()
+    kvnode_pb2_grpc.add_KvNodeServicer_to_server(_Busy(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    index = RedisIndex(shared_redis.url, timeout_ms=5000)
+    async with (
+        make_holder([]) as holder,
+        make_holder([f"127.0.0.1:{port}"], redis_url=shared_redis.url) as worker,
+    ):
+        holder.publish(names[:2])
+        holder.address.grpc_port = port
+        await index.announce(names, holder.address)
+        async with asyncio.timeout(60):
+            result = await worker.tier.locate_and_fetch(
+                names, range(4), timeout_ms=600_000, goes_on=goes_on
+            )
+        assert (result.num_fetched_leading, result.problem) == (2, "slow")
+        assert [(run.first, run.count) for run in await index.locate(names)] == [(0, 4)]
+    await index.close()
+    await server.stop(0)
 
 
 async def test_closing_ends_a_running_fetch(shared_redis: RedisServer) -> None:
