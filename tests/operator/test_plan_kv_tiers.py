@@ -118,7 +118,8 @@ def test_a_codec_reaches_the_workers_of_both_roles(codec: str) -> None:
 def test_without_a_codec_pods_are_as_they_were(cache: dict[str, str] | None) -> None:
     plan = plan_for(make_service(kvCache=cache))
     for part, kind in PARTS.items():
-        assert "kvCodec" not in child_of(plan, kind, f"chat-{part}")["spec"]
+        spec = child_of(plan, kind, f"chat-{part}")["spec"]
+        assert (spec["kvCodec"], spec["kvCopies"]) == ("raw", 1), "a return to them is a change"
     for pool in (make_decode_pool(), make_decode_pool(kvCodec="raw")):
         assert "--kv-codec" not in container_of(pod_spec(plan_for(pool)))["args"]
     assert not {"--store-url", "--store-endpoint"} & set(kv_node()["args"])

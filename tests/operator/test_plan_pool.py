@@ -121,7 +121,9 @@ def test_copies_are_a_matter_of_nodes_and_workers() -> None:
         assert pool["kvCopies"] == 2
         [worker] = pod_spec(plan_for(make_object(kind, NAME, pool)))["containers"]
         assert "--kv-replicas 2" in " ".join(worker["args"])
-    assert "kvCopies" not in child_of(plan_for(make_service()), "DecodePool", "chat-decode")["spec"]
+    plain = child_of(plan_for(make_service()), "DecodePool", "chat-decode")["spec"]
+    assert plain["kvCopies"] == 1
+    assert "--kv-replicas" not in pod_spec(plan_for(make_decode_pool()))["containers"][0]["args"]
 
 
 def test_disk_with_a_claim_goes_with_the_node() -> None:

@@ -156,11 +156,12 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
     engine = spec.model_dump(
         mode="json", by_alias=True, exclude_none=True, include={"model", "engine", "vllm"}
     )
-    worker = common | engine | {"kvNodes": _kv_nodes(owner, spec)}
-    if spec.kv_cache is not None and spec.kv_cache.copies > 1:
-        worker |= {"kvCopies": spec.kv_cache.copies}
-    if (codec := kv_codec(spec)) != "raw":
-        worker |= {"kvCodec": codec}
+    kv = {
+        "kvNodes": _kv_nodes(owner, spec),
+        "kvCopies": spec.kv_cache.copies if spec.kv_cache else 1,
+        "kvCodec": kv_codec(spec),
+    }
+    worker = common | engine | kv
     slots = slots_of(owner, spec)
     bodies = {
         slot.part: _body(
