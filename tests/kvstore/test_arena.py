@@ -1,15 +1,21 @@
-"""The tiers of a KV node together, in this process."""
+"""The tiers of a KV node, and what moves its blocks, in this process."""
 
+import asyncio
 import os
 from collections.abc import Sequence
 
-from kv_fleet import LAYOUT
-from kvasir_kvstore.core.cache import Held, Origin
+import pytest
+from kv_fleet import LAYOUT, PROTO_LAYOUT
+from kvasir_kvstore.core.cache import BlockCache, Held, Limits, Origin
+from kvasir_kvstore.node import moves, object_store
 from kvasir_kvstore.node.arena import Arena
 from kvasir_kvstore.node.object_store import ObjectTier
 from kvasir_kvstore.node.settings import KvNodeSettings
-from kvasir_proto.v1 import common_pb2
-from kvstore_builders import free_port, random_uid
+from kvasir_kvstore.nodes import NodeSet
+from kvasir_proto.errors import KvasirError, Reason
+from kvasir_proto.v1 import common_pb2, kvnode_pb2
+from kvstore_builders import eventually, fill, free_port, make_pool, random_uid
+from obstore.store import MemoryStore
 
 NAME = os.urandom(16)
 
@@ -35,12 +41,9 @@ class Elsewhere(ObjectTier):
 
 
 async def test_a_block_on_its_way_to_memory_is_not_loaded_into_a_second_slot() -> None:
-    layout = common_pb2.KvLayout(
-        num_layers=LAYOUT.num_layers, block_bytes=LAYOUT.block_bytes, digest=LAYOUT.digest
-    )
     address = common_pb2.PeerAddress(uid=random_uid(), epoch=1, data_port=free_port())
     settings = KvNodeSettings(name="n", host="127.0.0.1", memory_mb=1)
-    arena = Arena(layout, settings, address, now_ms=lambda: 1, on_change=lambda *_: None)
+    arena = Arena(PROTO_LAYOUT, settings, address, now_ms=lambda: 1, on_change=lambda *_: None)
     tier = Elsewhere()
     arena.below.append(tier)
     (slot,) = arena.cache.reserve([NAME], Origin(), now_ms=1).slots
@@ -52,3 +55,74 @@ async def test_a_block_on_its_way_to_memory_is_not_loaded_into_a_second_slot() -
     assert (held.slot, arena.cache.num_reserved) == (slot, 0)
     assert await arena.load([NAME], timeout_ms=1000) == 1
     await arena.close(timeout_ms=0)
+
+
+async def test_of_many_blocks_in_the_object_store_the_last_are_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(object_store, "KNOWN_MAX", 2)
+    names = [os.urandom(16) for _ in range(5)]
+    pool = make_pool(8, num_layers=LAYOUT.num_layers, layer_bytes=LAYOUT.layer_bytes)
+    memory = BlockCache(Limits.of(8))
+    for slot in memory.reserve(names, Origin(chain_head=names[0]), now_ms=1).slots:
+        fill(pool, slot, seed=slot)
+    gone: list[bytes] = []
+    tier = ObjectTier(
+        MemoryStore(),
+        pool,
+        memory=memory,
+        ttl_ms=0,
+        now_ms=lambda: 1,
+        on_change=lambda _, removed: gone.extend(removed),
+    )
+    for name in names:
+        memory.commit(name)
+        tier.put([name])
+
+        async def num_written() -> int:
+            return tier.describe().blocks_written
+
+        expected = names.index(name) + 1
+        await eventually(num_written, lambda count, expected=expected: count == expected)
+    assert (tier.names(), gone) == (names[3:], names[:3])
+    await tier.close(timeout_ms=0)
+
+
+class Refusing(NodeSet):
+    """One node that takes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+    def weights(self) -> dict[str, float]:
+        return {"kv:1": 1.0}
+
+    def lives(self) -> dict[str, int]:
+        return {"kv:1": 1}
+
+    async def offer(
+        self, target: str, request: kvnode_pb2.OfferRequest
+    ) -> kvnode_pb2.OfferResponse:
+        raise KvasirError(Reason.UNSUPPORTED, "another layout")
+
+
+async def test_a_node_that_refuses_is_not_asked_all_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(moves.asyncio, "sleep", sleep)
+    mover = moves.Mover(
+        KvNodeSettings(name="n"),
+        Refusing(),
+        common_pb2.PeerAddress(host="kv", grpc_port=2),
+        held=lambda: (PROTO_LAYOUT, {NAME: Origin(chain_head=NAME)}),
+    )
+    with pytest.raises(asyncio.CancelledError):
+        await mover.run()
+    assert waits == [moves.INTERVAL_S, moves.RETRY_S, moves.RETRY_S]

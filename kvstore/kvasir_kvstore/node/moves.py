@@ -26,6 +26,8 @@ from kvasir_kvstore.peers import join_target
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
+RETRY_S = 5.0
+"""After a round in which not all could be offered: a node may refuse for long."""
 NAMES_PER_OFFER = 64
 OFFER_TIMEOUT_MS = 10_000
 
@@ -65,8 +67,10 @@ class Mover:
 
     async def run(self) -> None:
         """Moves what is to be moved until cancelled."""
+        wait_s = INTERVAL_S
         while True:
-            await asyncio.sleep(INTERVAL_S)
+            await asyncio.sleep(wait_s)
+            wait_s = INTERVAL_S
             members = _Members(self._nodes.weights(), self._nodes.lives())
             layout, held = self._held()
             new = held.keys() - self._names_placed
@@ -75,6 +79,8 @@ class Mover:
             names = new if members == self._placed else held.keys()
             if await self._place({name: held[name] for name in names}, members, layout, new=new):
                 self._placed, self._names_placed = members, frozenset(held)
+            else:
+                wait_s = RETRY_S
 
     async def _place(
         self,

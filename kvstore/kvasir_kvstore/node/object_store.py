@@ -14,6 +14,7 @@ import logging
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +32,7 @@ WRITES_WAITING_MAX = 1024
 """Blocks; more are not written."""
 WRITERS = 4
 KNOWN_MAX = 1 << 20
-"""Blocks known to be in the store; what others wrote beyond that is not found."""
+"""Blocks known to be in the store; beyond that the ones known longest are not found any more."""
 TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 2.0
 LIST_TIMEOUT_S = 600.0
@@ -269,6 +270,7 @@ class ObjectTier:
         new = {name: held for name, held in blocks.items() if name not in self._known}
         self._known.update(new)
         self._on_change(list(new), ())
+        self._forget(list(islice(self._known, max(len(self._known) - KNOWN_MAX, 0))))
 
     def _forget(self, names: Sequence[bytes]) -> None:
         for name in names:
