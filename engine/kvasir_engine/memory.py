@@ -94,9 +94,11 @@ def _token_bytes(config: ModelConfig) -> int:
     """Bytes of activations per token of a step."""
     choices = config.num_experts_per_token
     inner = max(config.intermediate_size, config.expert_size)
-    widths = [config.hidden_size] * (2 + 2 * choices) + [*_attention_widths(config)]
+    q_size, all_size = _attention_widths(config)
+    widths = [config.hidden_size] * (2 + 2 * choices) + [q_size, all_size]
     widths += [len(config.ropes) * config.head_dim, config.num_experts]
     widths += [inner] * max(1, choices)
+    widths += [max(config.hidden_size, q_size, inner)] * max(1, choices)  # as products take them
     return FLOAT_BYTES * sum(width + 2 * STRIDE_PAD for width in widths)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +383,20 @@ def test_memory_need_adds_up_and_says_so() -> None:
     assert need.total_bytes == parts > 1 << 30
     assert "KV cache 1,024 MiB" in need.describe()
     assert available_bytes() > 1 << 20
+
+
+def test_a_step_needs_room_for_inputs_as_products_take_them() -> None:
+    """Of the widest product, beside what it makes: two bytes an element, and scales."""
+    config = read_config(GOLDENS / NAME)
+
+    def step_bytes(inner: int) -> int:
+        wide = replace(config, intermediate_size=inner)
+        need = memory_need(
+            wide, kv_cache_bytes=0, max_batch_tokens=512, max_running=8, num_threads=2
+        )
+        return need.step_bytes
+
+    assert step_bytes(9192) - step_bytes(8192) >= 512 * 1000 * (4 + 2.25)
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
