@@ -3,12 +3,14 @@
 import asyncio
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from kv_fleet import LAYOUT, PROTO_LAYOUT
 from kvasir_kvstore.core.cache import BlockCache, Held, Limits, Origin
 from kvasir_kvstore.node import moves, object_store
 from kvasir_kvstore.node.arena import Arena
+from kvasir_kvstore.node.block_file import BlockFile
 from kvasir_kvstore.node.object_store import ObjectTier
 from kvasir_kvstore.node.settings import KvNodeSettings
 from kvasir_kvstore.nodes import NodeSet
@@ -40,10 +42,23 @@ class Elsewhere(ObjectTier):
         """Nothing to do."""
 
 
-async def test_a_block_on_its_way_to_memory_is_not_loaded_into_a_second_slot() -> None:
+def make_arena() -> Arena:
     address = common_pb2.PeerAddress(uid=random_uid(), epoch=1, data_port=free_port())
     settings = KvNodeSettings(name="n", host="127.0.0.1", memory_mb=1)
-    arena = Arena(PROTO_LAYOUT, settings, address, now_ms=lambda: 1, on_change=lambda *_: None)
+    return Arena(PROTO_LAYOUT, settings, address, now_ms=lambda: 1, on_change=lambda *_: None)
+
+
+async def test_a_disk_that_has_nothing_to_write_holds_up_no_stop(tmp_path: Path) -> None:
+    arena = make_arena()
+    file = BlockFile(tmp_path)
+    arena.attach_disk(file, file.begin(PROTO_LAYOUT, num_slots=4))
+    async with asyncio.timeout(60):
+        await arena.close(timeout_ms=600_000)
+    file.close()
+
+
+async def test_a_block_on_its_way_to_memory_is_not_loaded_into_a_second_slot() -> None:
+    arena = make_arena()
     tier = Elsewhere()
     arena.below.append(tier)
     (slot,) = arena.cache.reserve([NAME], Origin(), now_ms=1).slots

@@ -65,6 +65,7 @@ class DiskTier:
         self._waiting: dict[bytes, None] = {}
         self._has_work = asyncio.Event()
         self._is_idle = asyncio.Event()
+        self._is_idle.set()
         self._counts = _Counts()
         self._retry_at_ms = 0
         self._is_broken = False
