@@ -50,7 +50,9 @@ format: build ## rewrite Python and C++ files in the project's format
 
 bench: build ## engine, KV transfer, serving and routing figures into bench/results
 	$(BIN)/kvasir model make qwen3-0.6b .cache/qwen3-0.6b
-	$(BIN)/kvasir bench engine --model .cache/qwen3-0.6b --json bench/results/engine.json
+	$(BIN)/kvasir bench engine --model .cache/qwen3-0.6b --prompt 512 --json bench/results/engine-bf16.json
+	$(BIN)/kvasir bench engine --model .cache/qwen3-0.6b --prompt 512 --weights int8 --kv int8 --json bench/results/engine-int8.json
+	$(BIN)/kvasir bench engine --model .cache/qwen3-0.6b --prompt 512 --weights int4 --kv int8 --json bench/results/engine-int4.json
 	$(BIN)/kvasir bench kv --json bench/results/kv.json
 	$(BIN)/kvasir bench serve --model .cache/qwen3-0.6b --json bench/results/serve.json
 	$(BIN)/python bench/router.py --json bench/results/router.json
