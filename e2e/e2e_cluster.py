@@ -69,7 +69,7 @@ def wait_for_ready(
 
 
 def wait_until_settled(kubectl: Kubectl, *, limit_s: float = SETTLE_LIMIT_S) -> None:
-    """Wait until the service is available and nothing is under way.
+    """Wait until the service is available, every pod of it ready and nothing under way.
 
     A change that the operator has not seen yet leaves the conditions as they were: callers first
     wait for what the change brings.
@@ -84,7 +84,7 @@ def wait_until_settled(kubectl: Kubectl, *, limit_s: float = SETTLE_LIMIT_S) -> 
                 return False
             if status["observedGeneration"] != item["metadata"]["generation"]:
                 return False
-        return True
+        return all(is_ready(pod) for pod in find_pods(kubectl, *ROLES))
 
     wait_for("everything to be settled", is_settled, limit_s=limit_s)
 

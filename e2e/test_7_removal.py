@@ -23,6 +23,7 @@ def test_operator_had_no_trouble(operator: Kubectl) -> None:
 @pytest.mark.timeout(600)
 def test_service_outlives_the_operator(helm: Helm, kubectl: Kubectl) -> None:
     """The CRDs stay, and with them every resource and all that serves."""
+    wait_until_settled(kubectl)  # the node that was lost starts its pods again
     before = ready_pods(kubectl, *ROLES)
     with Clients(kubectl, num_clients=2) as load:
         helm("uninstall", "kvasir", "--wait", limit_s=240)
