@@ -4,8 +4,8 @@ Names, digests and uids are 16 bytes. Calls that wait release the GIL and always
 Wrong arguments raise ValueError or IndexError; what the network does never raises.
 """
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,27 @@ class BlockPool:
         False: a sender still reads its blocks. After abort_session it stops within 100 ms.
         """
 
+class RemoteReads(Protocol):
+    """What moves the bytes of pulls from other nodes, in place of TCP."""
+
+    bytes_max: int
+    """Of one read."""
+    def read(
+        self,
+        agent: bytes,
+        pieces: list[tuple[int, int]],
+        timeout_ms: int,
+        is_ended: Callable[[], bool],
+        /,
+    ) -> int:
+        """Read pieces (address, bytes) of the peer whose `remote_agent` this is.
+
+        Where they lie, one behind the other, until `release`; 0: the read failed, or its time is
+        over. Called by many threads; ends soon when `is_ended` says so.
+        """
+    def release(self, address: int, /) -> None:
+        """The bytes have been taken."""
+
 class ServerStats(TypedDict):
     """Counters since the start, except `connections`, which are open now."""
 
@@ -110,6 +131,7 @@ class BlockServer:
         connections_max: int = 256,
         socket_dir: str = "",
         key: bytes = b"",
+        remote_agent: bytes = b"",
     ) -> None:
         """Listen at once; port 0 takes a free one. OSError if it cannot.
 
@@ -117,6 +139,8 @@ class BlockServer:
         memory themselves, which must be shared; "": they use TCP like others.
         `key`: of 32 bytes or more, that peers must hold; transfers are encrypted. RuntimeError if
         OpenSSL's libcrypto is missing.
+        `remote_agent`: what peers whose library reads the pool from afar must know; none: such are
+        refused. Not with a key: what they read is not encrypted.
         """
     @property
     def port(self) -> int: ...
@@ -138,7 +162,8 @@ class PullResult:
         """Why the pull ended early, or "".
 
         stale_peer, other_layout, timeout, refused, aborted, bad_frame, cancelled, unreachable,
-        unauthenticated (the peer has another key, or only one of the two has any).
+        unauthenticated (the peer has another key, or only one of the two has any),
+        other_transport (the peer's pool cannot be read from afar), transport_failed.
         A block that the peer does not have is no error.
         """
     @property
@@ -156,7 +181,7 @@ class PullResult:
         """Some came encoded: the blocks are near to what the peer holds, not equal to it."""
     @property
     def transport(self) -> str:
-        """How the blocks came: tcp, tcp-encrypted, shm, or "" if no peer was reached."""
+        """How the blocks came: tcp, tcp-encrypted, shm, nixl, or "" if no peer was reached."""
 
 class BlockClient:
     """Pulls blocks of peers straight into a pool. Thread-safe; pulls run in parallel.
@@ -173,11 +198,13 @@ class BlockClient:
         key: bytes = b"",
         num_heads: int = 0,
         head_dim: int = 0,
+        remote: RemoteReads | None = None,
     ) -> None:
         """`socket_dir`: where peers of this node are looked for; others are reached by TCP.
 
         `key`: as BlockServer's. `num_heads`, `head_dim`: of the pool's blocks, bfloat16; without
-        them all travels raw.
+        them all travels raw. `remote`: moves the bytes
+        of peers that are not of this node; they travel raw, and there can be no key.
         """
     def pull_session(
         self,

@@ -3,14 +3,16 @@
 Workers, KV nodes and routers share these: one syntax of addresses, one check of host and ports.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from kvasir_kvstore._native import BlockPool
 from kvasir_kvstore.codecs import CodecTerms
+from kvasir_kvstore.nixl import NixlReads, new_agent
 
 DNS_PREFIX = "dns:"
 KEY_BYTES_MIN, KEY_BYTES_MAX = 32, 4096
@@ -26,6 +28,32 @@ class DataPlane:
     """Encrypts KV on its way; empty: it is sent as it is."""
     codecs: CodecTerms = field(default_factory=CodecTerms)
     """How KV that comes to this process may be encoded."""
+    is_nixl: bool = False
+    """Bytes between nodes are moved by NIXL, not by Kvasir's own TCP."""
+    reads: NixlReads | None = None
+    """Of the pool that the plane is bound to, if they are NIXL's."""
+
+    def require(self) -> None:
+        """Before there is a pool.
+
+        Raises:
+            KvasirError: UNSUPPORTED: NIXL was chosen and does not work here.
+        """
+        if self.is_nixl:
+            new_agent()
+
+    def bound_to(self, pool: BlockPool) -> Self:
+        """The plane for the blocks of this pool.
+
+        Raises:
+            KvasirError: UNSUPPORTED: NIXL was chosen and does not work here.
+        """
+        return replace(self, reads=NixlReads(pool)) if self.is_nixl else self
+
+    @property
+    def remote_agent(self) -> bytes:
+        """What peers must know to read the pool by NIXL; empty: they do not."""
+        return self.reads.agent if self.reads else b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +143,10 @@ class DataPeerSettings(PeerSettings):
     """Key that all workers and KV nodes share, 32 bytes or more: KV between them is encrypted, and
     peers without it are refused; none: KV is sent as it is."""
 
+    kv_transport: Literal["native", "nixl"] = "native"
+    """What moves KV between nodes: Kvasir's own TCP, or NIXL (RDMA), which must be installed
+    (kvasir[nixl]) and chosen by all workers and KV nodes; it does not encrypt."""
+
     @field_validator("kv_socket_dir")
     @classmethod
     def _check_kv_socket_dir(cls, value: Path | None) -> Path | None:
@@ -129,11 +161,21 @@ class DataPeerSettings(PeerSettings):
             _read_key(value)
         return value
 
+    @model_validator(mode="after")
+    def _check_kv_transport(self) -> Self:
+        if self.kv_transport == "nixl" and self.kv_key_file is not None:
+            raise ValueError("kv_transport nixl does not encrypt: it cannot have a kv_key_file")
+        return self
+
     @cached_property
     def data_plane(self) -> DataPlane:
         """As the native data plane takes it; the key is read once."""
         key = _read_key(self.kv_key_file) if self.kv_key_file else b""
-        return DataPlane(socket_dir=str(self.kv_socket_dir or ""), key=key)
+        return DataPlane(
+            socket_dir=str(self.kv_socket_dir or ""),
+            key=key,
+            is_nixl=self.kv_transport == "nixl",
+        )
 
 
 def _read_key(file: Path) -> bytes:

@@ -39,6 +39,7 @@ class NamedPuller:
             connections_per_peer_max=pulls_max,
             socket_dir=plane.socket_dir,
             key=plane.key,
+            remote=plane.reads,
             **plane.codecs.shape,
         )
         self._block_bytes = pool.num_layers * pool.layer_bytes

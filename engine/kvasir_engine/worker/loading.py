@@ -58,11 +58,11 @@ async def serving(host: Host) -> AsyncIterator[Serving]:
         lambda: (_load_model(host, num_threads), _load_tokenizer(settings))
     )
     model, codecs = _with_codecs(settings, model)
-    plane = replace(settings.data_plane, codecs=codecs)
     # 2. KV memory and data plane, then the engine, then the tier: closed in reverse order.
     pool = _new_pool(settings, model.layout)
+    plane = replace(settings.data_plane, codecs=codecs).bound_to(pool)
     async with AsyncExitStack() as stack:
-        block_server = _new_block_server(host, pool)
+        block_server = _new_block_server(host, pool, plane)
         stack.callback(block_server.stop)
         puller = Puller(
             pool,
@@ -242,7 +242,7 @@ def _new_pool(settings: WorkerSettings, layout: KvLayout) -> BlockPool:
     )
 
 
-def _new_block_server(host: Host, pool: BlockPool) -> BlockServer:
+def _new_block_server(host: Host, pool: BlockPool, plane: DataPlane) -> BlockServer:
     settings = host.settings
     server = BlockServer(
         pool,
@@ -251,8 +251,9 @@ def _new_block_server(host: Host, pool: BlockPool) -> BlockServer:
         uid=host.address.uid,
         epoch=host.address.epoch,
         connections_max=settings.max_requests,
-        socket_dir=settings.data_plane.socket_dir,
-        key=settings.data_plane.key,
+        socket_dir=plane.socket_dir,
+        key=plane.key,
+        remote_agent=plane.remote_agent,
     )
     host.address.data_port = server.port
     return server

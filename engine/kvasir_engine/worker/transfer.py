@@ -91,7 +91,11 @@ class Puller:
     ) -> None:
         """`max_pulls`: more wait, behind pulls whose source may itself be waiting for its turn."""
         self._client = BlockClient(
-            pool, socket_dir=plane.socket_dir, key=plane.key, **plane.codecs.shape
+            pool,
+            socket_dir=plane.socket_dir,
+            key=plane.key,
+            remote=plane.reads,
+            **plane.codecs.shape,
         )
         self._block_bytes = pool.num_layers * pool.layer_bytes
         self._links = LinkCodecs(plane.codecs)

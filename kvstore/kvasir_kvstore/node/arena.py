@@ -84,6 +84,7 @@ class Arena:
             layout_digest=layout.digest,
             shared=bool(plane.socket_dir),
         )
+        plane = plane.bound_to(self.pool)
         self.server = BlockServer(
             self.pool,
             host=settings.host,
@@ -93,6 +94,7 @@ class Arena:
             connections_max=settings.connections_max,
             socket_dir=plane.socket_dir,
             key=plane.key,
+            remote_agent=plane.remote_agent,
         )
         self._puller = NamedPuller(self.pool, plane, pulls_max=settings.offers_running_max)
         self._uses_seen = self.pool.uses.copy()

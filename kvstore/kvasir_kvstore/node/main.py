@@ -34,6 +34,7 @@ def run(settings: KvNodeSettings) -> None:
 
     Raises:
         OSError: a port is taken.
+        KvasirError: UNSUPPORTED: the data plane's transport does not work here.
     """
     asyncio.run(_run(settings))
 

@@ -57,7 +57,13 @@ class NodeStore:
     def __init__(
         self, settings: KvNodeSettings, *, uid: bytes, epoch: int, index: BlockIndex
     ) -> None:
-        """Holds the data port and the disk's folder. OSError: one of them is taken."""
+        """Holds the data port and the disk's folder.
+
+        Raises:
+            OSError: one of them is taken.
+            KvasirError: UNSUPPORTED: the transport that was chosen does not work here.
+        """
+        settings.data_plane.require()
         self._settings = settings
         self._index = index
         self._file = BlockFile(settings.disk_dir) if settings.disk_dir else None

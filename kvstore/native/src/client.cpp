@@ -188,6 +188,7 @@ Code BlockClient::attempt(const Pull& pull, Receiver& receiver, Deadline deadlin
     }
     if (receiver.has_landed() && link.view == nullptr) return Code::kUnreachable;
     receiver.read_from(link.view.get(), link.transport());
+    if (link.remote) receiver.read_from(*options_.remote, *link.remote);
     std::optional<Traffic::Urgent> urgent;
     if (!pull.is_session() && !pull.is_background) urgent.emplace(pool_.traffic());
     const bool in_place = link.view != nullptr && !pull.is_session();
@@ -217,18 +218,20 @@ Code BlockClient::run(const Pull& pull, const Link& link, Receiver& receiver, De
   const RequestType by_name = pull.is_background ? RequestType::kBackground : RequestType::kNamed;
   Request request{};
   request.type = pull.is_session() ? RequestType::kSession : by_name;
-  request.codec = link.view ? Codec::kRaw : pull.codec;
+  request.codec = link.view || link.remote ? Codec::kRaw : pull.codec;
   request.request_id = next_request_id_++;
   Code code = send_request(pull, link.stream, request, deadline, ended);
   if (code == Code::kOk) code = receiver.run(link.stream, request.request_id, deadline, ended);
-  if (code != Code::kOk || !pull.is_session()) return code;
-  if (!receiver.all_whole()) return Code::kAborted;  // the source ended with fewer blocks, or bad
+  if (code != Code::kOk || !(pull.is_session() || link.remote)) return code;
+  if (pull.is_session() && !receiver.all_whole())
+    return Code::kAborted;  // the source ended with fewer blocks, or bad
   request.type = RequestType::kAcknowledge;
   send_request(pull, link.stream, request, deadline, ended);  // all is here: a loss is harmless
   return Code::kOk;
 }
 
-// A peer of this node is read from its memory, where it offers that; others by TCP.
+// A peer of this node is read from its memory, where it offers that; others from afar if that is
+// what was chosen, else by TCP.
 Code BlockClient::connect(const Peer& peer, Deadline deadline, const Signal* ended, Link& link) {
   const bool is_local = peer.may_be_local && !options_.socket_dir.empty() &&
                         connect_local(options_.socket_dir, peer.life.uid, link.stream);
@@ -238,16 +241,21 @@ Code BlockClient::connect(const Peer& peer, Deadline deadline, const Signal* end
     code = Stream::connect(peer.host, peer.port, soon, ended, link.stream);
   }
   const Deadline soon = deadline.at_most(kHelloMs);
-  if (code == Code::kOk) code = greet(peer, link.stream, soon, ended);
+  const bool is_remote = !is_local && options_.remote != nullptr;
+  if (code == Code::kOk) code = greet(peer, link.stream, is_remote, soon, ended);
   if (code == Code::kOk && is_local) code = map_memory(peer, soon, ended, link);
+  if (code == Code::kOk && is_remote) {
+    code = recv_remote_pool(link.stream, link.remote.emplace(), soon, ended);
+  }
   return code;
 }
 
-Code BlockClient::greet(const Peer& peer, Stream& stream, Deadline deadline,
+Code BlockClient::greet(const Peer& peer, Stream& stream, bool is_remote, Deadline deadline,
                         const Signal* ended) const {
   Greeting greeting{};
   Hello& hello = greeting.hello;
   hello.is_secured = !options_.secret.empty();
+  hello.is_remote = is_remote;
   hello.layout_digest = pool_.shape().layout_digest;
   hello.uid = peer.life.uid;
   hello.epoch = peer.life.epoch;

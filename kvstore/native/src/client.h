@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -19,6 +20,7 @@
 
 #include "pool.h"
 #include "receiver.h"
+#include "remote.h"
 #include "shared_view.h"
 #include "stream.h"
 #include "wire.h"
@@ -55,6 +57,7 @@ class BlockClient {
     std::string socket_dir;  // where peers of this node are looked for; "": all by TCP
     std::string secret;      // that all peers hold; "": connections are not encrypted
     CodecShape codecs = {};  // of the pool's blocks; without, all travels raw
+    std::shared_ptr<RemoteReader> remote = {};  // how others' pools are read from afar; null: TCP
   };
 
   // Throws std::runtime_error if it cannot encrypt.
@@ -71,10 +74,12 @@ class BlockClient {
   void close();
 
  private:
-  // A connection, greeted. `view`: of the peer's memory, if it is of this node.
+  // A connection, greeted. `view`: of the peer's memory, if it is of this node. `remote`: how it is
+  // read, if from afar.
   struct Link {
     Stream stream;
     std::shared_ptr<const SharedView> view;
+    std::optional<RemotePool> remote;
 
     Transport transport() const {
       if (view) return Transport::kShared;
@@ -101,7 +106,8 @@ class BlockClient {
   Code read_shared(const Pull& pull, const Link& link, Receiver& receiver, Deadline deadline,
                    const Signal* ended);
   Code connect(const Peer& peer, Deadline deadline, const Signal* ended, Link& link);
-  Code greet(const Peer& peer, Stream& stream, Deadline deadline, const Signal* ended) const;
+  Code greet(const Peer& peer, Stream& stream, bool is_remote, Deadline deadline,
+             const Signal* ended) const;
   Code map_memory(const Peer& peer, Deadline deadline, const Signal* ended, Link& link);
   Link take_idle(const Peer& peer);
   void keep(const Peer& peer, Link link);

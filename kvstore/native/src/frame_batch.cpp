@@ -146,7 +146,7 @@ Code FrameBatch::flush() {
   if (code_ == Code::kOk) payload_bytes_sent_ += bytes_;
   num_frames_ = num_parts_ = bytes_ = encoded_used_ = 0;
   // The last pin may be of a block with frames still to come.
-  const size_t num_done = pins_.empty() ? 0 : pins_.size() - 1;
+  const size_t num_done = pins_.empty() || keeps_pins_ ? 0 : pins_.size() - 1;
   for (size_t i = 0; i < num_done; ++i) pool_.unpin(pins_[i]);
   pins_.erase(pins_.begin(), pins_.begin() + static_cast<ptrdiff_t>(num_done));
   return code_;

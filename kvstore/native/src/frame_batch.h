@@ -49,6 +49,8 @@ class FrameBatch {
 
   // The batch releases the pin once the block's frames have been sent.
   void own_pin(const Name& name) { pins_.push_back(name); }
+  // From now on, pins are released with the batch.
+  void keep_pins() { keeps_pins_ = true; }
 
   uint64_t payload_bytes_sent() const { return payload_bytes_sent_; }
 
@@ -83,6 +85,7 @@ class FrameBatch {
   uint64_t payload_bytes_sent_ = 0;
   Code code_ = Code::kOk;
   std::vector<Name> pins_;
+  bool keeps_pins_ = false;
   std::optional<Traffic::Background> background_;
 };
 

@@ -15,6 +15,7 @@
 #include "crc32c.h"
 #include "crypto.h"
 #include "pool.h"
+#include "remote_module.h"
 #include "server.h"
 
 namespace nb = nanobind;
@@ -33,7 +34,10 @@ Name to_name(const nb::bytes& value, const char* what) {
   return name;
 }
 
-std::string to_secret(const nb::bytes& key) {
+std::string to_secret(const nb::bytes& key, bool is_remote) {
+  if (key.size() > 0 && is_remote) {
+    throw std::invalid_argument("what is read from afar is not encrypted: no key can be given");
+  }
   if (key.size() > 0 && key.size() < kSecretBytesMin) {
     throw std::invalid_argument("key must have at least 32 bytes");
   }
@@ -128,13 +132,16 @@ void bind_pool(nb::module_& m) {
 
 void construct_server(BlockServer* self, BlockPool& pool, const std::string& host, uint16_t port,
                       const nb::bytes& uid, uint64_t epoch, uint32_t connections_max,
-                      const std::string& socket_dir, const nb::bytes& key) {
+                      const std::string& socket_dir, const nb::bytes& key,
+                      const nb::bytes& remote_agent) {
   const ServerOptions options{.host = host,
                               .port = port,
                               .self = {.uid = to_name(uid, "uid"), .epoch = epoch},
                               .connections_max = connections_max,
-                              .secret = to_secret(key),
-                              .socket_dir = socket_dir};
+                              .secret = to_secret(key, remote_agent.size() > 0),
+                              .socket_dir = socket_dir,
+                              .remote_agent = {remote_agent.c_str(), remote_agent.size()}};
+  if (remote_agent.size() > kAgentBytesMax) throw std::invalid_argument("remote_agent is too long");
   if (connections_max < 1) throw std::invalid_argument("connections_max must be at least 1");
   if (!socket_dir.empty() && !pool.is_shared()) {
     throw std::invalid_argument("socket_dir: the pool's memory is not shared");
@@ -169,7 +176,7 @@ void bind_server(nb::module_& m) {
   nb::class_<BlockServer>(m, "BlockServer")
       .def("__init__", &construct_server, "pool"_a, nb::kw_only(), "host"_a, "port"_a, "uid"_a,
            "epoch"_a, "connections_max"_a = 256, "socket_dir"_a = "", "key"_a = nb::bytes("", 0),
-           nb::keep_alive<1, 2>())
+           "remote_agent"_a = nb::bytes("", 0), nb::keep_alive<1, 2>())
       .def_prop_ro("port", &BlockServer::port)
       .def("stop", &BlockServer::stop, nb::call_guard<nb::gil_scoped_release>())
       .def("stats", &server_stats);
@@ -222,7 +229,7 @@ PullResult pull_named(BlockClient& client, const std::string& host, uint16_t por
 
 void construct_client(BlockClient* self, BlockPool& pool, uint32_t connections_per_peer_max,
                       const std::string& socket_dir, const nb::bytes& key, uint32_t num_heads,
-                      uint32_t head_dim) {
+                      uint32_t head_dim, const nb::object& remote) {
   const CodecShape codecs{.num_heads = num_heads, .head_dim = head_dim};
   const bool is_right = codecs.is_encodable() && codecs.layer_bytes() == pool.shape().layer_bytes;
   if (num_heads != 0 && !is_right) {
@@ -231,8 +238,9 @@ void construct_client(BlockClient* self, BlockPool& pool, uint32_t connections_p
   new (self) BlockClient(
       pool, {.connections_per_peer_max = std::max<uint32_t>(1, connections_per_peer_max),
              .socket_dir = socket_dir,
-             .secret = to_secret(key),
-             .codecs = codecs});
+             .secret = to_secret(key, !remote.is_none()),
+             .codecs = codecs,
+             .remote = make_remote_reader(remote)});
 }
 
 void bind_client(nb::module_& m) {
@@ -249,7 +257,7 @@ void bind_client(nb::module_& m) {
   nb::class_<BlockClient>(m, "BlockClient")
       .def("__init__", &construct_client, "pool"_a, nb::kw_only(), "connections_per_peer_max"_a = 4,
            "socket_dir"_a = "", "key"_a = nb::bytes("", 0), "num_heads"_a = 0, "head_dim"_a = 0,
-           nb::keep_alive<1, 2>())
+           "remote"_a = nb::none(), nb::keep_alive<1, 2>())
       .def("pull_session", &pull_session, nb::kw_only(), "host"_a, "port"_a, "uid"_a, "epoch"_a,
            "session_id"_a, "blocks"_a, "timeout_ms"_a, "cancel_id"_a = 0, "codec"_a = "raw")
       .def("pull_named", &pull_named, nb::kw_only(), "host"_a, "port"_a, "uid"_a, "epoch"_a,

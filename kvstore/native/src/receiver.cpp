@@ -16,6 +16,8 @@ const char* transport_name(Transport transport) {
       return "tcp-encrypted";
     case Transport::kShared:
       return "shm";
+    case Transport::kRemote:
+      return "nixl";
   }
   return "";
 }
@@ -36,11 +38,15 @@ Code Receiver::run(const Stream& stream, uint64_t request_id, Deadline deadline,
   deadline_ = deadline;
   ended_ = ended;
   next_bytes_ = 0;
+  waiting_.clear();
+  waiting_bytes_ = 0;
   for (;;) {
     if (ended->is_raised()) return Code::kCancelled;
     if (deadline.is_past()) return Code::kTimeout;
+    Code code = Code::kOk;
+    if (!waiting_.empty() && !stream.is_disturbed()) code = read_waiting();
     Frame frame;
-    Code code = receive_header(frame);
+    if (code == Code::kOk) code = receive_header(frame);
     if (code != Code::kOk) return code;
     has_received_ = true;
     if (!is_expected(frame)) return bad_frame();
@@ -54,9 +60,59 @@ Code Receiver::run(const Stream& stream, uint64_t request_id, Deadline deadline,
     code = open(frame, nullptr, 0, next_bytes_, is_right);
     if (code != Code::kOk) return code;
     if (!is_right) return bad_frame();
+    if (frame.kind == FrameKind::kData) code = take_reference(frame);
+    if (frame.kind == FrameKind::kEnd) code = read_waiting();
+    if (code != Code::kOk) return code;
     if (frame.kind == FrameKind::kEnd) return next_bytes_ == 0 ? frame.code : bad_frame();
-    if (frame.kind == FrameKind::kData) copy_payload(frame);
   }
+}
+
+// The frame says where its payload lies: in memory that is mapped here, or afar.
+Code Receiver::take_reference(const Frame& frame) {
+  if (remote_ == nullptr) {
+    copy_payload(frame);
+    return Code::kOk;
+  }
+  Code code = Code::kOk;
+  if (waiting_bytes_ + frame.payload_bytes > remote_->bytes_max()) code = read_waiting();
+  waiting_.push_back(frame);
+  waiting_bytes_ += frame.payload_bytes;
+  return code;
+}
+
+Code Receiver::read_waiting() {
+  if (waiting_.empty()) return Code::kOk;
+  const PoolShape& shape = pool_.shape();
+  std::vector<RemotePiece> pieces;
+  for (const Frame& frame : waiting_) {
+    const uint64_t offset =
+        frame.source_block * shape.block_bytes() + uint64_t{frame.layer_first} * shape.layer_bytes;
+    pieces.push_back({.address = remote_pool_->address + offset, .bytes = frame.payload_bytes});
+  }
+  const int64_t began_ns = monotonic_ns();
+  const Code code =
+      remote_->read(*remote_pool_, pieces, deadline_, ended_, [&](const uint8_t* bytes) {
+        for (const Frame& frame : waiting_) {
+          const uint32_t checksum = crc32c_copy(
+              pool_.layer(blocks_[frame.ordinal], frame.layer_first), bytes, frame.payload_bytes);
+          take_layers(frame.ordinal, frame.layer_count, checksum == frame.payload_crc);
+          bytes += frame.payload_bytes;
+        }
+      });
+  if (code == Code::kOk) {
+    result_.wire_ns += monotonic_ns() - began_ns;
+    result_.bytes_wire += waiting_bytes_;
+  }
+  waiting_.clear();
+  waiting_bytes_ = 0;
+  return code;
+}
+
+// Layers that have come, or that a waiting frame stands for.
+uint32_t Receiver::next_layer(size_t ordinal) const {
+  uint32_t next = layers_[ordinal];
+  for (const Frame& frame : waiting_) next += frame.ordinal == ordinal ? frame.layer_count : 0;
+  return next;
 }
 
 void Receiver::accept(Codec codec, const CodecShape& shape) {
@@ -66,7 +122,14 @@ void Receiver::accept(Codec codec, const CodecShape& shape) {
 
 void Receiver::read_from(const SharedView* view, Transport transport) {
   view_ = view;
+  remote_ = nullptr;
   result_.transport = transport;
+}
+
+void Receiver::read_from(RemoteReader& reader, const RemotePool& pool) {
+  remote_ = &reader;
+  remote_pool_ = &pool;
+  result_.transport = Transport::kRemote;
 }
 
 size_t Receiver::copy_listed(Deadline deadline, const Signal* ended) {
@@ -158,7 +221,11 @@ bool Receiver::is_expected(const Frame& frame) const {
                  : frame.payload_bytes != layers_bytes) {
     return false;
   }
-  const bool is_next = frame.layer_first == layers_[frame.ordinal];
+  const bool is_next = frame.layer_first == next_layer(frame.ordinal);
+  if (remote_ != nullptr) {
+    return frame.codec == Codec::kShared && frame.source_block < remote_pool_->num_blocks &&
+           frame.payload_bytes <= remote_->bytes_max() && is_next;
+  }
   if (view_ == nullptr) return (is_encoded || frame.codec == Codec::kRaw) && is_next;
   // A named block that had a checksum before we asked has been copied before.
   return frame.codec == Codec::kShared && frame.source_block < view_->shape().num_blocks &&

@@ -12,13 +12,14 @@
 #include "codec.h"
 #include "crypto.h"
 #include "pool.h"
+#include "remote.h"
 #include "shared_view.h"
 #include "stream.h"
 #include "wire.h"
 
 namespace kvasir {
 
-enum class Transport { kNone, kTcp, kEncrypted, kShared };
+enum class Transport { kNone, kTcp, kEncrypted, kShared, kRemote };
 
 // "" for kNone.
 const char* transport_name(Transport transport);
@@ -48,6 +49,8 @@ class Receiver {
   void accept(Codec codec, const CodecShape& shape);
   // From now on, frames may say where in this memory their payload lies; null: none may.
   void read_from(const SharedView* view, Transport transport);
+  // From now on, frames say where in this pool their payload lies.
+  void read_from(RemoteReader& reader, const RemotePool& pool);
   // From now on, lets urgent transfers pass.
   void set_background() { background_.emplace(pool_.traffic()); }
   // Copies the named blocks that the memory lists with a checksum; returns how many it lists
@@ -67,6 +70,10 @@ class Receiver {
   Code open(const Frame& frame, uint8_t* payload, size_t size, size_t received, bool& is_right);
   Code receive_payload(const Frame& frame);
   void copy_payload(const Frame& frame);
+  Code take_reference(const Frame& frame);
+  // Reads from afar what the waiting frames stand for.
+  Code read_waiting();
+  uint32_t next_layer(size_t ordinal) const;
   // Whether the payload that has arrived becomes the layers it stands for.
   bool land(const Frame& frame, const uint8_t* payload);
   // False: listed, but without a checksum.
@@ -77,6 +84,10 @@ class Receiver {
 
   BlockPool& pool_;
   const SharedView* view_ = nullptr;
+  RemoteReader* remote_ = nullptr;
+  const RemotePool* remote_pool_ = nullptr;
+  std::vector<Frame> waiting_;  // their payloads have yet to be read from afar
+  size_t waiting_bytes_ = 0;
   Codec codec_ = Codec::kRaw;
   CodecShape shape_;
   std::vector<uint8_t> encoded_;  // the payload of a frame, until it is verified

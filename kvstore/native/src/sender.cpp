@@ -10,6 +10,7 @@
 #include "futex.h"
 #include "handshake.h"
 #include "local_socket.h"
+#include "remote.h"
 
 namespace kvasir {
 namespace {
@@ -21,6 +22,12 @@ constexpr int64_t kSliceMs = 50;            // between looks at the client while
 constexpr size_t kSweepBytes = 1 << 20;     // between looks at the session, however slow the client
 
 using Status = BlockPool::SessionStatus;
+
+// What was agreed on for all requests of a connection.
+struct Terms {
+  CodecShape codecs = {};
+  bool is_remote = false;  // the peer's transfer library reads the pool's memory
+};
 
 CodecShape codec_shape(const Hello& hello) {
   return {.num_heads = hello.num_heads, .head_dim = hello.head_dim};
@@ -37,7 +44,8 @@ Code check_hello(const SenderContext& context, const Hello& hello) {
   }
   const CodecShape codecs = codec_shape(hello);
   const bool is_right = codecs.is_encodable() && codecs.layer_bytes() == shape.layer_bytes;
-  return hello.num_heads == 0 || is_right ? Code::kOk : Code::kOtherLayout;
+  if (hello.num_heads != 0 && !is_right) return Code::kOtherLayout;
+  return hello.is_remote && context.remote_agent.empty() ? Code::kOtherTransport : Code::kOk;
 }
 
 void count_refusal(ServerCounters& counters, Code code) {
@@ -47,7 +55,7 @@ void count_refusal(ServerCounters& counters, Code code) {
   counters.unauthenticated += code == Code::kUnauthenticated;
 }
 
-bool greet(const SenderContext& context, Stream& stream, CodecShape& codecs) {
+bool greet(const SenderContext& context, Stream& stream, Terms& terms) {
   const Deadline deadline = Deadline::in(kHelloMs);
   const Signal* stopped = &context.stopped;
   Greeting greeting{};
@@ -58,7 +66,7 @@ bool greet(const SenderContext& context, Stream& stream, CodecShape& codecs) {
   if (is_secured && stream.recv_all(&nonce, sizeof nonce, deadline, stopped) != Code::kOk) {
     return false;
   }
-  codecs = codec_shape(hello);
+  terms = {.codecs = codec_shape(hello), .is_remote = hello.is_remote != 0};
   HelloReply& reply = greeting.reply;
   reply.code = check_hello(context, hello);
   reply.uid = context.self.uid;
@@ -74,6 +82,12 @@ bool greet(const SenderContext& context, Stream& stream, CodecShape& codecs) {
   if (code == Code::kOk && context.is_local) {
     code = send_shared_memory(stream, context.pool.descriptor(), context.pool.shape().num_blocks,
                               deadline, stopped);
+  }
+  if (code == Code::kOk && terms.is_remote) {
+    const RemotePool pool{.agent = context.remote_agent,
+                          .address = reinterpret_cast<uint64_t>(context.pool.data()),
+                          .num_blocks = context.pool.shape().num_blocks};
+    code = send_remote_pool(stream, pool, deadline, stopped);
   }
   return code == Code::kOk;
 }
@@ -108,13 +122,24 @@ bool receive_request(const SenderContext& context, const Stream& stream, Request
   return good;
 }
 
+// The client has verified all that it asked for.
+bool receive_acknowledgement(const SenderContext& context, const Stream& stream,
+                             const Request& request, Deadline deadline) {
+  Request reply;
+  std::vector<Name> none;
+  return stream.wait_readable(deadline, &context.stopped) == Code::kOk &&
+         receive_request(context, stream, reply, none) && reply.type == RequestType::kAcknowledge &&
+         reply.request_id == request.request_id;
+}
+
 // False: the connection is of no more use.
 bool serve_named(const SenderContext& context, const Stream& stream, const Request& request,
-                 const std::vector<Name>& names, const CodecShape& codecs) {
+                 const std::vector<Name>& names, const Terms& terms) {
   const Deadline deadline = Deadline::in(std::min<int64_t>(request.timeout_ms, kRequestMsMax));
   const uint32_t num_layers = context.pool.shape().num_layers;
-  FrameBatch batch(context.pool, stream, context.stopped, request.request_id, request.codec,
-                   codecs);
+  const Codec codec = terms.is_remote ? Codec::kShared : request.codec;
+  FrameBatch batch(context.pool, stream, context.stopped, request.request_id, codec, terms.codecs);
+  if (terms.is_remote) batch.keep_pins();
   std::optional<Traffic::Urgent> urgent;
   if (request.type == RequestType::kBackground) {
     batch.set_background();
@@ -144,6 +169,7 @@ bool serve_named(const SenderContext& context, const Stream& stream, const Reque
     }
   }
   if (batch.add_end(reason, ordinal) != Code::kOk) return false;
+  if (terms.is_remote && !receive_acknowledgement(context, stream, request, deadline)) return false;
   context.counters.bytes_sent += batch.payload_bytes_sent();
   context.counters.blocks_sent += blocks_sent;
   return true;
@@ -190,14 +216,15 @@ void count_used(const SenderContext& context, const std::vector<Name>& names) {
 class SessionSender {
  public:
   SessionSender(const SenderContext& context, const Stream& stream, const Request& request,
-                const CodecShape& codecs)
+                const Terms& terms)
       : context_(context),
         stream_(stream),
         request_(request),
         name_(session_name(request.session_id)),
         deadline_(Deadline::in(std::min<int64_t>(request.timeout_ms, kRequestMsMax))),
         batch_(context.pool, stream, context.stopped, request.request_id,
-               context.is_local ? Codec::kShared : request.codec, codecs) {}
+               context.is_local || terms.is_remote ? Codec::kShared : request.codec, terms.codecs) {
+  }
 
   bool run() {
     const Code opened = wait_for_open();
@@ -270,12 +297,7 @@ class SessionSender {
     bool acknowledged = false;
     const Code ended = batch_.add_end(reason, static_cast<uint32_t>(blocks_.size()));
     if (ended == Code::kOk && complete) {
-      Request reply;
-      std::vector<Name> none;
-      acknowledged = stream_.wait_readable(deadline_, &context_.stopped) == Code::kOk &&
-                     receive_request(context_, stream_, reply, none) &&
-                     reply.type == RequestType::kAcknowledge &&
-                     reply.request_id == request_.request_id;
+      acknowledged = receive_acknowledgement(context_, stream_, request_, deadline_);
     }
     if (reading_) context_.pool.end_read(request_.session_id, acknowledged);
     context_.counters.bytes_sent += batch_.payload_bytes_sent();
@@ -302,8 +324,8 @@ class SessionSender {
 
 void serve_connection(const SenderContext& context, Stream& stream,
                       std::atomic<int64_t>& idle_since_ms) {
-  CodecShape codecs;
-  if (!greet(context, stream, codecs)) return;
+  Terms terms;
+  if (!greet(context, stream, terms)) return;
   Request request;
   std::vector<Name> names;
   for (;;) {
@@ -312,18 +334,18 @@ void serve_connection(const SenderContext& context, Stream& stream,
     idle_since_ms = 0;
     if (code != Code::kOk || !receive_request(context, stream, request, names)) return;
     bool usable = false;
-    if (request.codec != Codec::kRaw && !(is_lossy(request.codec) && codecs.is_encodable())) {
+    if (request.codec != Codec::kRaw && !(is_lossy(request.codec) && terms.codecs.is_encodable())) {
       context.counters.bad_requests += 1;
       return;
     }
     if (request.type == RequestType::kNamed || request.type == RequestType::kBackground) {
       usable = context.is_local ? share_named(context, stream, request, names)
-                                : serve_named(context, stream, request, names, codecs);
+                                : serve_named(context, stream, request, names, terms);
     } else if (request.type == RequestType::kUsed) {
       count_used(context, names);
       usable = true;
     } else if (request.type == RequestType::kSession) {
-      usable = SessionSender(context, stream, request, codecs).run();
+      usable = SessionSender(context, stream, request, terms).run();
     } else {
       context.counters.bad_requests += 1;
     }

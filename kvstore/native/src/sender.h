@@ -29,7 +29,9 @@ struct SenderContext {
   ServerCounters& counters;
   const Signal& stopped;
   const std::string& secret;  // "": connections are not encrypted
-  bool is_local = false;      // the peer reads the pool's memory itself
+  const std::string&
+      remote_agent;       // what peers that read the pool from afar must know; "": none do
+  bool is_local = false;  // the peer reads the pool's memory itself
 };
 
 // Returns when the connection should be closed. `idle_since_ms` is nonzero while the connection

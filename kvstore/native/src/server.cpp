@@ -21,6 +21,7 @@ BlockServer::BlockServer(BlockPool& pool, const ServerOptions& options)
       self_(options.self),
       connections_max_(options.connections_max),
       secret_(options.secret),
+      remote_agent_(options.remote_agent),
       listener_(listen_on(options.host, options.port, kBacklog)),
       port_(bound_port(listener_.get())),
       local_listener_(options.socket_dir.empty()
@@ -99,6 +100,7 @@ void BlockServer::serve(Connection* connection) {
                               .counters = counters_,
                               .stopped = stopped_,
                               .secret = secret_,
+                              .remote_agent = remote_agent_,
                               .is_local = connection->is_local};
   try {
     serve_connection(context, connection->stream, connection->idle_since_ms);

@@ -25,8 +25,9 @@ struct ServerOptions {
   uint16_t port;
   Identity self;
   uint32_t connections_max;
-  std::string secret;      // "": connections are not encrypted
-  std::string socket_dir;  // peers of this node read the (shared) pool's memory; "": none does
+  std::string secret;        // "": connections are not encrypted
+  std::string socket_dir;    // peers of this node read the (shared) pool's memory; "": none does
+  std::string remote_agent;  // what peers' transfer library must know to read the pool; "": none
 };
 
 class BlockServer {
@@ -65,6 +66,7 @@ class BlockServer {
   const Identity self_;
   const uint32_t connections_max_;
   const std::string secret_;
+  const std::string remote_agent_;
   Fd listener_;
   const uint16_t port_;
   LocalListener local_listener_;

@@ -28,6 +28,10 @@ const char* code_name(Code code) {
       return "unreachable";
     case Code::kUnauthenticated:
       return "unauthenticated";
+    case Code::kOtherTransport:
+      return "other_transport";
+    case Code::kTransportFailed:
+      return "transport_failed";
   }
   return "refused";  // a code of a later version
 }
@@ -47,10 +51,12 @@ bool is_intact(const Message& message) {
 
 template void seal(Hello&);
 template void seal(HelloReply&);
+template void seal(RemoteOffer&);
 template void seal(Request&);
 template void seal(Frame&);
 template bool is_intact(const Hello&);
 template bool is_intact(const HelloReply&);
+template bool is_intact(const RemoteOffer&);
 template bool is_intact(const Request&);
 template bool is_intact(const Frame&);
 

@@ -12,7 +12,9 @@
 //   memory)
 //
 // Over a local socket the server's kOk is followed by the descriptor of its pool, and frames have
-// no payload: they say where in the pool it lies.
+// no payload: they say where in the pool it lies. A client whose transfer library reads the pool
+// from afar says so in its Hello, and gets a RemoteOffer and such frames; it acknowledges named
+// blocks, too, which stay where they are until then.
 //
 // With a key, the greeting is longer (handshake.h), and every message after it is sealed: names and
 // payloads are encrypted, headers are authenticated, and a tag of 16 bytes follows. It takes the
@@ -32,7 +34,7 @@ namespace kvasir {
 static_assert(std::endian::native == std::endian::little, "the wire is little-endian");
 
 inline constexpr uint32_t kMagic = 0x5256534b;  // "KSVR"
-inline constexpr uint16_t kVersion = 3;
+inline constexpr uint16_t kVersion = 4;
 inline constexpr uint32_t kNamesMax = 16384;             // per request
 inline constexpr size_t kFramePayloadBytes = 256 << 10;  // aim: stays in the L2 cache
 
@@ -48,6 +50,8 @@ enum class Code : uint16_t {
   kCancelled = 7,
   kUnreachable = 8,
   kUnauthenticated = 9,
+  kOtherTransport = 10,   // the client reads from afar, and the server's pool cannot be
+  kTransportFailed = 11,  // of the library that reads from afar; never on the wire
 };
 
 // "" for kOk.
@@ -62,7 +66,8 @@ struct Identity {
 struct Hello {
   uint32_t magic;
   uint16_t version;
-  uint16_t is_secured;  // the client's nonce follows
+  uint8_t is_secured;  // the client's nonce follows
+  uint8_t is_remote;   // payloads are read from afar
   Name layout_digest;
   Name uid;  // (uid, epoch): the life of the process that the client means to talk to
   uint64_t epoch;
@@ -84,6 +89,19 @@ struct HelloReply {
   uint32_t crc;
 };
 static_assert(sizeof(HelloReply) == 40);
+
+// How a pool is read from afar; what the transfer library must know of the peer follows.
+struct RemoteOffer {
+  uint32_t magic;
+  uint16_t version;
+  uint16_t reserved;
+  uint64_t address;  // of the pool
+  uint32_t num_blocks;
+  uint32_t agent_bytes;
+  uint32_t agent_crc;
+  uint32_t crc;
+};
+static_assert(sizeof(RemoteOffer) == 32);
 
 // How a payload is encoded. kShared: it is not there, but in the peer's memory.
 enum class Codec : uint8_t { kRaw = 0, kShared = 1, kInt8 = 2, kInt4 = 3, kEntropy = 4 };
