@@ -1,6 +1,12 @@
 # One image for every role: kvasir worker, kvnode, router and operator; redis-server for the index.
 # Dependencies are layers of their own: a change of code alone installs nothing again.
-FROM debian:bookworm-slim AS builder
+FROM debian:bookworm-slim AS runtime
+RUN apt-get update -qq \
+ && apt-get install -y -qq --no-install-recommends python3 libstdc++6 redis-server >/dev/null \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp kvasir
+
+FROM runtime AS builder
 RUN apt-get update -qq \
  && apt-get install -y -qq --no-install-recommends g++ python3-dev python3-venv >/dev/null \
  && rm -rf /var/lib/apt/lists/*
@@ -37,11 +43,7 @@ COPY cli cli
 RUN /opt/build/bin/pip wheel -q --no-build-isolation --no-deps -w /wheels . \
  && /opt/build/bin/pip --python /opt/kvasir/bin/python install -q --no-deps /wheels/*.whl
 
-FROM debian:bookworm-slim
-RUN apt-get update -qq \
- && apt-get install -y -qq --no-install-recommends python3 libstdc++6 redis-server >/dev/null \
- && rm -rf /var/lib/apt/lists/* \
- && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp kvasir
+FROM runtime
 COPY --from=builder /opt/kvasir /opt/kvasir
 ENV PATH=/opt/kvasir/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001

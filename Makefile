@@ -9,7 +9,7 @@ PACKAGES := operator router kvstore engine proto sim cli
 GENERATED := proto/kvasir_proto/v1 crds helm/kvasir docs/api.md
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check lint types drift gen format bench sanitize cuda e2e e2e-scale clean redis
+.PHONY: help build demo test test-api check lint types drift gen format bench sanitize cuda e2e e2e-scale clean redis
 
 help: ## list these commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -21,6 +21,11 @@ demo: build ## a local fleet serves a two-turn chat (KEEP=1 leaves it up)
 
 test: build redis ## every test that needs no cluster
 	$(BIN)/python -m pytest
+
+test-api: build ## the operator on a real API server: programs of KUBEBUILDER_ASSETS, else of kind's node image
+	@[ -n "$$KUBEBUILDER_ASSETS" ] || e2e/kube-assets .cache/kube-assets
+	KUBEBUILDER_ASSETS=$${KUBEBUILDER_ASSETS:-$(CURDIR)/.cache/kube-assets} \
+	  $(BIN)/python -m pytest tests/operator/test_*on_kube_api.py tests/operator/test_scale_bench.py
 
 check: lint types drift ## style, types, layers and generated files
 

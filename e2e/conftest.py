@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,45 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def kind_name() -> str:
+    """The name of the kind cluster that is there or will be made; empty: another cluster."""
+    if not os.environ.get("KUBECONFIG"):
+        return CLUSTER
+    context = run("kubectl", "config", "current-context").strip()
+    return context.removeprefix("kind-") if context.startswith("kind-") else ""
+
+
+@pytest.fixture(scope="session")
+def builds(kind_name: str) -> Iterator[tuple[Future[None], Future[None]] | None]:
+    """Kvasir's image and the model's, on their way while the cluster comes up; None: given."""
+    given = (os.environ.get("KVASIR_E2E_IMAGE"), os.environ.get("KVASIR_E2E_MODEL_IMAGE"))
+    if all(given):
+        yield None
+        return
+    if not kind_name:
+        raise CommandError("not a kind cluster: set KVASIR_E2E_IMAGE and KVASIR_E2E_MODEL_IMAGE")
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit(_build_image), pool.submit(_build_model_image)
+
+
+def _build_image() -> None:
+    _build("-t", IMAGE, str(ROOT), limit_s=1500)
+
+
+def _build_model_image() -> None:
+    model = os.environ.get("KVASIR_E2E_MODEL") or _smollm2()
+    _build("-t", MODEL_IMAGE, "-f", str(ROOT / "e2e/model.Dockerfile"), model, limit_s=300)
+
+
+def _build(*args: str, limit_s: float) -> None:
+    plain = {"DOCKER_BUILDKIT": os.environ.get("DOCKER_BUILDKIT", "0")}
+    run("docker", "build", "-q", *args, limit_s=limit_s, env=plain)
+
+
+@pytest.fixture(scope="session")
+def cluster(
+    kind_name: str, builds: object, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
     """An existing cluster, or a kind cluster that is deleted afterwards."""
     given = os.environ.get("KUBECONFIG", "")
     for tool in ("kubectl", "helm", *(() if given else ("kind", "docker"))):
@@ -59,8 +98,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
     cache = str(folder / "cache")
     if given:
-        context = run("kubectl", "config", "current-context").strip()
-        yield Cluster(given, context.removeprefix("kind-") if "kind-" in context else "", cache)
+        yield Cluster(given, kind_name, cache)
         return
     kubeconfig = str(folder / "kubeconfig")
     node_image = os.environ.get("KIND_NODE_IMAGE", "")
@@ -76,26 +114,23 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def images(cluster: Cluster) -> Images:
-    """Kvasir's image and the model's, built and loaded unless they are given."""
-    given = Images(
-        os.environ.get("KVASIR_E2E_IMAGE", ""), os.environ.get("KVASIR_E2E_MODEL_IMAGE", "")
-    )
-    if given.kvasir and given.model:
-        return given
-    if not cluster.kind_name:
-        raise CommandError("not a kind cluster: set KVASIR_E2E_IMAGE and KVASIR_E2E_MODEL_IMAGE")
-    say("building the image (3 to 6 minutes the first time)")
-    build = ("docker", "build", "-q")
-    plain = {"DOCKER_BUILDKIT": os.environ.get("DOCKER_BUILDKIT", "0")}
-    run(*build, "-t", IMAGE, str(ROOT), limit_s=1500, env=plain)
-    model = os.environ.get("KVASIR_E2E_MODEL") or _smollm2()
-    dockerfile = str(ROOT / "e2e/model.Dockerfile")
-    run(*build, "-t", MODEL_IMAGE, "-f", dockerfile, model, limit_s=300, env=plain)
-    run(
-        "kind", "load", "docker-image", IMAGE, MODEL_IMAGE, "--name", cluster.kind_name, limit_s=900
-    )
+def images(cluster: Cluster, builds: tuple[Future[None], Future[None]] | None) -> Images:
+    """Kvasir's image and the model's, loaded into a kind cluster unless they are given."""
+    if builds is None:
+        return Images(os.environ["KVASIR_E2E_IMAGE"], os.environ["KVASIR_E2E_MODEL_IMAGE"])
+    image, model = builds
+    model.result()
+    nodes = run("kind", "get", "nodes", "--name", cluster.kind_name, quiet=True).split()
+    workers = [node for node in nodes if not node.endswith("-control-plane")] or nodes
+    _load(cluster, MODEL_IMAGE, "--nodes", ",".join(workers))
+    say("waiting for the image (3 to 6 minutes the first time)")
+    image.result()
+    _load(cluster, IMAGE)
     return Images(IMAGE, MODEL_IMAGE)
+
+
+def _load(cluster: Cluster, *args: str) -> None:
+    run("kind", "load", "docker-image", *args, "--name", cluster.kind_name, limit_s=900)
 
 
 def _smollm2() -> str:

@@ -52,7 +52,7 @@ def start_pod(kubectl: Kubectl, image: str, *, on_control_plane: bool) -> None:
         spec["tolerations"] = [{"key": CONTROL_PLANE, "operator": "Exists"}]
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": POD}, "spec": spec}
     kubectl("apply", "-f", "-", stdin=json.dumps(pod))
-    kubectl("wait", "--for=condition=Ready", f"pod/{POD}", "--timeout=90s", limit_s=100)
+    kubectl("wait", "--for=condition=Ready", f"pod/{POD}", "--timeout=240s", limit_s=250)
 
 
 class Clients:

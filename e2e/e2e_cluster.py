@@ -18,23 +18,38 @@ CRDS = tuple(
 OPERATOR = "app.kubernetes.io/name=kvasir-operator"
 OURS = "app.kubernetes.io/managed-by=kvasir-operator"
 DRAINS = "kvasir_operator_drains_total"
-SETTLE_LIMIT_S = 180  # a busy machine misses a probe now and then
+SETTLE_LIMIT_S = 300  # a busy machine misses a probe now and then
 ROLES = ("router", "prefill", "decode", "kv")
 
 
 def operator_metric(operator: Kubectl, name: str, **labels: str) -> float:
     """One counter of the operator, summed over its pods and the labels that are not given."""
-    total = 0.0
-    for pod in operator.names("pods", "-l", OPERATOR):
-        with port_forward(operator, pod, 8080) as url:
-            total += metric(url, name, **labels)
-    return total
+
+    def read() -> tuple[float]:
+        total = 0.0
+        for pod in operator.json("pods", "-l", OPERATOR)["items"]:
+            if "deletionTimestamp" not in pod["metadata"]:
+                with port_forward(operator, f"pod/{pod['metadata']['name']}", 8080) as url:
+                    total += metric(url, name, **labels)
+        return (total,)
+
+    [total] = wait_for(f"{name} of the operator", read, limit_s=120, quiet=True)
+    return float(total)
 
 
 def find_pods(kubectl: Kubectl, *roles: str) -> list[dict[str, Any]]:
     """The pods of these roles that are not on their way out."""
     pods = kubectl.json("pods", "-l", f"kvasir.dev/role in ({','.join(roles)})")["items"]
     return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+
+def pod_uids(kubectl: Kubectl, *roles: str) -> dict[str, str]:
+    """The UIDs of the pods of these roles, by name, ready or not.
+
+    Who compares what there was before with what there is later asks this: a busy machine misses a
+    probe now and then, and the pod is the same.
+    """
+    return {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in find_pods(kubectl, *roles)}
 
 
 def ready_pods(kubectl: Kubectl, *roles: str) -> dict[str, str]:
@@ -52,6 +67,12 @@ def is_ready(pod: Mapping[str, Any]) -> bool:
     return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
 
 
+def container_ids(pod: Mapping[str, Any]) -> set[str]:
+    """Of the pod's containers: one that is started again has another."""
+    containers = pod.get("status", {}).get("containerStatuses", [])
+    return {container["containerID"] for container in containers if "containerID" in container}
+
+
 def wait_for_ready(
     kubectl: Kubectl, role: str, number: int, *, without: Mapping[str, str] | None = None
 ) -> dict[str, str]:
@@ -59,9 +80,9 @@ def wait_for_ready(
 
     def found() -> dict[str, str]:
         pods = find_pods(kubectl, role)
-        ready = ready_pods(kubectl, role)
-        is_all = len(pods) == len(ready) == number
-        return ready if is_all and not set(ready.values()) & set((without or {}).values()) else {}
+        uids = {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in pods}
+        is_all = len(pods) == number and all(is_ready(pod) for pod in pods)
+        return uids if is_all and not set(uids.values()) & set((without or {}).values()) else {}
 
     what = f"{number} {role} pods" + (" in place of those before" if without else "")
     pods: dict[str, str] = wait_for(what, found, limit_s=300)

@@ -1,5 +1,6 @@
 """Commands of the suite: each has a time limit, is printed, and fails with its output."""
 
+import http.client
 import json
 import os
 import re
@@ -15,8 +16,24 @@ from typing import Any
 POLL_INTERVAL_S = 0.5
 OUTPUT_LINES_MAX = 60
 PORT_FORWARD_LIMIT_S = 60
-UNREACHED_LIMIT_S = 60
-UNREACHED = ("did you specify the right host or port?", "TLS handshake timeout")
+UNREACHED_LIMIT_S = 120
+DELETE_LIMIT_S = 300
+UNREACHED = (  # what a busy API server or etcd says, or its client: asked again, nothing changes
+    "did you specify the right host or port?",
+    "TLS handshake timeout",
+    "i/o timeout",
+    "connection refused",
+    "connection reset by peer",
+    "client connection lost",
+    "unexpected EOF",
+    "context deadline exceeded",
+    "Client.Timeout exceeded",
+    "etcdserver: ",
+    "the server is currently unable to handle the request",
+    "the server was unable to return a response in the time allotted",
+    "too many requests",
+)
+PASSING_ERRORS = (OSError, http.client.HTTPException, LookupError)  # a field yet to be written
 ROOT = Path(__file__).parents[1]
 
 
@@ -100,7 +117,10 @@ class Kubectl:
         return text
 
     def _run_when_reached(self, *args: str, **options: Any) -> str:
-        """A busy machine may keep the API server from answering for a while: nothing was done."""
+        """A busy machine may keep the API server from answering for a while.
+
+        Commands that may be repeated are all that the suite gives: `apply`, never `create`.
+        """
         until_s = time.monotonic() + UNREACHED_LIMIT_S
         while True:
             error: CommandError | None = None
@@ -108,11 +128,17 @@ class Kubectl:
                 said = run(*self.prefix, *args, **options)
             except CommandError as failure:
                 said, error = str(failure), failure
-            if time.monotonic() > until_s or not any(word in said for word in UNREACHED):
+            has_failed = error is not None or options.get("expect_failure")
+            is_unreached = has_failed and any(word in said for word in UNREACHED)
+            if time.monotonic() > until_s or not is_unreached:
                 if error is not None:
                     raise error
                 return said
             time.sleep(POLL_INTERVAL_S)
+
+    def delete(self, *args: str) -> str:
+        """Delete, and wait until it is done: finalizers may take their time."""
+        return self("delete", "--ignore-not-found", *args, limit_s=DELETE_LIMIT_S)
 
     def json(self, *args: str) -> Any:
         """The output of a `get` as JSON; not printed."""
@@ -128,23 +154,26 @@ class Kubectl:
         return self("get", *args, "-o", "name", "--ignore-not-found", quiet=True).split()
 
 
-def wait_for(what: str, probe: Callable[[], Any], *, limit_s: float) -> Any:
+def wait_for(what: str, probe: Callable[[], Any], *, limit_s: float, quiet: bool = False) -> Any:
     """Ask until the answer is true; tells every 10 s that it still waits.
 
-    A question that fails is asked again: an API server on a busy machine does not answer always.
+    A question that fails is asked again: an API server on a busy machine does not answer always,
+    and a status may be yet to be written.
     """
-    say(f"waiting for {what}")
+    if not quiet:
+        say(f"waiting for {what}")
     started_s = time.monotonic()
     told_s = started_s
     while True:
         answer, trouble = None, ""
         try:
             answer = probe()
-        except (CommandError, OSError) as error:
-            trouble = f"; the last question failed: {error}"
+        except (CommandError, *PASSING_ERRORS) as error:
+            trouble = f"; the last question failed: {type(error).__name__} {error}"
         now_s = time.monotonic()
         if answer:
-            say(f"{what}: after {now_s - started_s:.1f} s")
+            if not quiet:
+                say(f"{what}: after {now_s - started_s:.1f} s")
             return answer
         if now_s - started_s > limit_s:
             raise CommandError(f"waited {limit_s:.0f} s for {what}{trouble}")
@@ -157,20 +186,26 @@ def wait_for(what: str, probe: Callable[[], Any], *, limit_s: float) -> Any:
 @contextmanager
 def port_forward(kubectl: Kubectl, target: str, port: int) -> Iterator[str]:
     """The base URL of a Service, Deployment or pod on this machine."""
-    process = subprocess.Popen(
-        (*kubectl.prefix, "port-forward", target, f":{port}"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        is_told, _, _ = select.select([process.stdout], [], [], PORT_FORWARD_LIMIT_S)
-        line = process.stdout.readline() if is_told else "no word from it"
-        if "Forwarding" not in line:  # "Forwarding from 127.0.0.1:41234 -> 8000"
+    until_s = time.monotonic() + PORT_FORWARD_LIMIT_S
+    while True:
+        with _started(*kubectl.prefix, "port-forward", target, f":{port}") as process:
+            assert process.stdout is not None
+            is_told, _, _ = select.select([process.stdout], [], [], PORT_FORWARD_LIMIT_S)
+            line = process.stdout.readline() if is_told else "no word from it"
+            if "Forwarding" in line:  # "Forwarding from 127.0.0.1:41234 -> 8000"
+                local = line.split("127.0.0.1:")[1].split(" ")[0]
+                yield f"http://127.0.0.1:{local}"
+                return
+        if time.monotonic() > until_s:
             raise CommandError(f"port-forward to {target}: {line}")
-        local = line.split("127.0.0.1:")[1].split(" ")[0]
-        yield f"http://127.0.0.1:{local}"
+        time.sleep(POLL_INTERVAL_S)
+
+
+@contextmanager
+def _started(*command: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
     finally:
         process.terminate()
         process.wait(10)
@@ -180,12 +215,13 @@ def port_forward(kubectl: Kubectl, target: str, port: int) -> Iterator[str]:
 
 @contextmanager
 def followed_log(kubectl: Kubectl, pod: str, folder: Path) -> Iterator[Path]:
-    """A file that a pod's log is written to as it comes; it outlives the pod."""
+    """A file that a pod's log is written to as it comes, the last line first; outlives the pod."""
     path = folder / f"{pod}.log"
     with path.open("w") as log:
         command = (*kubectl.prefix, "logs", "--follow", "--tail=1", pod)
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
+            wait_for(f"the log of {pod}", lambda: path.stat().st_size > 0, limit_s=60)
             yield path
         finally:
             process.terminate()

@@ -9,7 +9,11 @@ from e2e_cluster import CRDS, OURS, PARTS
 from e2e_shell import Helm, Kubectl, say, wait_for
 
 PREVIOUS = "kvasir-0.1.0.tgz"
-RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
+RESTRICTED = """
+apiVersion: v1
+kind: Namespace
+metadata: {name: %s, labels: {pod-security.kubernetes.io/enforce: restricted}}
+"""
 KEPT = """
 apiVersion: kvasir.dev/v1alpha1
 kind: ModelService
@@ -26,10 +30,9 @@ def test_images_are_built_and_loaded(images: Images) -> None:
 @pytest.mark.timeout(300)
 def test_previous_version_is_installed(helm: Helm, kubectl: Kubectl, operator: Kubectl) -> None:
     for namespace in (NAMESPACE, SYSTEM_NAMESPACE):
-        operator("create", "namespace", namespace)
-        operator("label", "namespace", namespace, RESTRICTED)
+        operator("apply", "-f", "-", stdin=RESTRICTED % namespace)
     helm("install", "kvasir", f"e2e/previous/{PREVIOUS}", limit_s=90)
-    operator("wait", "--for=condition=Established", *CRDS, quiet=True)
+    operator("wait", "--for=condition=Established", *CRDS, "--timeout=90s", limit_s=100)
     kubectl("apply", "-f", "-", stdin=KEPT)
 
 
@@ -44,9 +47,9 @@ def test_upgrade_brings_new_crds_and_keeps_resources(
     assert versions == {"0.1.0"}
     [version] = {_chart_version(operator, crd) for crd in CRDS}
     assert version != "0.1.0"
-    kubectl("wait", "--for=condition=Degraded", "msvc/kept", "--timeout=120s", limit_s=130)
+    kubectl("wait", "--for=condition=Degraded", "msvc/kept", "--timeout=240s", limit_s=250)
     assert kubectl.json("msvc/kept")["metadata"]["uid"] == before
-    kubectl("delete", "msvc", "kept")
+    kubectl.delete("msvc", "kept")
     wait_for("its children to be gone", lambda: not kubectl.names(PARTS, "-l", OURS), limit_s=180)
 
 

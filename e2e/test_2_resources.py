@@ -85,5 +85,5 @@ def test_missing_model_is_told_in_a_condition(
     say(wait_for(f"condition Degraded, {reason}", told, limit_s=180))
     assert kubectl.condition("msvc/bad", "Available")["status"] == "False"
     kubectl("get", "msvc")
-    kubectl("delete", "msvc", "bad")
+    kubectl.delete("msvc", "bad")
     wait_for("its children to be gone", lambda: not kubectl.names(PARTS, "-l", OURS), limit_s=180)

@@ -48,15 +48,20 @@ def test_streamed_chat_through_the_service(router: str) -> None:
 
 @pytest.mark.timeout(300)
 def test_long_prompt_is_handed_over_and_reused(router: str) -> None:
-    first = chat(router, system(SYSTEM), user(QUESTION))
-    tell(first)
+    """Several prompts: while the machine is busy a router may prefer one worker for both."""
+    for manner in ("", "Be brief. ", "Be kind. ", "Be exact. "):
+        told = system(manner + SYSTEM)
+        first = chat(router, told, user(QUESTION))
+        tell(first)
+        if first.stats["kv_bytes_moved"] > 0:
+            break
     assert "Paris" in first.text
     assert first.stats["prefill_worker"].startswith("smollm2-prefill-")
     assert first.stats["decode_worker"].startswith("smollm2-decode-")
     assert first.stats["kv_bytes_moved"] > 0
     answered = {"role": "assistant", "content": first.text}
     asked = user("What is the capital of Italy?")
-    second = chat(router, system(SYSTEM), user(QUESTION), answered, asked)
+    second = chat(router, told, user(QUESTION), answered, asked)
     tell(second)
     assert "Rome" in second.text
     assert second.usage["prompt_tokens_details"]["cached_tokens"] > 0

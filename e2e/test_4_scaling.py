@@ -17,13 +17,14 @@ from e2e_cluster import (
     apply_taken_name,
     operator_metric,
     patch,
-    ready_pods,
+    pod_uids,
     wait_for_ready,
     wait_until_observed,
     wait_until_settled,
 )
 from e2e_shell import Kubectl, followed_log, metric, port_forward, say, wait_for
 
+DRAINED = "drained: 0 requests"
 AUTOSCALER = """
 apiVersion: autoscaling/v2
 kind: HorizontalPodAutoscaler
@@ -73,7 +74,7 @@ def test_scale_in_drains_under_load(kubectl: Kubectl, operator: Kubectl, tmp_pat
     drained = operator_metric(operator, DRAINS, outcome="drained")
     clients = Clients(kubectl, num_clients=6, max_tokens=160, ignore_eos=True)
     with clients as load, ExitStack() as stack:
-        pods = ready_pods(kubectl, "decode")
+        pods = wait_for_ready(kubectl, "decode", 2)
         logs = {pod: stack.enter_context(followed_log(kubectl, pod, tmp_path)) for pod in pods}
         urls = [stack.enter_context(port_forward(kubectl, f"pod/{pod}", 8080)) for pod in pods]
         wait_for(
@@ -84,15 +85,20 @@ def test_scale_in_drains_under_load(kubectl: Kubectl, operator: Kubectl, tmp_pat
         kubectl("scale", DECODE, "--replicas=1")
         left = wait_for_ready(kubectl, "decode", 1)
         wait_for("answers after the removal", load.has_done(2), limit_s=180)
+        [gone] = set(pods) - set(left)
+        said = logs[gone].read_text
+        wait_for(f"{gone} to say that it drained", lambda: DRAINED in said(), limit_s=60)
     assert load.failures == []
-    [gone] = set(pods) - set(left)
-    words = logs[gone].read_text()
+    words = said()
     begun = re.search(r"draining: (\d+) requests in flight", words)
     assert begun, f"{gone} did not drain: {words[-2000:]}"
     assert int(begun[1]) >= 1, f"{gone} had nothing to drain: {words[-2000:]}"
-    assert "drained: 0 requests" in words, f"{gone} did not finish: {words[-2000:]}"
     say(f"{gone} finished {begun[1]} requests before it went")
-    assert operator_metric(operator, DRAINS, outcome="drained") == drained + 1
+    wait_for(
+        "the drain in the operator's metrics",
+        lambda: operator_metric(operator, DRAINS, outcome="drained") == drained + 1,
+        limit_s=60,
+    )
     assert kubectl.json(DECODE)["spec"]["replicas"] == 1
     described = partial(kubectl, "describe", DECODE, quiet=True)
     wait_for("the event WorkerDrained", lambda: "WorkerDrained" in described(), limit_s=60)
@@ -122,7 +128,7 @@ def test_autoscaler_owns_the_replicas(kubectl: Kubectl) -> None:
     kubectl("apply", "-f", "-", stdin=AUTOSCALER % "two")
     kubectl("wait", "--for=condition=ReplicasContested", DECODE, "--timeout=180s", limit_s=190)
     kubectl("get", "hpa,dcp")
-    kubectl("delete", "hpa", "one", "two")
+    kubectl.delete("hpa", "one", "two")
     wait_for("nobody to raise it again", partial(_keeps_two, kubectl), limit_s=240)
     wait_for_ready(kubectl, "decode", 2)
     wait_until_settled(kubectl)
@@ -143,7 +149,7 @@ def _keeps_two(kubectl: Kubectl) -> bool:
 @pytest.mark.timeout(600)
 def test_worker_changes_its_role_and_back(kubectl: Kubectl) -> None:
     """Under load, without a restart, and no request fails."""
-    before = ready_pods(kubectl, "prefill", "decode")
+    before = pod_uids(kubectl, "prefill", "decode")
     with Clients(kubectl, num_clients=3, system=UNCACHED) as load:
         wait_for("answers before", load.has_done(3), limit_s=180)
         for num_lent in (1, 0):
@@ -152,7 +158,7 @@ def test_worker_changes_its_role_and_back(kubectl: Kubectl) -> None:
             wait_for(what, partial(_has_lent, kubectl, num_lent), limit_s=180)
             wait_for("answers afterwards", load.has_done(4), limit_s=180)
     assert load.failures == []
-    assert ready_pods(kubectl, "prefill", "decode") == before
+    assert pod_uids(kubectl, "prefill", "decode") == before
     wait_until_settled(kubectl)
 
 

@@ -10,6 +10,7 @@ from e2e_cluster import (
     find_pods,
     is_ready,
     patch,
+    pod_uids,
     ready_pods,
     wait_for_ready,
     wait_until_settled,
@@ -19,7 +20,7 @@ from e2e_shell import Kubectl, say, wait_for
 
 @pytest.mark.timeout(600)
 def test_rollout_under_load(kubectl: Kubectl) -> None:
-    before = ready_pods(kubectl, "router", "prefill", "decode")
+    before = pod_uids(kubectl, "router", "prefill", "decode")
     env = {"env": [{"name": "E2E_ROLLOUT", "value": "1"}]}
     with Clients(kubectl, num_clients=3, max_tokens=48, ignore_eos=True) as load:
         wait_for("answers before the rollout", load.has_done(3), limit_s=300)
@@ -38,7 +39,7 @@ def test_rollout_under_load(kubectl: Kubectl) -> None:
 @pytest.mark.timeout(600)
 def test_failing_rollout_is_taken_back(kubectl: Kubectl) -> None:
     """What cannot start takes no worker's place, and is gone when the change is taken back."""
-    before = ready_pods(kubectl, "prefill", "decode")
+    before = pod_uids(kubectl, "prefill", "decode")
     with Clients(kubectl, num_clients=3, max_tokens=48, ignore_eos=True) as load:
         wait_for("answers before the rollout", load.has_done(3), limit_s=300)
         patch(kubectl, SERVICE, {"spec": {"decode": {"args": ["--nowhere"]}}})
@@ -55,13 +56,13 @@ def test_failing_rollout_is_taken_back(kubectl: Kubectl) -> None:
     say(message)
     assert "--nowhere" in message
     assert load.failures == []
-    assert ready_pods(kubectl, "prefill", "decode") == before
+    assert pod_uids(kubectl, "prefill", "decode") == before
 
 
 @pytest.mark.timeout(600)
 def test_rollout_turns_back_midway(kubectl: Kubectl) -> None:
     """The change is taken back when the first worker is a new one."""
-    before = ready_pods(kubectl, "prefill", "decode")
+    before = pod_uids(kubectl, "prefill", "decode")
     env = {"env": [{"name": "E2E_ROLLOUT", "value": "2"}]}
     back = {"env": [{"name": "E2E_ROLLOUT", "value": "1"}]}
     with Clients(kubectl, num_clients=3, max_tokens=48, ignore_eos=True) as load:
@@ -70,7 +71,7 @@ def test_rollout_turns_back_midway(kubectl: Kubectl) -> None:
         wait_for(
             "the first new worker",
             lambda: set(ready_pods(kubectl, "prefill", "decode")) - set(before),
-            limit_s=180,
+            limit_s=300,
         )
         patch(kubectl, SERVICE, {"spec": {"prefill": back, "decode": back}})
 
@@ -87,16 +88,16 @@ def test_rollout_turns_back_midway(kubectl: Kubectl) -> None:
 @pytest.mark.timeout(600)
 def test_stateful_set_of_an_early_release_makes_room(kubectl: Kubectl) -> None:
     """Workers were once in StatefulSets: their pods drain, and the pool is as large as before."""
-    before = ready_pods(kubectl, "decode")
+    before = pod_uids(kubectl, "decode")
     early = _early_release(kubectl)
     with Clients(kubectl, num_clients=2, max_tokens=48, ignore_eos=True) as load:
         wait_for("answers before", load.has_done(2), limit_s=180)
         kubectl("apply", "-f", "-", stdin=json.dumps(early))
-        kubectl("wait", "--for=delete", "statefulset/smollm2-decode", "--timeout=90s", limit_s=100)
+        kubectl("wait", "--for=delete", "statefulset/smollm2-decode", "--timeout=240s", limit_s=250)
         wait_for_ready(kubectl, "decode", 2)
         wait_for("answers afterwards", load.has_done(4), limit_s=180)
     assert load.failures == []
-    assert ready_pods(kubectl, "decode") == before
+    assert pod_uids(kubectl, "decode") == before
     wait_until_settled(kubectl)
 
 

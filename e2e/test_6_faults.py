@@ -12,9 +12,10 @@ from e2e_cluster import (
     DECODE,
     SERVICE,
     apply_taken_name,
+    container_ids,
     find_pods,
     patch,
-    ready_pods,
+    pod_uids,
     wait_for_ready,
     wait_until_settled,
 )
@@ -23,13 +24,14 @@ from kvasir_cli.demo import SYSTEM
 from kvasir_operator.certificates import LIFETIME, ROTATE_BEFORE, make_bundle, utc_now
 
 WEBHOOK = "kvasir-operator-webhook"
+WORKING = ("prefill", "decode", "kv")
 KILL = ("--force", "--grace-period=0", "--wait=false")
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_killed_worker_is_not_missed(kubectl: Kubectl, role: str) -> None:
-    before = ready_pods(kubectl, role)
+    before = pod_uids(kubectl, role)
     victim = next(iter(before))
     with Clients(kubectl, num_clients=3, system=UNCACHED) as load:
         wait_for("answers under load", load.has_done(3), limit_s=180)
@@ -43,26 +45,27 @@ def test_killed_worker_is_not_missed(kubectl: Kubectl, role: str) -> None:
 @pytest.mark.timeout(600)
 def test_kv_outlives_the_workers(kubectl: Kubectl, router: str) -> None:
     """Several prompts: a worker that has just started may compute rather than fetch."""
-    prompts = [system(f"Be {manner}. {SYSTEM}") for manner in ("kind", "calm", "exact")]
+    manners = ("kind", "calm", "exact", "patient", "honest")
+    prompts = [system(f"Be {manner}. {SYSTEM}") for manner in manners]
     for prompt in prompts:
         chat(router, prompt, user(QUESTION))
-    before = {role: ready_pods(kubectl, role) for role in ("prefill", "decode")}
+    before = {role: pod_uids(kubectl, role) for role in ("prefill", "decode")}
     kubectl("delete", "pods", *before["prefill"], *before["decode"], "--wait=false")
     for role, pods in before.items():
         wait_for_ready(kubectl, role, len(pods), without=pods)
     wait_until_settled(kubectl)
-    num_fetched = 0
     for prompt in prompts:
         answer = chat(router, prompt, user(QUESTION))
         tell(answer)
-        assert "Paris" in answer.text
-        num_fetched += answer.stats["tokens_cached_fetched"]
-    assert num_fetched > 0, "nothing came from the KV node"
+        if answer.stats["tokens_cached_fetched"] > 0:
+            break
+    assert answer.stats["tokens_cached_fetched"] > 0, "nothing came from the KV node"
+    assert "Paris" in answer.text
 
 
 @pytest.mark.timeout(600)
 def test_requests_pass_without_the_kv_node(kubectl: Kubectl, router: str) -> None:
-    before = ready_pods(kubectl, "kv")
+    before = pod_uids(kubectl, "kv")
     kubectl("delete", "pod", *before, "--wait=false")
     answer = chat(router, system("Be polite. " + SYSTEM), user(QUESTION))
     tell(answer)
@@ -112,10 +115,10 @@ def test_standby_operator_takes_over(kubectl: Kubectl, operator: Kubectl) -> Non
     kubectl("scale", DECODE, "--replicas=2")
     wait_for_ready(kubectl, "decode", 2)
     wait_until_settled(kubectl)
-    assert _certificate(operator) != aged
+    wait_for("a renewed certificate", lambda: _certificate(operator) != aged, limit_s=90)
     wait_for("a refusal of the webhook", partial(apply_taken_name, kubectl), limit_s=60)
-    rollout = ("rollout", "status", "deployment/kvasir-operator", "--timeout=60s")
-    operator(*rollout, limit_s=70)
+    rollout = ("rollout", "status", "deployment/kvasir-operator", "--timeout=180s")
+    operator(*rollout, limit_s=190)
 
 
 def _age_certificate(operator: Kubectl) -> str:
@@ -145,22 +148,30 @@ def test_lost_node_is_not_missed(cluster: Cluster, kubectl: Kubectl) -> None:
     if not cluster.kind_name:
         pytest.skip("only a node of kind can be stopped from here")
     routers = {pod["spec"]["nodeName"] for pod in find_pods(kubectl, "router")}
-    pods = find_pods(kubectl, "prefill", "decode", "kv")
+    pods = find_pods(kubectl, *WORKING)
     nodes = {pod["spec"]["nodeName"] for pod in pods} - routers
     assert nodes, "all pods are on one node"
     node = nodes.pop()
-    lost = [pod["metadata"]["name"] for pod in pods if pod["spec"]["nodeName"] == node]
-    say(f"node {node} is lost with {', '.join(lost)}")
+    lost = [pod for pod in pods if pod["spec"]["nodeName"] == node]
+    say(f"node {node} is lost with {', '.join(pod['metadata']['name'] for pod in lost)}")
     with Clients(kubectl, num_clients=3, system=UNCACHED) as load:
         wait_for("answers under load", load.has_done(3), limit_s=180)
-        run("docker", "stop", "--time", "1", node, limit_s=60)
+        run("docker", "stop", "--time", "1", node, limit_s=120)
         wait_for("answers without the node", load.has_done(6), limit_s=180)
         kubectl(
             "wait", "--for=condition=Ready=Unknown", f"node/{node}", "--timeout=240s", limit_s=250
         )
         wait_for("answers when it is missed", load.has_done(6), limit_s=180)
-        run("docker", "start", node, limit_s=60)
+        run("docker", "start", node, limit_s=120)
         kubectl("wait", "--for=condition=Ready", f"node/{node}", "--timeout=240s", limit_s=250)
+
+        def are_started_again() -> bool:
+            """Until then the conditions of pods may be those from before the node went."""
+            found = {pod["metadata"]["uid"]: pod for pod in find_pods(kubectl, *WORKING)}
+            kept = [(pod, found.get(pod["metadata"]["uid"])) for pod in lost]
+            return not any(now and container_ids(now) & container_ids(pod) for pod, now in kept)
+
+        wait_for("its pods to start again or elsewhere", are_started_again, limit_s=240)
         wait_until_settled(kubectl)
     assert load.failures == []
     kubectl("get", "pods", "-n", NAMESPACE, "-o", "wide")

@@ -1,7 +1,8 @@
 """A real API server without nodes: etcd, kube-apiserver and the controllers, for tests.
 
 KUBEBUILDER_ASSETS names a folder with the programs etcd, kube-apiserver, kube-controller-manager
-and kubectl, as `setup-envtest` makes it. No kubelet runs: tests write the status of pods.
+and kubectl; `make test-api` takes them out of the image of kind's nodes. No kubelet runs: tests
+write the status of pods.
 """
 
 import json
@@ -31,7 +32,7 @@ START_LIMIT_S = 90
 
 needs_kube_api = pytest.mark.skipif(
     not all((Path(ASSETS) / program).exists() for program in PROGRAMS),
-    reason=f"KUBEBUILDER_ASSETS names no folder with {', '.join(PROGRAMS)}",
+    reason=f"make test-api runs it: it takes {', '.join(PROGRAMS)} (KUBEBUILDER_ASSETS)",
 )
 
 
