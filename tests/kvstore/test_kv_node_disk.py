@@ -119,6 +119,20 @@ async def test_a_full_disk_is_told_of_and_the_node_goes_on(tmp_path: Path) -> No
             await fetch(node, names, worker.contents)
 
 
+async def test_a_disk_that_is_not_there_is_told_of_and_the_node_serves(tmp_path: Path) -> None:
+    (tmp_path / "lost").write_text("no folder")
+    names = make_names(2)
+    with running_node(disk_dir=tmp_path / "lost" / "kv") as node:
+        async with make_holder([node.spec]) as worker:
+            worker.publish(names)
+            await worker.offer(names)
+            assert await fetch(node, names, worker.contents) == 2
+        status, body = node.get("/readyz")
+        assert status == 200
+        assert json.loads(body)["degraded"] == ["disk: Not a directory"]
+        assert (await describe(node)).degraded == ["disk: Not a directory"]
+
+
 async def test_another_layout_takes_the_place_of_what_nobody_offers_any_more(
     tmp_path: Path,
 ) -> None:

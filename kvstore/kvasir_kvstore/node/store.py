@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2, kvnode_pb2
@@ -59,6 +60,8 @@ class NodeStore:
     ) -> None:
         """Holds the data port and the disk's folder.
 
+        A folder that is not taken and yet cannot be used is told of in `degraded`.
+
         Raises:
             OSError: one of them is taken.
             KvasirError: UNSUPPORTED: the transport that was chosen does not work here.
@@ -66,8 +69,8 @@ class NodeStore:
         settings.data_plane.require()
         self._settings = settings
         self._index = index
-        self._file = BlockFile(settings.disk_dir) if settings.disk_dir else None
         self._disk_problem = ""
+        self._file = self._open_disk(settings.disk_dir) if settings.disk_dir else None
         self._port_holder = _hold_port(settings.host, settings.data_port)
         self.address = common_pb2.PeerAddress(
             name=settings.name,
@@ -92,6 +95,16 @@ class NodeStore:
         self._changes: dict[bytes, None] = {}  # names that the index is to be told of
         self._turn = asyncio.Semaphore(settings.offers_running_max)
         self._num_offers = 0
+
+    def _open_disk(self, folder: Path) -> BlockFile | None:
+        try:
+            return BlockFile(folder)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self._disk_problem = f"disk: {error.strerror or error}"
+            log.warning("no blocks are kept on disk: %s: %s", folder, self._disk_problem)
+            return None
 
     async def restore(self) -> None:
         """Serves what an earlier life left on disk, if it did."""
