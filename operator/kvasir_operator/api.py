@@ -11,7 +11,7 @@ from pydantic import Field
 
 from kvasir_operator.api_base import NAME_PATTERN, ApiModel, Rule, map_list
 from kvasir_operator.api_gateway import GatewaySettings
-from kvasir_operator.api_kv import KvCodec, KvNodeSettings, KvUseSettings
+from kvasir_operator.api_kv import KvNodeSettings, KvUseSettings
 from kvasir_operator.api_planner import PlannerSettings, WorkerPrice
 from kvasir_operator.api_pods import KeyRef, PodSettings, Resources
 from kvasir_operator.api_security import ROUTER_PEER_PORT, LinkSettings, SecuritySettings
@@ -51,7 +51,7 @@ REPLICA_RULES = (
 )
 REDIS_URL_PATTERN = r"^(redis|rediss|rediss\+mtls|redis\+sentinel|redis\+cluster)://.+"
 MODEL_RULE = Rule(
-    "self.model == oldSelf.model",
+    "self.model.name == oldSelf.model.name && self.model.source == oldSelf.model.source",
     "model cannot be changed: create another ModelService and move clients to it",
 )
 
@@ -111,16 +111,6 @@ class PoolRef(ApiModel):
 
 class KvCachePoolTemplate(KvNodeSettings, Replicas):
     """A pool of KV nodes that a ModelService owns."""
-
-    codec: KvCodec = Field(
-        default="raw",
-        description="How KV travels over TCP to the service's workers, in hand-offs and from KV "
-        "nodes. raw: exactly. int8, int4, entropy: a half, a third or a quarter of the bytes, "
-        "losing a little. auto: per link, whichever of them is soonest there. A codec needs the "
-        "record of `kvasir kv probe` in the model's folder: workers refuse to start with one that "
-        "has not passed, and auto leaves it out. All but raw share no KV with workers that take "
-        "raw: a change replaces all workers, and old and new ones exchange none meanwhile.",
-    )
 
 
 class RouterSettings(PodSettings):
@@ -330,10 +320,6 @@ class WorkerPoolSpec(
             "self.engine != 'vllm' || (self.kvNodes.size() == 0 && self.lentReplicas == 0)",
             "kvNodes and lentReplicas need engine kvasir, for vLLM keeps its KV to itself: remove "
             "them",
-        ),
-        Rule(
-            "self.engine != 'vllm' || self.kvCodec == 'raw'",
-            "kvCodec needs engine kvasir, for vLLM keeps its KV to itself: remove kvCodec",
         ),
     )
     model: Model = Field(description="The model that the workers serve. It cannot be changed.")

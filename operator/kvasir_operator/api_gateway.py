@@ -75,9 +75,11 @@ class GatewaySettings(ApiModel):
 
 
 class GatewayStatus(ApiModel):
-    """What was made for gateways."""
+    """What there is for gateways."""
 
-    inference_pool: str = Field(description="Name of the InferencePool.")
+    inference_pool: str | None = Field(
+        default=None, description="Name of the InferencePool; absent: it could not be made."
+    )
     http_route: str | None = Field(
-        default=None, description="Name of the HTTPRoute; absent: none is asked for."
+        default=None, description="Name of the HTTPRoute; absent: none is asked for, or made."
     )

@@ -1,6 +1,6 @@
-"""The API of KV nodes: memory, disk, object store, what stays in them for how long; codecs."""
+"""The API of KV nodes: memory, disk, object store, what stays in them for how long."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -8,7 +8,6 @@ from kvasir_operator.api_base import ApiModel, Rule
 from kvasir_operator.api_pods import PodSettings
 from kvasir_operator.api_security import SecretName
 
-KvCodec = Literal["raw", "auto", "int8", "int4", "entropy"]  # as the worker's setting
 TIER_MB_MAX = 4_194_304
 TTL_S_MAX = 31_536_000
 HAS_CLAIM = "has({0}.disk) && has({0}.disk.volumeClaim)"
@@ -144,9 +143,4 @@ class KvUseSettings(ApiModel):
         ge=1,
         le=8,
         description="KV nodes that each block is offered to: `copies` of the KVCachePool.",
-    )
-    kv_codec: KvCodec = Field(
-        default="raw",
-        description="How KV travels over TCP to the workers: `kvCache.codec` of the ModelService. "
-        "Prefill and decode workers exchange KV only if both take raw or neither does.",
     )

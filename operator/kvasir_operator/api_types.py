@@ -7,6 +7,8 @@ from pydantic import Field
 from kvasir_operator.api_base import ApiModel, Rule
 from kvasir_operator.api_pods import PodSettings, Resources
 
+Weights = Literal["bf16", "int8", "int4"]  # as the worker's settings
+KvCodec = Literal["raw", "auto", "int8", "int4", "entropy"]
 REPLICAS_MAX = 1000
 
 
@@ -94,9 +96,9 @@ class Model(ApiModel):
         default=None,
         ge=1,
         le=16_777_216,
-        description="Memory of a worker for weights and one step, KV blocks aside, in MiB, as "
-        "`kvasir kube plan --model FOLDER` tells. No pod is made that its memory limit cannot "
-        "hold. Absent: not checked.",
+        description="Memory of a worker for weights (in the format of `weights`) and one step, KV "
+        "blocks aside, in MiB, as `kvasir kube plan --model FOLDER` tells. No pod is made that its "
+        "memory limit cannot hold. Absent: not checked.",
     )
 
 
@@ -197,6 +199,14 @@ class EngineSettings(ApiModel):
             "vllm must be set if and only if engine is vllm: name vllm.image, or remove vllm",
         ),
         Rule(
+            "self.engine != 'vllm' || self.weights == 'bf16'",
+            "weights needs engine kvasir: remove it, and give vLLM --quantization by args",
+        ),
+        Rule(
+            "self.engine != 'vllm' || self.kvCodec == 'raw'",
+            "kvCodec needs engine kvasir, for vLLM keeps its KV to itself: remove kvCodec",
+        ),
+        Rule(
             "self.engine == oldSelf.engine",
             "engine cannot be changed: create another ModelService and move clients to it",
         ),
@@ -209,6 +219,22 @@ class EngineSettings(ApiModel):
     )
     vllm: VllmSettings | None = Field(
         default=None, description="The vLLM server, where engine is vllm."
+    )
+    weights: Weights = Field(
+        default="bf16",
+        description="How workers keep and multiply weights: bf16 (2 bytes a weight), int8 (1) or "
+        "int4 (0.625), quantised when they load the model, on CPUs only. All workers of a service "
+        "agree on it, for KV of one format is of no use to another: a change replaces them all, "
+        "and old and new ones exchange none meanwhile.",
+    )
+    kv_codec: KvCodec = Field(
+        default="raw",
+        description="How KV travels over TCP to workers, in hand-offs and from KV nodes. raw: "
+        "exactly. int8, int4, entropy: a half, a third or a quarter of the bytes, losing a "
+        "little. auto: per link, whichever of them is soonest there. A codec needs the record of "
+        "`kvasir kv probe` in the model's folder: workers refuse to start with one that has not "
+        "passed, and auto leaves it out. All workers of a service agree on it: a change replaces "
+        "them all, and those that take raw exchange no KV with others meanwhile.",
     )
 
 

@@ -9,17 +9,19 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from kvasir_operator.cluster import NO_LABELS, KubeCluster, Labels, Manifests
-from kvasir_operator.core.manifests import Manifest, Ref
+from kvasir_operator.core.manifests import API_OF_GATEWAY_KIND, Manifest, Ref
 from kvasir_operator.core.slim import about, group_of_labels
 from kvasir_operator.core.store import Entry, Key, with_labels
-from kvasir_operator.watch import WATCHED, Reflector, concerned
+from kvasir_operator.watch import CHILD, WATCHED, Reflector, Watched, concerned
 
 WATCH_LAG_MAX_S = 240.0  # a silent connection is made again after 100 s
 
 
 class CachedCluster:
-    """See cluster.Cluster. Kinds that are not in WATCHED are read from the API server.
+    """See cluster.Cluster. Kinds that are not watched are read from the API server.
 
+    Gateways' kinds are watched from the moment that somebody asks for one and the API server has
+    it; a cluster may lose them again, so nothing waits for these watches.
     `namespaces` are those that are watched (none: all); `on_news` is told which custom resources
     to look at.
     """
@@ -29,17 +31,24 @@ class CachedCluster:
     ) -> None:
         self._kube = kube
         self._on_news = on_news
+        self._namespaces = tuple(namespaces) or ("",)
+        self._tasks: asyncio.TaskGroup | None = None
+        self._late: dict[tuple[str, str], Reflector] = {}  # of gateways' kinds
         self._reflectors = {
-            (kind, namespace): Reflector(
-                kube, kind, namespace, on_news=self._tell, watched=watched, spared=self._uids
-            )
+            (kind, namespace): self._make_reflector(kind, namespace, watched)
             for kind, watched in WATCHED.items()
-            for namespace in namespaces or ("",)
+            for namespace in self._namespaces
         }
+
+    def _make_reflector(self, kind: str, namespace: str, watched: Watched) -> Reflector:
+        return Reflector(
+            self._kube, kind, namespace, on_news=self._tell, watched=watched, spared=self._uids
+        )
 
     async def run(self) -> None:
         """Keep the caches up to date."""
         async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
             for (kind, namespace), reflector in self._reflectors.items():
                 run = self._run_last(reflector) if kind == "Event" else reflector.run()
                 tasks.create_task(run, name=f"watch of {kind} {namespace}")
@@ -78,13 +87,13 @@ class CachedCluster:
     def sizes(self) -> Mapping[str, int]:
         """How many objects of each kind are kept."""
         sizes: dict[str, int] = {}
-        for reflector in self._reflectors.values():
+        for reflector in (*self._reflectors.values(), *self._late.values()):
             sizes[reflector.kind] = sizes.get(reflector.kind, 0) + len(reflector.store)
         return sizes
 
     async def get(self, ref: Ref) -> Manifest | None:
         """See Cluster."""
-        if ref.kind not in WATCHED:
+        if not self._is_cached(ref):
             return await self.fetch(ref)
         entry = self._entry(ref)
         return None if entry is None else entry.decode()
@@ -95,7 +104,17 @@ class CachedCluster:
 
     async def is_served(self, kind: str) -> bool:
         """See Cluster."""
-        return await self._kube.is_served(kind)
+        is_served = await self._kube.is_served(kind)
+        if is_served and kind in API_OF_GATEWAY_KIND:
+            self._watch_late(kind)
+        return is_served
+
+    def _watch_late(self, kind: str) -> None:
+        for namespace in self._namespaces:
+            if self._tasks is not None and (kind, namespace) not in self._late:
+                reflector = self._make_reflector(kind, namespace, CHILD)
+                self._late[kind, namespace] = reflector
+                self._tasks.create_task(reflector.run(), name=f"watch of {kind} {namespace}")
 
     async def list(self, kind: str, namespace: str, *, labels: Labels = NO_LABELS) -> Manifests:
         """See Cluster."""
@@ -173,8 +192,14 @@ class CachedCluster:
             if ref != but:
                 self._on_news(ref)
 
+    def _is_cached(self, ref: Ref) -> bool:
+        """Whether what the caches do not show is not there."""
+        reflector = self._reflector(ref.kind, ref.namespace)
+        return ref.kind in WATCHED or (reflector is not None and reflector.is_synced.is_set())
+
     def _reflector(self, kind: str, namespace: str) -> Reflector | None:
-        return self._reflectors.get((kind, namespace)) or self._reflectors.get((kind, ""))
+        reflectors = self._late if kind in API_OF_GATEWAY_KIND else self._reflectors
+        return reflectors.get((kind, namespace)) or reflectors.get((kind, ""))
 
     def _entry(self, ref: Ref) -> Entry | None:
         reflector = self._reflector(ref.kind, ref.namespace)

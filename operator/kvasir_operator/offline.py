@@ -4,7 +4,7 @@ A ModelService is planned first, then the pools that it makes; nothing exists ye
 the first one. With a load, the planner says which numbers the service would be given.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,10 +71,12 @@ def plan_offline(
     resources: Iterable[Manifest],
     *,
     image: str,
-    model_memory_mb: int | None = None,
+    model_memory_mb: Callable[[str], int] | None = None,
     demand: Demand | None = None,
 ) -> list[OfflinePlan]:
     """The plans for resources as if they were applied to an empty cluster.
+
+    `model_memory_mb` tells what a worker's model takes, by the format of its weights.
 
     Raises:
         ManifestError: a spec is not valid; the message names the field.
@@ -91,7 +93,7 @@ def _plan_one(
     others: Sequence[Manifest],
     *,
     image: str,
-    model_memory_mb: int | None,
+    model_memory_mb: Callable[[str], int] | None,
     demand: Demand | None,
 ) -> OfflinePlan:
     resource = _with_memory(_checked(resource), model_memory_mb)
@@ -126,14 +128,12 @@ def _checked(resource: Manifest) -> Manifest:
     return resource
 
 
-def _with_memory(resource: Manifest, model_memory_mb: int | None) -> Manifest:
+def _with_memory(resource: Manifest, model_memory_mb: Callable[[str], int] | None) -> Manifest:
     spec = resource["spec"]
     if model_memory_mb is None or "model" not in spec or "memoryMb" in spec["model"]:
         return resource
-    return {
-        **resource,
-        "spec": {**spec, "model": {**spec["model"], "memoryMb": model_memory_mb}},
-    }
+    memory_mb = model_memory_mb(spec.get("weights", "bf16"))
+    return {**resource, "spec": {**spec, "model": {**spec["model"], "memoryMb": memory_mb}}}
 
 
 def _world(resource: Manifest, image: str) -> World:

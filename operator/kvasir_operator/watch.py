@@ -163,7 +163,7 @@ class Reflector:
                     failures = 0
                     continue
             except ClusterError as error:
-                must_list = must_list or error.status == 410
+                must_list = must_list or error.status in (404, 410)  # 404: the kind is gone
                 self.problem = f"{self.kind}: {error}"
                 logger.info("watching %s: %s", self.kind, error)
             failures += 1

@@ -1,5 +1,7 @@
 """kvasir kube plan: objects and numbers without a cluster."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,21 @@ SERVICE = {
             }
         },
     },
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
 }
 
 
@@ -58,6 +75,18 @@ def test_worker_that_cannot_fit_is_a_problem(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "chat-prefill: no worker is made: a worker needs 4812 MiB" in result.output
     assert "chat-decode: no worker" not in result.output
+
+
+def test_memory_is_counted_by_the_format_of_the_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    taken = {}
+    for weights in ("bf16", "int8", "int4"):
+        output = plan(tmp_path, "--model", str(tmp_path), weights=weights).output
+        taken[weights] = int(re.findall(r"model takes (\d+) MiB", output)[0])
+    weights_mb = 2 * 16 * 2048 * (4 * 2048 + 3 * 8192) >> 20
+    assert weights_mb < taken["bf16"] < 1.3 * weights_mb
+    assert taken["bf16"] - taken["int8"] > 0.45 * weights_mb
+    assert taken["int8"] - taken["int4"] > 0.1 * weights_mb
 
 
 @pytest.mark.parametrize(

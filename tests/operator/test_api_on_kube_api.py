@@ -98,8 +98,10 @@ VLLM = {"engine": "vllm", "vllm": {"image": "vllm/vllm-openai:v0.11.0"}}
 REFUSED_SERVICES = {
     "vllm without its image": ({"engine": "vllm"}, "vllm must be set if and only if engine is"),
     "vllm with KV nodes": ({**VLLM, "kvCache": {}}, "kvCache needs engine kvasir"),
-    "vllm with a codec": ({**VLLM, "kvCache": {"codec": "auto"}}, "kvCache needs engine kvasir"),
-    "codec of no worker": ({"kvCache": {"codec": "zip"}}, "Unsupported value"),
+    "vllm with a codec": ({**VLLM, "kvCodec": "auto"}, "kvCodec needs engine kvasir"),
+    "vllm with our weights": ({**VLLM, "weights": "int8"}, "weights needs engine kvasir"),
+    "codec of no worker": ({"kvCodec": "zip"}, "Unsupported value"),
+    "weights of no worker": ({"weights": "fp8"}, "Unsupported value"),
     "object store without a bucket": (
         {"kvCache": {"objectStore": {"url": "https://a/b"}}},
         "spec.kvCache.objectStore.url",
@@ -224,11 +226,19 @@ def test_every_setting_is_accepted_and_stays(api: KubeApi) -> None:
         "nodeSelector": {"gpu": "yes"},
         "kvCacheMb": 2048,
     }
-    cache = {"codec": "auto", "objectStore": STORE}
+    cache = {"objectStore": STORE}
     image = {"reference": "models:1", "path": "/m", "asVolume": True}
     model = {"name": "tiny", "source": {"image": image}}
     service = make_object(
-        "ModelService", "full", {"model": model, "decode": decode, "kvCache": cache}
+        "ModelService",
+        "full",
+        {
+            "model": model,
+            "decode": decode,
+            "kvCache": cache,
+            "weights": "int8",
+            "kvCodec": "auto",
+        },
     )
     service["metadata"] = {"name": "full", "namespace": "default"}
     with operator(api, "g") as process:
@@ -238,7 +248,7 @@ def test_every_setting_is_accepted_and_stays(api: KubeApi) -> None:
         assert pod["spec"]["topologySpreadConstraints"]
         assert pod["spec"]["affinity"]["podAffinity"]
         assert any("image" in volume for volume in pod["spec"]["volumes"])
-        assert "--kv-codec" in pod["spec"]["containers"][0]["args"]
+        assert {"--kv-codec", "--weights"} <= set(pod["spec"]["containers"][0]["args"])
         wait_for("policies", lambda: "full-redis" in api("get", "networkpolicies"))
         wait_for("reconciles that write nothing", lambda: is_quiet(api, process), limit_s=60)
 

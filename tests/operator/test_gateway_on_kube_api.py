@@ -52,6 +52,7 @@ def test_pool_and_route_come_with_their_kinds_and_go_with_the_field(api: KubeApi
         route = {"parents": [{"name": "edge"}], "hostnames": ["chat.example.com"]}
         apply(api, gateway={"route": route})
         wait_for("the missing kinds to be told", lambda: degraded() == "GatewayApiMissing")
+        assert "gateway" not in api.json("msvc", "chat")["status"], "nothing is there yet"
         events = api("get", "events", "--field-selector=reason=GatewayApiMissing")
         assert "InferencePool" in events
         api("apply", "--server-side", "-f", str(CRDS))
@@ -63,15 +64,18 @@ def test_pool_and_route_come_with_their_kinds_and_go_with_the_field(api: KubeApi
         assert (picker["name"], picker["port"]["number"]) == ("chat-router", 9002)
         assert {"grpc-picker": 9002}.items() <= {p["name"]: p["port"] for p in service}.items()
         wait_for("no problem", lambda: degraded() == "NoProblem")
+        made = {"inferencePool": "chat", "httpRoute": "chat"}
+        assert api.json("msvc", "chat")["status"]["gateway"] == made
         wait_for("nothing left to write", lambda: is_quiet(api, process))
         patch = '{"spec":{"targetPorts":[{"number":1}]}}'
         api("patch", "inferencepool", "chat", "--type=merge", "-p", patch)
-        api("annotate", "msvc", "chat", "look=again")
 
         def port() -> int:
             return int(api.json("inferencepool", "chat")["spec"]["targetPorts"][0]["number"])
 
-        wait_for("the drift to be mended", lambda: port() == 8000)
+        wait_for("the drift to be mended, by the watch alone", lambda: port() == 8000)
+        api("delete", "httproute", "chat")
+        wait_for("the route to be made again", lambda: found("httproutes"))
         apply(api)
         wait_for("both to go", lambda: not found("inferencepools") and not found("httproutes"))
         wait_for("the status", lambda: "gateway" not in api.json("msvc", "chat")["status"])

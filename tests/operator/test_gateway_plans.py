@@ -52,7 +52,6 @@ def test_pool_names_the_routers_and_their_picker() -> None:
         "failureMode": "FailClose",
     }
     assert "HTTPRoute" not in kinds(gateway={})
-    assert plan_for(service).status["gateway"] == {"inferencePool": "chat"}
 
 
 def test_route_leads_from_its_parents_to_the_pool() -> None:
@@ -65,7 +64,19 @@ def test_route_leads_from_its_parents_to_the_pool() -> None:
         {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": "chat"}
     ]
     assert rule["timeouts"] == {"request": "600s"}
-    assert plan.status["gateway"]["httpRoute"] == "chat"
+
+
+def test_status_names_what_is_there_and_ours() -> None:
+    world = make_world(make_service(gateway={"route": ROUTE}))
+    plan = make_plan(world)
+    assert "gateway" not in plan.status, "nothing was made yet"
+    pool = child_of(plan, "InferencePool", "chat")
+    route = child_of(plan, "HTTPRoute", "chat")
+    foreign = {**route, "metadata": {**route["metadata"], "ownerReferences": []}}
+    live = {ref_of(pool): pool, ref_of(route): foreign}
+    assert make_plan(replace(world, live=live)).status["gateway"] == {"inferencePool": "chat"}
+    live = {ref_of(route): route}
+    assert make_plan(replace(world, live=live)).status["gateway"] == {"httpRoute": "chat"}
 
 
 @pytest.mark.parametrize(
@@ -106,8 +117,9 @@ def test_what_was_made_is_removed_when_nobody_asks_for_it_any_more() -> None:
     asked = make_world(make_service(gateway={"route": ROUTE}))
     kinds_made = ("InferencePool", "HTTPRoute")
     made = [child for child in make_plan(asked).children if child["kind"] in kinds_made]
-    obj = {**make_service(), "status": make_plan(asked).status}
-    plan = make_plan(replace(asked, obj=obj, live={ref_of(child): child for child in made}))
+    live = {ref_of(child): child for child in made}
+    obj = {**make_service(), "status": make_plan(replace(asked, live=live)).status}
+    plan = make_plan(replace(asked, obj=obj, live=live))
     assert set(plan.deletions) == {
         Ref("InferencePool", "default", "chat"),
         Ref("HTTPRoute", "default", "chat"),

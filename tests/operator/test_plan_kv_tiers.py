@@ -1,4 +1,4 @@
-"""Object stores of KV nodes and codecs of workers: what reaches the pods, and what is refused."""
+"""Object stores of KV nodes, codecs and weights of workers: what reaches pods, what is refused."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -7,9 +7,14 @@ import pytest
 from kvasir_cli.settings_options import options
 from kvasir_engine.worker.settings import WorkerSettings
 from kvasir_kvstore.node.settings import KvNodeSettings
-from kvasir_operator.api import KVCachePoolSpec, KvCachePoolTemplate
-from kvasir_operator.api_kv import KvCodec
+from kvasir_operator.api import (
+    DecodePoolSpec,
+    KVCachePoolSpec,
+    ModelServiceSpec,
+)
+from kvasir_operator.api_types import KvCodec, Weights
 from kvasir_operator.core.manifests import Manifest
+from kvasir_operator.core.slots import AGREED
 from kvasir_operator.offline import plan_offline, read_resources
 from operator_builders import (
     child_of,
@@ -21,6 +26,7 @@ from operator_builders import (
     plan_for,
 )
 from pydantic import ValidationError
+from pydantic.alias_generators import to_camel
 from test_plan_pool import NAME, pod_spec
 from test_pod_volumes import container_of
 from test_selected_pools import make_pool, make_selecting, problems_of
@@ -96,62 +102,74 @@ def test_a_missing_secret_of_a_store_is_a_condition() -> None:
     assert 'secret "s3" not found' in degraded["message"]
 
 
-def test_codecs_of_the_api_are_those_of_workers() -> None:
-    known = get_args(WorkerSettings.model_fields["kv_codec"].annotation)
-    assert get_args(KvCodec) == known
-    assert "--kv-codec" in {option for o in options(WorkerSettings) for option in o.opts}
-    assert KvCachePoolTemplate().codec == WorkerSettings.model_fields["kv_codec"].default
+@pytest.mark.parametrize(("field", "kinds"), [("kv_codec", KvCodec), ("weights", Weights)])
+def test_choices_of_the_api_are_those_of_workers(field: str, kinds: object) -> None:
+    setting = WorkerSettings.model_fields[field]
+    assert get_args(kinds) == get_args(setting.annotation)
+    flag = f"--{field.replace('_', '-')}"
+    assert flag in {option for o in options(WorkerSettings) for option in o.opts}
+    for spec in (ModelServiceSpec, DecodePoolSpec):
+        assert spec.model_fields[field].default == setting.default
+    assert AGREED[to_camel(field)] == setting.default
 
 
-@pytest.mark.parametrize("codec", [codec for codec in get_args(KvCodec) if codec != "raw"])
-def test_a_codec_reaches_the_workers_of_both_roles(codec: str) -> None:
-    plan = plan_for(make_service(kvCache={"codec": codec}))
-    for part, kind in PARTS.items():
+AGREED_BY_ALL = [
+    *(("kvCodec", "--kv-codec", codec) for codec in get_args(KvCodec) if codec != "raw"),
+    *(("weights", "--weights", weights) for weights in get_args(Weights) if weights != "bf16"),
+]
+
+
+@pytest.mark.parametrize(("field", "flag", "value"), AGREED_BY_ALL)
+@pytest.mark.parametrize("cache", [None, {}])
+def test_what_all_workers_agree_on_reaches_both_roles(
+    field: str, flag: str, value: str, cache: dict[str, str] | None
+) -> None:
+    plan = plan_for(make_service(kvCache=cache, **{field: value}))
+    for part, kind in (("prefill", "PrefillPool"), ("decode", "DecodePool")):
         pool = child_of(plan, kind, f"chat-{part}")["spec"]
-        assert pool["kvCodec"] == codec
+        assert pool[field] == value
         args = container_of(pod_spec(plan_for(make_object(kind, NAME, pool))))["args"]
-        assert f"--kv-codec {codec}" in " ".join(args)
-    assert "codec" not in child_of(plan, "KVCachePool", "chat-kv")["spec"], "nodes serve any"
+        assert f"{flag} {value}" in " ".join(args)
+    if cache is not None:
+        nodes = child_of(plan, "KVCachePool", "chat-kv")["spec"]
+        assert field not in nodes, "nodes serve any"
 
 
-@pytest.mark.parametrize("cache", [None, {}, {"codec": "raw"}])
-def test_without_a_codec_pods_are_as_they_were(cache: dict[str, str] | None) -> None:
+@pytest.mark.parametrize("cache", [None, {}])
+def test_without_them_pods_are_as_they_were(cache: dict[str, str] | None) -> None:
     plan = plan_for(make_service(kvCache=cache))
     for part, kind in PARTS.items():
         spec = child_of(plan, kind, f"chat-{part}")["spec"]
-        assert (spec["kvCodec"], spec["kvCopies"]) == ("raw", 1), "a return to them is a change"
-    for pool in (make_decode_pool(), make_decode_pool(kvCodec="raw")):
-        assert "--kv-codec" not in container_of(pod_spec(plan_for(pool)))["args"]
+        said = (spec["kvCodec"], spec["weights"], spec["kvCopies"])
+        assert said == ("raw", "bf16", 1), "a return to them is a change"
+    for pool in (make_decode_pool(), make_decode_pool(kvCodec="raw", weights="bf16")):
+        args = container_of(pod_spec(plan_for(pool)))["args"]
+        assert not {"--kv-codec", "--weights"} & set(args)
     assert not {"--store-url", "--store-endpoint"} & set(kv_node()["args"])
 
 
 @pytest.mark.parametrize(
     ("service", "pool", "wanted"),
     [
-        ({"codec": "auto"}, "auto", ""),
-        ({"codec": "auto"}, None, "auto"),
-        ({}, "int8", "raw"),
-        (None, "int8", "raw"),
-        (None, None, ""),
+        ({"kvCodec": "auto"}, {"kvCodec": "auto"}, ""),
+        ({"kvCodec": "auto"}, {}, "kvCodec must be auto"),
+        ({}, {"kvCodec": "int8"}, "kvCodec must be raw"),
+        ({"weights": "int8"}, {"weights": "int8"}, ""),
+        ({"weights": "int8"}, {}, "weights must be int8"),
+        ({}, {"weights": "int4"}, "weights must be bf16"),
+        ({}, {}, ""),
     ],
 )
-def test_selected_pools_take_kv_as_the_services_own_do(
-    service: dict[str, str] | None, pool: str | None, wanted: str
+@pytest.mark.parametrize("is_all_selected", [False, True])
+def test_selected_pools_agree_with_their_service(
+    service: dict[str, str], pool: dict[str, str], wanted: str, *, is_all_selected: bool
 ) -> None:
-    spec = {"kvCodec": pool} if pool else {}
-    obj = make_selecting("gpu")
-    obj["spec"]["kvCache"] = service
-    found = problems_of(plan_for(obj, make_pool("gpu", **spec)))
+    decode = make_pool("d", kind="DecodePool", **service)
+    pools = {"decodePools": [{"name": "d"}]} if is_all_selected else {}
+    selecting = make_selecting("gpu", **pools, **service)
+    found = problems_of(plan_for(selecting, make_pool("gpu", **pool), decode))
     assert [reason for reason, _ in found] == (["LinkMismatch"] if wanted else [])
-    assert not wanted or f"PrefillPool gpu: kvCodec must be {wanted}" in found[0][1]
-
-
-@pytest.mark.parametrize(("codec", "num_problems"), [("auto", 0), ("raw", 1)])
-def test_pools_that_are_all_selected_need_only_agree(codec: str, num_problems: int) -> None:
-    decode = make_pool("d", kind="DecodePool", kvCodec=codec)
-    service = make_selecting("gpu", decodePools=[{"name": "d"}])
-    found = problems_of(plan_for(service, make_pool("gpu", kvCodec="auto"), decode))
-    assert len(found) == num_problems
+    assert not wanted or f"PrefillPool gpu: {wanted}" in found[0][1]
 
 
 def test_the_sample_with_all_tiers_has_no_problems() -> None:

@@ -1,7 +1,8 @@
 """kvasir kube: what the operator would do, without a cluster."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
@@ -15,6 +16,9 @@ from kvasir_operator.offline import (
 )
 
 from kvasir_cli.errors import RefusedError
+
+if TYPE_CHECKING:
+    from kvasir_engine.formats import WeightFormat
 
 MIB = 1 << 20
 
@@ -68,9 +72,8 @@ def plan(
         resources = read_resources(path)
         if demand is not None and not any(map(has_planner, resources)):
             raise RefusedError(f"--rate: {path} holds no ModelService with a planner")
-        found = plan_offline(
-            resources, image=image, model_memory_mb=_memory_mb(model_dir), demand=demand
-        )
+        memory = None if model_dir is None else partial(_memory_mb, model_dir)
+        found = plan_offline(resources, image=image, model_memory_mb=memory, demand=demand)
     except ManifestError as error:
         raise RefusedError(str(error)) from error
     for one in found:
@@ -79,10 +82,8 @@ def plan(
         raise SystemExit(1)
 
 
-def _memory_mb(model_dir: Path | None) -> int | None:
+def _memory_mb(model_dir: Path, weights: "WeightFormat") -> int:
     """Weights and one step of a worker; KV blocks and the process are counted apart."""
-    if model_dir is None:
-        return None
     from kvasir_engine.config import read_config
     from kvasir_engine.memory import memory_need
     from kvasir_engine.worker.settings import WorkerSettings
@@ -94,6 +95,7 @@ def _memory_mb(model_dir: Path | None) -> int | None:
         max_batch_tokens=defaults["max_batch_tokens"].default,
         max_running=defaults["max_running"].default,
         num_threads=1,
+        weights=weights,
     )
     return -(-(need.weights_bytes + need.step_bytes) // MIB)
 

@@ -13,6 +13,8 @@ from kvasir_operator.core.manifests import (
     Owner,
     Ref,
     child,
+    is_owned_by,
+    ref_of,
     role_labels,
     without_empty,
 )
@@ -21,6 +23,7 @@ from kvasir_operator.core.world import World
 
 PICKER = "grpc-picker"  # a name that service meshes take for gRPC
 PATH = "/v1"
+STATUS_FIELDS = {"InferencePool": "inferencePool", "HTTPRoute": "httpRoute"}
 
 
 def gateway_refs(obj: Manifest) -> tuple[Ref, ...]:
@@ -80,12 +83,14 @@ def picker_ports(spec: ModelServiceSpec) -> dict[str, int]:
     return {PICKER: spec.gateway.picker_port} if spec.gateway else {}
 
 
-def gateway_status(owner: Owner, spec: ModelServiceSpec) -> Manifest:
-    """What the status says of it."""
-    if spec.gateway is None:
-        return {}
-    route = {"httpRoute": owner.name} if spec.gateway.route else {}
-    return {"gateway": {"inferencePool": owner.name, **route}}
+def gateway_status(world: World, spec: ModelServiceSpec) -> Manifest:
+    """What is there for gateways, of what is asked for."""
+    made = {}
+    for manifest in gateway_children(world, spec):
+        live = world.live.get(ref_of(manifest))
+        if live is not None and is_owned_by(live, world.owner.uid):
+            made[STATUS_FIELDS[manifest["kind"]]] = manifest["metadata"]["name"]
+    return {"gateway": made} if made else {}
 
 
 def _pool(owner: Owner, spec: ModelServiceSpec, gateway: GatewaySettings) -> Manifest:

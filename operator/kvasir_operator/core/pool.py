@@ -383,6 +383,8 @@ def _worker_args(owner: Owner, spec: WorkerPoolSpec) -> list[str]:
     if spec.vllm is None:
         role = ROLES[owner.kind]
         engine = ["--threads", str(spec.threads), "--kv-cache-mb", str(spec.kv_cache_mb)]
+        if spec.weights != "bf16":
+            engine += ["--weights", spec.weights]
     args = [
         *("--model", MODEL_FOLDER),
         *("--model-name", spec.model.name),

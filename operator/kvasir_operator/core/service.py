@@ -52,7 +52,6 @@ from kvasir_operator.core.slots import (
     PARTS,
     Slot,
     holder_of,
-    kv_codec,
     kv_key_secret,
     link_secret,
     selected_refs,
@@ -66,6 +65,7 @@ WORKER_WAIT_S = 10  # requests wait while a busy node keeps all workers from bei
 LINGER_S = 15  # a leaving router serves on while kube-proxies learn of it; also on a busy node
 PEERS = {"prefill": "decode", "decode": "prefill"}
 DRAIN_TIMEOUT_S = 60  # the router's streams may take this long to end when its pod leaves
+OF_ALL_WORKERS = {"model", "engine", "vllm", "weights", "kv_codec"}
 NOT_OF_TEMPLATE = ("replicas", "minReplicas", "maxReplicas", "rollout", "networkPolicy")
 STATUS_FIELDS = {"prefill": "prefill", "decode": "decode", "kv": "kvCache"}
 
@@ -153,13 +153,10 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
         common |= {"tlsSecret": secret}
     if key := kv_key_secret(owner.name, spec):
         common |= {"kvKeySecret": key}
-    engine = spec.model_dump(
-        mode="json", by_alias=True, exclude_none=True, include={"model", "engine", "vllm"}
-    )
+    engine = spec.model_dump(mode="json", by_alias=True, exclude_none=True, include=OF_ALL_WORKERS)
     kv = {
         "kvNodes": _kv_nodes(owner, spec),
         "kvCopies": spec.kv_cache.copies if spec.kv_cache else 1,
-        "kvCodec": kv_codec(spec),
     }
     worker = common | engine | kv
     slots = slots_of(owner, spec)
@@ -206,9 +203,7 @@ def _planned_selected(world: World, slots: Sequence[Slot]) -> list[Manifest]:
 
 
 def _body(template: WorkerPoolTemplate | KvCachePoolTemplate, common: Manifest) -> Manifest:
-    body = template.model_dump(
-        mode="json", by_alias=True, exclude_none=True, exclude={"price", "codec"}
-    )
+    body = template.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"price"})
     return body | common
 
 
@@ -410,7 +405,7 @@ def _status(
         "observedGeneration": world.generation,
         "endpoint": f"http://{host}:{spec.router.http_port}/v1",
         "router": _part_status(spec.router.replicas, ready=router.replicas_ready if router else 0),
-        **gateway_status(owner, spec),
+        **gateway_status(world, spec),
     }
     for part in dict.fromkeys(slot.part for slot in slots):
         pools = [world.live.get(slot.ref(owner), {}) for slot in slots if slot.part == part]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LINKED_REDIS = "rediss+mtls"  # see kvasir_kvstore.redis_url
 PARTS = {"prefill": "PrefillPool", "decode": "DecodePool", "kv": "KVCachePool"}
+AGREED = {"kvCodec": "raw", "weights": "bf16"}  # of a pool that leaves them open
 SELECTED_FIELDS = {"prefillPools": "PrefillPool", "decodePools": "DecodePool"}
 
 
@@ -79,11 +80,6 @@ def with_links_kept(obj: Manifest, router: Manifest | None) -> Manifest:
 def kv_key_secret(service: str, spec: ModelServiceSpec) -> str:
     """The Secret with the key of a service's KV blocks; "": they are not encrypted."""
     return f"{service}-kvasir-kv-key" if spec.security.has_kv_key else ""
-
-
-def kv_codec(spec: ModelServiceSpec) -> str:
-    """How KV travels to the workers of a service's own pools."""
-    return "raw" if spec.kv_cache is None else spec.kv_cache.codec
 
 
 def slots_of(owner: Owner, spec: ModelServiceSpec) -> tuple[Slot, ...]:
@@ -162,27 +158,15 @@ def selection_problem(world: "World", slot: Slot, spec: ModelServiceSpec) -> Pro
         if (pool["spec"].get(field) or "") != wanted:
             text = f"{slot}: {field} must be {wanted or 'absent'}, as its ModelService has it"
             return Problem(Reason.LINK_MISMATCH, text)
-    codec, wanted = _codec_of(pool), _codec_for_selected(world, spec)
-    if codec != wanted:
-        text = f"{slot}: kvCodec must be {wanted}, as for the service's other workers"
-        return Problem(Reason.LINK_MISMATCH, text)
+    for field, wanted in (("kvCodec", spec.kv_codec), ("weights", spec.weights)):
+        if pool["spec"].get(field, AGREED[field]) != wanted:
+            text = f"{slot}: {field} must be {wanted}, as its ModelService has it"
+            return Problem(Reason.LINK_MISMATCH, text)
     url, own = pool["spec"].get("redisUrl") or "", own_redis_url(world.owner, spec)
     if url != own and url.partition("://")[2] == own.partition("://")[2]:
         text = f"{slot}: redisUrl must be {own}, as that Redis takes no other connections"
         return Problem(Reason.LINK_MISMATCH, text)
     return None
-
-
-def _codec_for_selected(world: "World", spec: ModelServiceSpec) -> str:
-    """What all workers agree on; where the service makes none, what its first pool has."""
-    if spec.kv_cache is not None or not (spec.prefill_pools and spec.decode_pools):
-        return kv_codec(spec)
-    return _codec_of(selected_pools(world)[0])
-
-
-def _codec_of(pool: Manifest) -> str:
-    codec: str = pool["spec"].get("kvCodec", "raw")
-    return codec
 
 
 def holder_of(world: "World", slot: Slot) -> str:
