@@ -1,13 +1,18 @@
 """What a worker or KV node tells its watchers: which blocks it holds, and how it is.
 
 Decides what goes into each watcher's stream: a snapshot, then every change, in order, and the
-description every so often. Invariant: a watcher that applies its events in order knows exactly the
-blocks of `held`, or its stream has ended. A watcher that falls behind is cut off, never waited for.
+description every so often. A watcher that comes back says which change it heard of last, and gets
+those since then, if they are still known, in the place of the snapshot. Invariant: a watcher that
+applies its events in order knows exactly the blocks of `held`, or its stream has ended. A watcher
+that falls behind is cut off, never waited for.
 """
 
 import asyncio
+import secrets
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from typing import Generic, TypeVar
+from itertools import islice
+from typing import Generic, Literal, TypeVar
 
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import kvnode_pb2, worker_pb2
@@ -17,26 +22,70 @@ NAMES_PER_EVENT_MAX = 50_000
 LOAD_INTERVAL_MS = 200
 LOAD_INTERVAL_MS_MIN = 20
 WATCHERS_MAX = 256
+REPLAY_NAMES_MAX = 100_000
+"""Names in the latest changes, which are kept for watchers that come back: some 5 MB."""
 
 E = TypeVar("E", worker_pb2.WorkerEvent, kvnode_pb2.KvNodeEvent)
-"""Events of one shape: sequence, snapshot, stored, removed, description."""
+"""Events of one shape: sequence, snapshot, stored, removed, description, position."""
+Start = Literal["snapshot", "replay"]
+"""What a stream began with."""
 
 
-def _snapshot(kind: type[E], held: Iterable[bytes]) -> list[E]:
-    """Events that say all that is held."""
+def _snapshot(kind: type[E], held: Iterable[bytes], *, position: int) -> list[E]:
+    """Events that say all that is held; only after the last one can a watcher go on from there."""
     names = list(held)
-    return [
+    events = [
         kind(snapshot=start == 0, stored=names[start : start + NAMES_PER_EVENT_MAX])
         for start in range(0, max(len(names), 1), NAMES_PER_EVENT_MAX)
     ]
+    events[-1].position = position
+    return events
+
+
+class _Latest(Generic[E]):
+    """The latest changes, each with its position.
+
+    Positions begin anywhere: one that a watcher has from another life of this process is unknown.
+    """
+
+    def __init__(self) -> None:
+        self._events: deque[E] = deque()
+        self._num_names = 0
+        self.position = secrets.randbits(62) + 1
+
+    def add(self, event: E) -> None:
+        """A change; the oldest are given up for it."""
+        self.position += 1
+        event.position = self.position
+        self._events.append(event)
+        self._num_names += _num_names(event)
+        while self._num_names > REPLAY_NAMES_MAX:
+            self._num_names -= _num_names(self._events.popleft())
+
+    def since(self, position: int) -> list[E] | None:
+        """All changes after this one; None: they are not known any more."""
+        num_missed = self.position - position
+        if not 0 <= num_missed <= len(self._events):
+            return None
+        return list(islice(self._events, len(self._events) - num_missed, None))
+
+    def clear(self) -> None:
+        """Something changed that is no event."""
+        self._events.clear()
+        self._num_names = 0
+        self.position += 1
+
+
+def _num_names(event: worker_pb2.WorkerEvent | kvnode_pb2.KvNodeEvent) -> int:
+    return len(event.stored) + len(event.removed)
 
 
 class Watcher(Generic[E]):
     """One stream of events; `put` is called by the hub, `next_event` by the stream's owner."""
 
-    def __init__(self, kind: type[E], snapshot: Iterable[bytes], *, queue_max: int) -> None:
+    def __init__(self, first: Iterable[E], *, queue_max: int) -> None:
         self._queue: asyncio.Queue[E | None] = asyncio.Queue()
-        for event in _snapshot(kind, snapshot):
+        for event in first:
             self._queue.put_nowait(event)
         self._size_max = self._queue.qsize() + queue_max
         self.is_cut_off = False
@@ -76,6 +125,7 @@ class EventHub(Generic[E]):
         described: Callable[[], E],
         *,
         queue_max: int,
+        on_started: Callable[[Start], None],
         on_dropped: Callable[[], None],
         announces: bool = True,
     ) -> None:
@@ -84,17 +134,24 @@ class EventHub(Generic[E]):
         Args:
             kind: of its events.
             described: a new event with nothing but the description in it.
+            on_started: a stream began, with this.
             on_dropped: a watcher fell behind.
             announces: watchers are told of blocks; else of the process itself alone.
         """
         self._announces = announces
         self._kind: type[E] = kind
         self._described: Callable[[], E] = described
-        self._on_dropped = on_dropped
+        self._on_started, self._on_dropped = on_started, on_dropped
         self._queue_max = queue_max
+        self._latest = _Latest[E]()
         self._watchers: set[Watcher[E]] = set()
         self.held: dict[bytes, None] = {}
         """Names in the order in which they were stored: parents before children."""
+
+    @property
+    def position(self) -> int:
+        """Of the last change."""
+        return self._latest.position
 
     def num_leading_held(self, names: Sequence[bytes]) -> int:
         """How many of these names, from the first on, are held: a hint for whoever asks later."""
@@ -106,9 +163,9 @@ class EventHub(Generic[E]):
         new = [name for name in stored if name not in self.held]
         self.held.update(dict.fromkeys(new))
         if gone and self._announces:
-            self._send(self._kind(removed=gone))
+            self._change(self._kind(removed=gone))
         if new and self._announces:
-            self._send(self._kind(stored=new))
+            self._change(self._kind(stored=new))
 
     def description_changed(self) -> None:
         """Role, drain or health changed: watchers hear of it at once."""
@@ -117,7 +174,8 @@ class EventHub(Generic[E]):
     def tell_anew(self, held: Iterable[bytes]) -> None:
         """`held` is all that is held; watchers hear it, and the description, as if just come."""
         self.held = dict.fromkeys(held)
-        first, *rest = _snapshot(self._kind, self.held if self._announces else ())
+        self._latest.clear()
+        first, *rest = self._snapshot()
         first.MergeFrom(self._described())
         for event in (first, *rest):
             self._send(event)
@@ -127,8 +185,8 @@ class EventHub(Generic[E]):
         for watcher in self._watchers:
             watcher.close()
 
-    async def watch(self, *, load_interval_ms: int) -> AsyncGenerator[E, None]:
-        """One watcher's events, numbered from 1.
+    async def watch(self, *, load_interval_ms: int, after: int = 0) -> AsyncGenerator[E, None]:
+        """One watcher's events, numbered from 1; `after`: the last position that it heard of.
 
         Raises:
             KvasirError: OVERLOADED: too many watchers, or this one fell behind.
@@ -136,8 +194,10 @@ class EventHub(Generic[E]):
         if len(self._watchers) >= WATCHERS_MAX:
             raise KvasirError(Reason.OVERLOADED, f"{WATCHERS_MAX} watchers are connected")
         interval_s = max(load_interval_ms or LOAD_INTERVAL_MS, LOAD_INTERVAL_MS_MIN) / 1000
-        held = self.held if self._announces else ()
-        watcher = Watcher(self._kind, held, queue_max=self._queue_max)
+        missed = self._latest.since(after)
+        self._on_started("snapshot" if missed is None else "replay")
+        first = self._snapshot() if missed is None else missed or [self._kind()]
+        watcher = Watcher(first, queue_max=self._queue_max)
         self._watchers.add(watcher)
         try:
             async for event in self._numbered(watcher, interval_s):
@@ -175,6 +235,14 @@ class EventHub(Generic[E]):
         own.CopyFrom(event)
         own.sequence = sequence
         return own
+
+    def _snapshot(self) -> list[E]:
+        held = self.held if self._announces else ()
+        return _snapshot(self._kind, held, position=self._latest.position)
+
+    def _change(self, event: E) -> None:
+        self._latest.add(event)
+        self._send(event)
 
     def _send(self, event: E) -> None:
         for watcher in self._watchers:

@@ -94,6 +94,12 @@ class NodeMetrics:
         self.offers = Counter(
             "kvasir_kvnode_offers", "Offers, by reason", ["reason"], registry=self.registry
         )
+        self.watches = Counter(
+            "kvasir_kvnode_watches",
+            "Event streams opened, by what they began with",
+            ["start"],
+            registry=self.registry,
+        )
         self.watchers_dropped = Counter(
             "kvasir_kvnode_watchers_dropped",
             "Event streams closed because their reader fell behind",

@@ -5,6 +5,7 @@ tokens before: a continuation that is right reads as if nothing had happened.
 """
 
 import asyncio
+import contextlib
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ import grpc
 import grpc.aio
 from aiohttp import web
 from kvasir_engine.worker.stream import chunk_format
+from kvasir_kvstore.events import EventHub
 from kvasir_proto.errors import PEER_PARAM, KvasirError, Reason
 from kvasir_proto.frames import FrameKind, encode_frame
 from kvasir_proto.rpc_errors import error_to_message
@@ -65,6 +67,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     watchers: list[asyncio.Queue[worker_pb2.WorkerEvent]] = field(default_factory=list)
     held: set[bytes] = field(default_factory=set)
     mute: bool = False
+    hub: EventHub[worker_pb2.WorkerEvent] | None = None  # tells events as a real worker does
     waiting: dict[str, asyncio.Event] = field(default_factory=dict)
     grpc_port: int = 0
 
@@ -121,6 +124,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             queue.put_nowait(worker_pb2.WorkerEvent(**event))
 
     async def WatchEvents(self, request, context):
+        if self.hub is not None:
+            watch = self.hub.watch(load_interval_ms=50, after=request.after)
+            async with contextlib.aclosing(watch) as events:
+                async for event in events:
+                    yield event
+            return
         queue: asyncio.Queue[worker_pb2.WorkerEvent] = asyncio.Queue()
         self.watchers.append(queue)
         sequence = 1

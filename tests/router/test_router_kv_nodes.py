@@ -153,7 +153,7 @@ async def test_lost_kv_node_is_forgotten_and_found_again(tmp_path: Path, node: N
         view = router.server.fleet.view()
         node.kill()
         await router.until(lambda: not view.stores)
-        assert not view.prefix.leading(NAMES)
+        await router.until(lambda: not view.prefix.leading(NAMES))
         assert estimates(await routed(router)) == [COMPUTED_MS] * 2
         async with router.http.get("/readyz") as response:
             assert response.status == 200

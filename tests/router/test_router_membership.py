@@ -7,6 +7,8 @@ from pathlib import Path
 import openai
 import pytest
 from fake_worker import FakeWorker, random_name
+from kvasir_kvstore.events import EventHub
+from kvasir_proto.v1 import worker_pb2
 from kvasir_router.membership import discovery
 from kvasir_router.settings import RouterSettings
 from pydantic import ValidationError
@@ -144,6 +146,46 @@ async def test_a_gap_in_the_sequence_brings_a_new_snapshot(tmp_path: Path) -> No
         worker.tell(sequence=99)
         await router.until(lambda: known.leading(names[1:]) == {"a": 1})
         assert known.leading(names) == {}
+
+
+async def test_a_stream_that_broke_goes_on_with_what_was_missed(tmp_path: Path) -> None:
+    names, starts = [random_name() for _ in range(4)], []
+    worker = FakeWorker("a")
+    worker.hub = EventHub(
+        worker_pb2.WorkerEvent,
+        lambda: worker_pb2.WorkerEvent(description=worker.description()),
+        queue_max=100,
+        on_started=starts.append,
+        on_dropped=lambda: None,
+    )
+    worker.hub.blocks_changed(stored=names[:2], removed=())
+    async with running_router(tmp_path, worker) as router:
+        known = router.server.fleet.view().prefix
+        assert known.leading(names) == {"a": 2}
+        worker.hub.close()  # ends the streams; the worker lives on
+        worker.hub.blocks_changed(stored=names[2:], removed=())
+        await router.until(lambda: known.leading(names) == {"a": 4})
+        await router.has_members("a")
+        assert starts == ["snapshot", "replay"]
+
+
+async def test_a_worker_that_stays_away_is_forgotten(tmp_path: Path) -> None:
+    names = [random_name()]
+    worker = FakeWorker("a")
+    worker.hub = EventHub(
+        worker_pb2.WorkerEvent,
+        lambda: worker_pb2.WorkerEvent(description=worker.description()),
+        queue_max=100,
+        on_started=lambda _: None,
+        on_dropped=lambda: None,
+    )
+    worker.hub.blocks_changed(stored=names, removed=())
+    async with running_router(tmp_path, worker, FakeWorker("b")) as router:
+        known = router.server.fleet.view().prefix
+        assert known.leading(names) == {"a": 1}
+        await worker.stop()
+        await router.has_members("b")
+        await router.until(lambda: not known.leading(names))
 
 
 async def test_dns_names_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,7 @@ class Host:
             worker_pb2.WorkerEvent,
             lambda: worker_pb2.WorkerEvent(description=self.describe()),
             queue_max=settings.watch_queue_max,
+            on_started=lambda start: self.metrics.watches.labels(start).inc(),
             on_dropped=self.metrics.watchers_dropped.inc,
             announces=settings.block_events,
         )

@@ -95,6 +95,9 @@ class WorkerMetrics:
             "reason",
         )
         self.blocks_offered = self._counter("blocks_offered", "Blocks offered to the KV tier")
+        self.watches = self._counter(
+            "watches", "Event streams opened, by what they began with", "start"
+        )
         self.watchers_dropped = self._counter(
             "watchers_dropped", "Event streams closed because their reader fell behind"
         )

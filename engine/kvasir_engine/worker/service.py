@@ -121,8 +121,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def WatchEvents(  # type: ignore[override]
         self, request: worker_pb2.WatchEventsRequest, context: Context
     ) -> None:
-        """A snapshot, then changes; ends with OVERLOADED if the watcher falls behind."""
-        watch = self._host.hub.watch(load_interval_ms=request.load_interval_ms)
+        """A snapshot or what was missed, then changes; ends if the watcher falls behind."""
+        watch = self._host.hub.watch(load_interval_ms=request.load_interval_ms, after=request.after)
         async with _statuses(context), aclosing(watch) as events:
             async for event in events:
                 await context.write(event)

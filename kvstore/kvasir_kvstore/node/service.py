@@ -62,8 +62,10 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
     async def WatchEvents(  # type: ignore[override]
         self, request: kvnode_pb2.WatchKvNodeRequest, context: Context
     ) -> None:
-        """A snapshot, then changes; ends with OVERLOADED if the watcher falls behind."""
-        watch = self._store.hub.watch(load_interval_ms=request.load_interval_ms)
+        """A snapshot or what was missed, then changes; ends if the watcher falls behind."""
+        watch = self._store.hub.watch(
+            load_interval_ms=request.load_interval_ms, after=request.after
+        )
         try:
             async with aclosing(watch) as events:
                 async for event in events:

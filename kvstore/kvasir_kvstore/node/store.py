@@ -85,6 +85,7 @@ class NodeStore:
             kvnode_pb2.KvNodeEvent,
             lambda: kvnode_pb2.KvNodeEvent(description=self.describe()),
             queue_max=settings.watch_queue_max,
+            on_started=lambda start: self.metrics.watches.labels(start).inc(),
             on_dropped=self.metrics.watchers_dropped.inc,
         )
         self.is_draining = False

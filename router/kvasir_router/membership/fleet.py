@@ -81,7 +81,6 @@ class Fleet:
     def _set_targets(self, wanted: frozenset[str]) -> None:
         for target in self._members.keys() - wanted:
             self._tasks.pop(target).cancel()
-            self._likeness.pop(target, None)
             self._forget(self._members.pop(target))
         for target in sorted(wanted - self._members.keys()):
             silence_ms = self._settings.silence_timeout_ms
@@ -117,13 +116,21 @@ class Fleet:
     def on_lost(self, member: Member) -> None:
         """Takes a member out of the rings."""
         self._likeness.pop(member.target, None)
-        self._forget(member)
+        if not self._has_namesake(member):
+            self.ledger.forget(member.name)
         self._touch()
 
-    def _forget(self, member: Member) -> None:
-        if not any(m is not member and m.name == member.name for m in self._members.values()):
+    def on_forgotten(self, member: Member) -> None:
+        """Forgets a member's blocks."""
+        if not self._has_namesake(member):
             self._prefix.forget(member.name)
-            self.ledger.forget(member.name)
+
+    def _forget(self, member: Member) -> None:
+        self.on_lost(member)
+        self.on_forgotten(member)
+
+    def _has_namesake(self, member: Member) -> bool:
+        return any(m is not member and m.name == member.name for m in self._members.values())
 
     def _touch(self) -> None:
         self._stale = True

@@ -17,7 +17,10 @@ class Listener(Protocol):
         """An event arrived and `member` already shows it."""
 
     def on_lost(self, member: "Member") -> None:
-        """The stream broke; the next event will be a snapshot."""
+        """The stream broke: `member` takes no request until the next event."""
+
+    def on_forgotten(self, member: "Member") -> None:
+        """What `member` holds is not known any more; the next event will be a snapshot."""
 
 
 class Member(Followed[worker_pb2.WorkerEvent]):
@@ -64,11 +67,11 @@ class Member(Followed[worker_pb2.WorkerEvent]):
         return (await self._stub.CheckTransfer(request, timeout=timeout_s)).checks
 
     def _watch(
-        self, channel: grpc.aio.Channel
+        self, channel: grpc.aio.Channel, *, after: int
     ) -> "grpc.aio.UnaryStreamCall[Any, worker_pb2.WorkerEvent]":
         self._stub = worker_pb2_grpc.WorkerStub(channel)
         return self._stub.WatchEvents(
-            worker_pb2.WatchEventsRequest(load_interval_ms=LOAD_INTERVAL_MS)
+            worker_pb2.WatchEventsRequest(load_interval_ms=LOAD_INTERVAL_MS, after=after)
         )
 
     def _learn(self, event: worker_pb2.WorkerEvent) -> bool:
@@ -81,3 +84,6 @@ class Member(Followed[worker_pb2.WorkerEvent]):
 
     def _lost(self) -> None:
         self._listener.on_lost(self)
+
+    def _forget(self) -> None:
+        self._listener.on_forgotten(self)

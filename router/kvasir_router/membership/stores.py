@@ -67,10 +67,14 @@ class Stores:
         if node.holder not in self._view.stores:
             self._view.stores = (*self._view.stores, node.holder)
 
+    def lose(self, node: "Store") -> None:
+        """A node cannot be reached: nothing is expected of it."""
+        self._view.stores = tuple(s for s in self._view.stores if s != node.holder)
+
     def forget(self, node: "Store") -> None:
         """What a node holds is no longer known."""
+        self.lose(node)
         self._view.prefix.forget(node.holder)
-        self._view.stores = tuple(s for s in self._view.stores if s != node.holder)
 
 
 class Store(Followed[kvnode_pb2.KvNodeEvent]):
@@ -96,14 +100,17 @@ class Store(Followed[kvnode_pb2.KvNodeEvent]):
         return f"kv-node:{self.target}"
 
     def _watch(
-        self, channel: grpc.aio.Channel
+        self, channel: grpc.aio.Channel, *, after: int
     ) -> "grpc.aio.UnaryStreamCall[Any, kvnode_pb2.KvNodeEvent]":
         return kvnode_pb2_grpc.KvNodeStub(channel).WatchEvents(
-            kvnode_pb2.WatchKvNodeRequest(load_interval_ms=LOAD_INTERVAL_MS)
+            kvnode_pb2.WatchKvNodeRequest(load_interval_ms=LOAD_INTERVAL_MS, after=after)
         )
 
     def _tell(self, event: kvnode_pb2.KvNodeEvent) -> None:
         self._stores.learn(self, event)
 
     def _lost(self) -> None:
+        self._stores.lose(self)
+
+    def _forget(self) -> None:
         self._stores.forget(self)

@@ -1,7 +1,8 @@
 """One peer's event stream: dialled, followed, and dialled again with backoff.
 
-Invariant: `reachable` is true only while events arrive; every event is applied in sequence, and a
-gap means a new stream with a new snapshot.
+Invariant: `reachable` is true only while events arrive; every event is applied in sequence. After a
+gap or a break a new stream is asked for what was missed: it begins with the changes since then, or
+with a snapshot. What a peer holds stays known until the first attempt to reach it again has failed.
 """
 
 import asyncio
@@ -50,6 +51,8 @@ class Followed(ABC, Generic[E]):
         self.error = "not yet connected"
         self._silence_s = silence_timeout_ms / 1_000
         self._sequence = 0
+        self._position = 0
+        """The last change that was applied; 0: what the peer holds is not known."""
 
     @property
     @abstractmethod
@@ -57,8 +60,10 @@ class Followed(ABC, Generic[E]):
         """The peer's own name, or its address before it said one."""
 
     @abstractmethod
-    def _watch(self, channel: grpc.aio.Channel) -> "grpc.aio.UnaryStreamCall[Any, E]":
-        """Opens the stream."""
+    def _watch(
+        self, channel: grpc.aio.Channel, *, after: int
+    ) -> "grpc.aio.UnaryStreamCall[Any, E]":
+        """Opens the stream, with the changes since that position."""
 
     def _learn(self, event: E) -> bool:
         """Takes note of who the peer is; whether that is known now."""
@@ -70,7 +75,11 @@ class Followed(ABC, Generic[E]):
 
     @abstractmethod
     def _lost(self) -> None:
-        """The stream broke; the next event will be a snapshot."""
+        """The stream broke: the peer serves nothing until events arrive again."""
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """What the peer holds is not known any more, nor, if it restarted, who it is."""
 
     async def run(self) -> None:
         """Follows the peer until cancelled."""
@@ -96,7 +105,17 @@ class Followed(ABC, Generic[E]):
         if was_reachable:
             log.warning("%s %s is unreachable: %s", self.kind, self.name, error)
             self._lost()
+            if not self._position:
+                self._forget()
+        else:
+            self._restart()
         return was_reachable
+
+    def _restart(self) -> None:
+        """The next event must be a snapshot."""
+        if self._position:
+            self._position = 0
+            self._forget()
 
     async def _follow(self) -> None:
         """One stream, to its end. Its deadline is per event: silence ends it."""
@@ -104,7 +123,7 @@ class Followed(ABC, Generic[E]):
             self._links.channel(self.target, _channel_options()) as channel,
             Silence(self._silence_s) as silence,
         ):
-            call = self._watch(channel)
+            call = self._watch(channel, after=self._position)
             first = True
             while True:
                 event = await call.read()
@@ -115,10 +134,15 @@ class Followed(ABC, Generic[E]):
                 first = False
 
     def _apply(self, event: E, *, first: bool) -> None:
-        in_order = event.snapshot if first else event.sequence == self._sequence + 1
-        if not in_order and not event.snapshot:
+        expected = 1 if first else self._sequence + 1
+        goes_on = event.sequence == expected and (self._position or not first)
+        if not event.snapshot and not goes_on:
             raise SequenceGapError
+        if event.snapshot:
+            self._restart()
         self._sequence = event.sequence
+        if event.position or event.snapshot:
+            self._position = event.position
         is_known = self._learn(event)
         if not self.reachable and is_known:
             log.info("%s %s is reachable at %s", self.kind, self.name, self.target)
