@@ -43,7 +43,11 @@ class Fleet:
         self.leaving: set[str] = set()
         self.is_exact = settings.replicas == 1 or settings.sync_ms == 0
         self._settings, self._discipline, self._random = settings, discipline, rng
-        tier = KvTier(settings.kv_node_tokens, us_per_token=settings.kv_node_us_per_token)
+        tier = KvTier(
+            settings.kv_node_tokens,
+            us_per_token=settings.kv_node_us_per_token,
+            latency_ms=settings.kv_node_latency_ms,
+        )
         self._tier = tier if settings.kv_node_tokens else None
         self._num_made = 0
         self._audiences = self._make_audiences()

@@ -25,6 +25,12 @@ class SimResult:
     wait_max_ms: float
     refused: int
     served: int
+    fetched_rate: float = 0.0
+    """Part of the prompt tokens that came from KV nodes; `hit_rate` counts them, too."""
+
+    declined_rate: float = 0.0
+    """Part of the prompt tokens that KV nodes held, and that were computed as that is faster."""
+
     decode: "DecodeResult | None" = None
     """Only with decode workers."""
 
@@ -86,7 +92,7 @@ def summarise(
     longest = lengths >= np.quantile(lengths, 0.75)
     start_ms = min((job.arrival_ms for job in jobs), default=0.0)
     span_s = max((job.finished_ms for job in jobs), default=0.0) - start_ms
-    hits = sum(job.hit_tokens for job in jobs)
+    prompt_tokens = max(sum(job.request.input_tokens for job in jobs), 1)
     p50, p90, p99 = np.percentile(ttft, [50, 90, 99])
     return SimResult(
         attainment=float(attained.mean()),
@@ -95,9 +101,11 @@ def summarise(
         ttft_p50_ms=float(p50),
         ttft_p90_ms=float(p90),
         ttft_p99_ms=float(p99),
-        hit_rate=hits / max(sum(job.request.input_tokens for job in jobs), 1),
+        hit_rate=sum(job.hit_tokens for job in jobs) / prompt_tokens,
         load_cv=float(np.std(busy_ms) / max(float(np.mean(busy_ms)), 1e-9)),
         wait_max_ms=max((job.started_ms - job.arrival_ms for job in jobs), default=0.0),
         refused=len(refused),
         served=len(jobs),
+        fetched_rate=sum(job.fetch.tokens for job in jobs) / prompt_tokens,
+        declined_rate=sum(job.fetch.declined_tokens for job in jobs) / prompt_tokens,
     )

@@ -105,7 +105,11 @@ class SimSettings(BaseModel):
     """Tokens held by KV nodes that all workers share; 0: there are none."""
 
     kv_node_us_per_token: float = Field(default=8.0, ge=0)
-    """Time per prompt token fetched from a KV node."""
+    """Time per prompt token fetched from KV nodes, of one fetch that has the path for itself. What
+    is faster computed is computed."""
+
+    kv_node_latency_ms: float = Field(default=1.0, ge=0)
+    """Time until a fetch begins to bring tokens."""
 
     decode_workers: int = Field(default=0, ge=0, le=4_096)
     """Workers that decode what the prefill workers hand off. 0: decode takes whatever comes, at

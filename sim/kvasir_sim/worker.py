@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvasir_sim.lines import DeadlineLine, Dismissed, FifoLine, Line
-from kvasir_sim.tier import KvTier
+from kvasir_sim.tier import NO_FETCH, Fetch, KvTier
 from kvasir_sim.trace import BLOCK_TOKENS, TraceRequest
 
 Discipline = Literal["fifo", "deadline"]
@@ -35,6 +35,8 @@ class Job:
     started_ms: float = 0.0
     finished_ms: float = 0.0
     hit_tokens: int = 0
+    """Not computed: held by the worker, or fetched."""
+    fetch: Fetch = NO_FETCH
     worker: str = ""
     decode: str = ""
     """Who decodes it, once that is decided."""
@@ -103,7 +105,11 @@ class SimWorker:
             return None, ()
         job, dismissed = self.line.pop(now_ms)
         if job is not None:
-            cost_ms, job.hit_tokens = self._cost_ms(job.request)
+            if self._tier is not None:
+                self._tier.advance(now_ms)
+            cost_ms, job.hit_tokens, job.fetch = self._cost_ms(job.request)
+            if self._tier is not None:
+                self._tier.begin(job.fetch, now_ms)
             job.started_ms, job.finished_ms = now_ms, now_ms + cost_ms
             self.busy_ms += cost_ms
             self.current = job
@@ -148,13 +154,12 @@ class SimWorker:
     def _left_ms(self, now_ms: float) -> float:
         return max(self.current.finished_ms - now_ms, 0.0) if self.current else 0.0
 
-    def _cost_ms(self, request: TraceRequest) -> tuple[float, int]:
-        """Time to the first token on an idle worker, and the tokens that are not computed."""
-        hit = self.hit_tokens(request)
-        fetched, fetch_us = 0, 0.0
-        if self._tier is not None and self._tier.us_per_token < self.speed.prefill_us:
-            fetched = self._tier.hit_tokens(request, beyond=hit)
-            fetch_us = fetched * self._tier.us_per_token
-        computed = request.input_tokens - hit - fetched
-        cost_us = computed * self.speed.prefill_us + hit * self.speed.reuse_us + fetch_us
-        return cost_us / 1_000, hit + fetched
+    def _cost_ms(self, request: TraceRequest) -> tuple[float, int, Fetch]:
+        """Time to the first token on an idle worker, the tokens not computed, and the fetch."""
+        hit, fetch = self.hit_tokens(request), NO_FETCH
+        if self._tier is not None:
+            us = self.speed.prefill_us
+            fetch = self._tier.plan(request, beyond=hit, compute_us_per_token=us)
+        computed = request.input_tokens - hit - fetch.tokens
+        cost_us = computed * self.speed.prefill_us + hit * self.speed.reuse_us
+        return cost_us / 1_000 + fetch.ms, hit + fetch.tokens, fetch

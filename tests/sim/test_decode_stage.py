@@ -24,6 +24,8 @@ ASKED_KEYS = [
     "wait_max_ms",
     "refused",
     "served",
+    "fetched_rate",
+    "declined_rate",
 ]
 
 

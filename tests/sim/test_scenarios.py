@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from kvasir_kvstore.core import fetch
 from kvasir_router.core.prefix import PrefixView
 from kvasir_sim.engine import Engine
 from kvasir_sim.main import POLICIES, run_sim, simulate
 from kvasir_sim.policy import Action, Recall, RoutingPolicy, Send, Why
 from kvasir_sim.settings import SimSettings
+from kvasir_sim.tier import KvTier
 from kvasir_sim.trace import TraceRequest, at_rate
 from kvasir_sim.view import GONE_TOKENS, ReplicaView, Report
 from kvasir_sim.worker import Job, SimWorker, Speed
@@ -150,6 +152,36 @@ def test_kv_nodes_raise_hits_where_caches_are_small() -> None:
     tier = simulate(make_settings(**fields, kv_node_tokens=1_000_000), requests)
     assert tier.hit_rate > without.hit_rate + 0.1
     assert tier.attainment >= without.attainment
+
+
+@pytest.mark.parametrize("us_per_token", [8.0, 300.0, 950.0, 5_000.0])
+def test_what_is_faster_computed_is_not_fetched(us_per_token: float) -> None:
+    requests = make_requests(200)
+    fields = {"cache_tokens": 2_048, "slo_ttft_ms": 5_000, "policy": "round-robin"}
+    without = simulate(make_settings(**fields), requests)
+    path = {"kv_node_tokens": 1_000_000, "kv_node_us_per_token": us_per_token}
+    tier = simulate(make_settings(**fields, **path), requests)
+    assert tier.ttft_p50_ms <= without.ttft_p50_ms
+    assert tier.ttft_p99_ms <= without.ttft_p99_ms
+    is_worth_it = us_per_token * fetch.GAIN_MIN < 1_000
+    assert (tier.fetched_rate > 0) is is_worth_it
+    assert (tier.declined_rate > 0) is (not is_worth_it)
+
+
+def test_fetches_share_the_path_until_computing_is_faster() -> None:
+    request = make_request(*range(8))
+    tier = KvTier(1_000_000, us_per_token=300.0, latency_ms=5.0)
+    tier.offer(request.names)
+    fetches = []
+    for _ in range(4):
+        fetches.append(tier.plan(request, beyond=512, compute_us_per_token=1_000))
+        tier.begin(fetches[-1], now_ms=0.0)
+    tokens = 7 * 512
+    assert [found.tokens for found in fetches] == [tokens, tokens, tokens, 0]
+    assert [found.declined_tokens for found in fetches] == [0, 0, 0, tokens]
+    assert fetches[1].ms - 5.0 == pytest.approx(2 * (fetches[0].ms - 5.0))
+    tier.advance(fetches[0].ms)
+    assert tier.plan(request, beyond=512, compute_us_per_token=1_000).tokens == tokens
 
 
 def test_slow_workers_get_less() -> None:
