@@ -34,6 +34,7 @@ from kvasir_proto.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 HOST = "127.0.0.1"
 OUTPUT_TOKENS = 4
+WARM_UP_TOKENS = 256
 TOKEN_IDS = range(1_000, 40_000)
 START_S = 180.0
 REQUEST_MS = 120_000
@@ -158,19 +159,19 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         for num_tokens in args.prompt:
             pairs = defaultdict[str, list[tuple[Timed, Timed]]](list)
             for turn in range(1 + args.repetitions):
-                for path in PATHS:
-                    prompt = random.Random(f"{num_tokens}/{turn}/{path}").choices(
-                        TOKEN_IDS, k=num_tokens
-                    )
+                for path in args.path:
+                    length = num_tokens if turn else min(num_tokens, WARM_UP_TOKENS)
+                    source = random.Random(f"{num_tokens}/{turn}/{path}")
+                    prompt = source.choices(TOKEN_IDS, k=length)
                     timed = {}
                     for name in (path, "both") if turn % 2 else ("both", path):
-                        source = None if name == "both" else peer
-                        timed[name] = await ask(session, workers[name], prompt, source)
+                        prefill_peer = None if name == "both" else peer
+                        timed[name] = await ask(session, workers[name], prompt, prefill_peer)
                     if timed[path].tokens != timed["both"].tokens:
                         raise RuntimeError("the tokens differ")
-                    if turn:  # the first warms up
+                    if turn:
                         pairs[path].append((timed["both"], timed[path]))
-            for path in PATHS:
+            for path in args.path:
                 rows.append(row(num_tokens, path, pairs[path]))
                 print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     return rows
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--prompt", type=lengths, default=[512, 2048], metavar="N,N")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--path", nargs="+", choices=PATHS, default=PATHS)
     parser.add_argument("--weights", default="bf16")
     parser.add_argument("--threads", type=int, default=0, help="of each worker; 0: one per core")
     parser.add_argument("--kv-cache-mb", type=int, default=1024)

@@ -143,7 +143,7 @@ class EventHub(Generic[E]):
         self._described: Callable[[], E] = described
         self._on_started, self._on_dropped = on_started, on_dropped
         self._queue_max = queue_max
-        self._latest = _Latest[E]()
+        self._latest: _Latest[E] = _Latest()
         self._watchers: set[Watcher[E]] = set()
         self.held: dict[bytes, None] = {}
         """Names in the order in which they were stored: parents before children."""

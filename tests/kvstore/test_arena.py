@@ -38,6 +38,9 @@ class Elsewhere(ObjectTier):
         self.num_read += 1
         return True
 
+    def awaits(self, name: bytes) -> bool:
+        return False
+
     async def close(self, *, timeout_ms: int) -> None:
         """Nothing to do."""
 
@@ -121,6 +124,19 @@ class Refusing(NodeSet):
         raise KvasirError(Reason.UNSUPPORTED, "another layout")
 
 
+class One:
+    """A node that holds one block."""
+
+    def layout(self) -> common_pb2.KvLayout:
+        return PROTO_LAYOUT
+
+    def blocks(self, *, on_disk: bool) -> dict[bytes, Held]:
+        return {NAME: Held(0, Origin(chain_head=NAME), stored_ms=1)}
+
+    async def load(self, names: Sequence[bytes], *, timeout_ms: int) -> int:
+        raise AssertionError("nobody lacks anything")
+
+
 async def test_a_node_that_refuses_is_not_asked_all_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -136,7 +152,7 @@ async def test_a_node_that_refuses_is_not_asked_all_the_time(
         KvNodeSettings(name="n"),
         Refusing(),
         common_pb2.PeerAddress(host="kv", grpc_port=2),
-        held=lambda: (PROTO_LAYOUT, {NAME: Origin(chain_head=NAME)}),
+        source=One(),
     )
     with pytest.raises(asyncio.CancelledError):
         await mover.run()

@@ -1,5 +1,6 @@
 """What a tier of a KV node keeps and gives up: the pure core."""
 
+import math
 from collections.abc import Callable
 
 from hypothesis import given
@@ -65,6 +66,60 @@ def test_what_peers_pulled_stays() -> None:
     fill(cache, "cd")
     cache.touch_slots([found.slot for found in slots if found])
     assert fill(cache, "ef") == [b"d", b"c"]
+
+
+def test_above_the_high_watermark_the_least_valuable_go_down_to_the_low_one() -> None:
+    cache = BlockCache(Limits.of(8, watermarks=(0.75, 0.5)))
+    fill(cache, "abcdef")
+    assert cache.num_surplus == 0, "not above it"
+    fill(cache, "g")
+    assert cache.num_surplus == 3
+    cache.touch(names_of("f"))
+    cache.pin(b"e")
+    assert cache.trim(3, evict=lambda name: name != b"d") == names_of("cba")
+    assert (cache.num_surplus, held(cache)) == (0, "defg")
+
+
+def test_of_few_slots_none_is_kept_free() -> None:
+    cache = BlockCache(Limits.of(4, watermarks=(0.9, 0.8)))
+    fill(cache, "abcd")
+    assert cache.num_surplus == 0
+
+
+@given(
+    num_slots=st.integers(1, 30),
+    marks=st.tuples(st.floats(0.1, 1), st.floats(0.1, 1)),
+    numbers=st.lists(st.integers(0, 40), max_size=80),
+    pinned=st.sets(st.integers(0, 40), max_size=4),
+)
+def test_surplus_is_what_trimming_takes_and_what_stays_is_worth_more(
+    num_slots: int, marks: tuple[float, float], numbers: list[int], pinned: set[int]
+) -> None:
+    high, low = max(marks), min(marks)
+    trimmed = BlockCache(Limits.of(num_slots, watermarks=(high, low)))
+    whole = make_cache(num_slots)
+    for number in numbers:
+        for cache in (trimmed, whole):
+            fill(cache, chr(number + 48))
+    for number in pinned:
+        for cache in (trimmed, whole):
+            if (name := chr(number + 48).encode()) in cache.names():
+                cache.pin(name)
+    num_before, count = trimmed.num_held, trimmed.num_surplus
+    assert (count > 0) is (num_before > math.ceil(num_slots * high))
+    gone = trimmed.trim(count, evict=lambda _: True)
+    assert len(gone) == min(count, num_before - len(trimmed._pins))
+    assert gone == whole.trim(len(gone), evict=lambda _: True), "in the order of value"
+    assert trimmed.num_surplus == 0 or trimmed.num_held == len(trimmed._pins)
+
+
+def test_a_block_that_was_stored_elsewhere_keeps_its_time() -> None:
+    cache = make_cache(4, ttl_ms=100)
+    taken = cache.reserve(names_of("ab"), NOBODY, now_ms=1_000, stored_ms={b"a": 950})
+    for name in taken.names:
+        cache.commit(name)
+    assert sorted(cache.blocks(now_ms=1_049)) == names_of("ab")
+    assert sorted(cache.blocks(now_ms=1_050)) == names_of("b")
 
 
 def test_children_go_before_their_parents() -> None:

@@ -101,7 +101,7 @@ async def test_an_offer_of_what_is_there_moves_nothing(shared_node: NodeProcess)
 async def test_the_least_recently_used_blocks_make_room() -> None:
     num_slots = (1 << 20) // LAYOUT.block_bytes
     names = make_names(num_slots + 4)
-    with running_node(memory_mb=1) as node:
+    with running_node(memory_mb=1, memory_high=1) as node:
         async with make_holder([node.spec], num_blocks=num_slots + 4) as a:
             a.publish(names)
             await a.offer(names[:num_slots])

@@ -56,7 +56,7 @@ async def test_a_killed_node_restarts_with_what_was_whole(tmp_path: Path) -> Non
 
 async def test_what_memory_gives_up_is_read_from_disk(tmp_path: Path) -> None:
     names = make_names(2 * BLOCKS_OF_ONE_MIB)
-    with running_node(disk_dir=tmp_path, memory_mb=1) as node:
+    with running_node(disk_dir=tmp_path, memory_mb=1, memory_high=1) as node:
         async with make_holder([node.spec], num_blocks=len(names)) as worker:
             worker.publish(names)
             for start in range(0, len(names), 32):
@@ -69,6 +69,29 @@ async def test_what_memory_gives_up_is_read_from_disk(tmp_path: Path) -> None:
                 part = names[start : start + 64]
                 assert await fetch(node, part, worker.contents) == len(part)
             assert (await disk_of(node)).blocks_read >= BLOCKS_OF_ONE_MIB
+
+
+async def test_memory_makes_room_in_the_background_and_what_it_gives_up_is_on_disk(
+    tmp_path: Path,
+) -> None:
+    names = make_names(BLOCKS_OF_ONE_MIB)
+    marks = {"memory_high": 0.75, "memory_low": 0.5}
+    with running_node(disk_dir=tmp_path, memory_mb=1, **marks) as node:
+        async with make_holder([node.spec], num_blocks=len(names)) as worker:
+            worker.publish(names)
+            for start in range(0, len(names), 8):
+                await worker.offer(names[start : start + 8])
+                await written(node, start + 8)
+            description = await eventually(
+                lambda: describe(node),
+                lambda found: 0 < found.blocks_used <= 0.75 * BLOCKS_OF_ONE_MIB,
+                30,
+            )
+            assert description.blocks_trimmed >= BLOCKS_OF_ONE_MIB // 4
+            assert description.blocks_evicted == 0, "nothing had to wait for room"
+            assert node.metric("kvasir_kvnode_blocks_trimmed_total") > 0
+            for start in range(0, len(names), 8):
+                assert await fetch(node, names[start : start + 8], worker.contents) == 8
 
 
 async def test_a_killed_nodes_torn_files_hold_no_wrong_block(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ async def test_watchers_know_what_a_node_holds_and_hear_of_its_end() -> None:
 
 async def test_blocks_given_up_for_others_are_told() -> None:
     first, rest = make_names(4), make_names(BLOCKS_OF_ONE_MIB)
-    with running_node(memory_mb=1) as node:
+    with running_node(memory_mb=1, memory_high=1) as node:
         num_blocks = len(first) + len(rest)
         async with make_holder([node.spec], num_blocks=num_blocks) as a, watched(node) as watcher:
             a.publish([*first, *rest])

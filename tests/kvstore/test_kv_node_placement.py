@@ -3,11 +3,15 @@
 import asyncio
 import contextlib
 import os
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import RedisServer
-from kv_fleet import Holder, NodeProcess, describe, make_holder
+from kv_fleet import PROTO_LAYOUT, Holder, NodeProcess, describe, make_holder
+from kvasir_kvstore.node.arena import Arena
+from kvasir_kvstore.node.block_file import BlockFile
 from kvstore_builders import eventually, free_port
 
 
@@ -45,6 +49,10 @@ async def num_fetched(worker: Holder, chains: list[list[bytes]], source: Holder)
     return count
 
 
+async def on_disk(node: NodeProcess) -> int:
+    return sum(tier.blocks_written for tier in (await describe(node)).tiers)
+
+
 async def used(nodes: list[NodeProcess]) -> int:
     return sum([(await describe(node)).blocks_used for node in nodes])
 
@@ -70,6 +78,33 @@ async def test_with_two_copies_reads_go_on_when_a_node_is_killed(
         assert await num_fetched(b, chains, a) == 36
         # What had a copy there gets another, in the background.
         await eventually(lambda: used(nodes[1:]), lambda count: count == 2 * 36, timeout_s=60)
+
+
+async def test_blocks_on_disk_move_too_and_keep_their_age(tmp_path: Path) -> None:
+    nodes = make_fleet(2, move_mb_per_s=1000, kv_replicas=2, memory_mb=1, block_ttl_ms=3_600_000)
+    for node in nodes:
+        node.settings = node.settings.model_copy(update={"disk_dir": tmp_path / node.settings.name})
+    async with contextlib.AsyncExitStack() as stack:
+        for node in nodes:
+            stack.callback(node.close)
+        await start(nodes[:1])
+        specs = [node.spec for node in nodes]
+        a = await stack.enter_async_context(make_holder(specs, num_blocks=150))
+        chains = publish_chains(a, 40)  # more than memory holds
+        for count, chain in enumerate(chains, start=1):
+            await a.offer(chain)
+            await eventually(lambda: on_disk(nodes[0]), lambda n, c=3 * count: n >= c, 30)
+        told_ms = time.time_ns() // 1_000_000
+        await start(nodes[1:])
+        await eventually(lambda: on_disk(nodes[1]), lambda count: count == 120, timeout_s=60)
+        nodes[1].kill()
+        disk = BlockFile(tmp_path / nodes[1].settings.name)
+        moved = disk.begin(
+            PROTO_LAYOUT, num_slots=Arena.disk_slots(nodes[1].settings, PROTO_LAYOUT)
+        )
+        disk.close()
+        assert {block.name for block in moved} == {name for chain in chains for name in chain}
+        assert all(block.stored_ms < told_ms for block in moved)
 
 
 async def test_a_node_that_joins_gets_its_share_and_no_more() -> None:

@@ -2,12 +2,14 @@
 
 A slot is free, reserved (being filled, invisible) or held under one name: reserve, write, commit.
 What is given up is the least valuable (core/eviction.py); a tenant that has reached its quota gives
-up blocks of its own. Invariants: every slot is in exactly one of the three states; a name is held
+up blocks of its own. Above the high watermark blocks are given up before anybody needs their slots,
+down to the low one. Invariants: every slot is in exactly one of the three states; a name is held
 or reserved at most once; no tenant has more slots than its quota; a pinned block stays; a block
 whose time is over is not found. Moving the bytes and the index are left to the node.
 """
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,11 +35,20 @@ class Limits:
     tenant_slots_max: int
     ttl_ms: int = 0
     """After a block was stored; 0: no limit."""
+    watermarks: tuple[float, float] = (1.0, 1.0)
+    """Parts of the slots, high and low: (1, 1) keeps no slot free."""
 
     @classmethod
-    def of(cls, num_slots: int, *, tenant_share_max: float = 1.0, ttl_ms: int = 0) -> "Limits":
+    def of(
+        cls,
+        num_slots: int,
+        *,
+        tenant_share_max: float = 1.0,
+        ttl_ms: int = 0,
+        watermarks: tuple[float, float] = (1.0, 1.0),
+    ) -> "Limits":
         """With a tenant's quota as a share of the slots."""
-        return cls(num_slots, max(1, int(num_slots * tenant_share_max)), ttl_ms)
+        return cls(num_slots, max(1, int(num_slots * tenant_share_max)), ttl_ms, watermarks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,16 @@ class BlockCache:
         """Slots being filled."""
         return len(self._reserved)
 
+    @property
+    def num_surplus(self) -> int:
+        """Blocks to give up now: down to the low watermark, once there are more than the high one.
+
+        Of few slots none is kept free: both watermarks are rounded up.
+        """
+        high, low = (math.ceil(self.slots_usable * part) for part in self.limits.watermarks)
+        num_used = len(self._held) + len(self._reserved)
+        return num_used - low if num_used > high else 0
+
     def restore(self, blocks: Mapping[bytes, Held]) -> list[bytes]:
         """Holds blocks that lie in their slots already, in an empty cache; names within quotas."""
         assert not self._held
@@ -109,9 +130,9 @@ class BlockCache:
         """Names held, in the order in which they came."""
         return list(self._held)
 
-    def origins(self) -> dict[bytes, Origin]:
-        """Where each block held comes from."""
-        return {name: held.origin for name, held in self._held.items()}
+    def blocks(self, *, now_ms: int) -> dict[bytes, Held]:
+        """What can be found, in the order in which it came."""
+        return {name: held for name, held in self._held.items() if not self._is_over(held, now_ms)}
 
     def find(self, name: bytes, *, now_ms: int) -> Held | None:
         """The block, unless it is not held or its time is over."""
@@ -161,15 +182,15 @@ class BlockCache:
         *,
         now_ms: int,
         evict: Callable[[bytes], bool] = lambda _: True,
-        stored_ms: int | None = None,
+        stored_ms: Mapping[bytes, int] | None = None,
     ) -> Reservation:
         """Slots for the first of these (missing) names, as many as can be had.
 
         Args:
             evict: takes a name out of service; False if a transfer still reads it.
-            stored_ms: when the blocks were first stored; none: now.
+            stored_ms: when blocks were first stored; none: now.
         """
-        since_ms = now_ms if stored_ms is None else stored_ms
+        since_ms = stored_ms or {}
         taken: list[bytes] = []
         evicted: list[bytes] = []
         for name in names:
@@ -179,11 +200,21 @@ class BlockCache:
                 if victim is None:
                     break
                 evicted.append(victim)
-            self._reserved[name] = Held(self._free.pop(), origin, since_ms)
+            self._reserved[name] = Held(self._free.pop(), origin, since_ms.get(name, now_ms))
             self._tenant_slots[origin.tenant] += 1
             taken.append(name)
         slots = tuple(self._reserved[name].slot for name in taken)
         return Reservation(tuple(taken), slots, tuple(evicted))
+
+    def trim(self, count: int, *, evict: Callable[[bytes], bool]) -> list[bytes]:
+        """Gives up the least valuable blocks: so many, or fewer if no other may go."""
+        gone: list[bytes] = []
+        while len(gone) < count:
+            name = self._give_up(None, evict)
+            if name is None:
+                break
+            gone.append(name)
+        return gone
 
     def commit(self, name: bytes) -> None:
         """The slot reserved for this name is filled: it is held."""

@@ -7,7 +7,7 @@ earlier life left on disk.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2
 
 from kvasir_kvstore._native import BlockPool, BlockServer, PullResult
-from kvasir_kvstore.core.cache import BlockCache, Limits, Origin
+from kvasir_kvstore.core.cache import BlockCache, Held, Limits, Origin
 from kvasir_kvstore.node.block_file import BlockFile, StoredBlock
 from kvasir_kvstore.node.disk import DiskTier
 from kvasir_kvstore.node.object_store import ObjectTier
@@ -30,6 +30,8 @@ MIB = 1 << 20
 LAYERS_MAX = 4096
 LAYER_BYTES_MAX = 1 << 28
 """What a BlockPool takes."""
+TRIM_BATCH = 64
+"""Blocks given up in the background at a time."""
 LOADS_MAX = 64
 """Blocks on their way from tiers below to memory; a load that meets the bound ends early."""
 
@@ -76,7 +78,8 @@ class Arena:
                 param="layout",
             )
         plane = settings.data_plane
-        self.cache = BlockCache(self._limits(num_slots))
+        watermarks = (settings.memory_high, settings.memory_low)
+        self.cache = BlockCache(self._limits(num_slots, watermarks=watermarks))
         self.pool = BlockPool(
             num_blocks=num_slots,
             num_layers=layout.num_layers,
@@ -102,7 +105,11 @@ class Arena:
         self.below: list[DiskTier | ObjectTier] = []
         """The faster first."""
         self.num_evicted = 0
-        """Blocks that the memory gave up for others."""
+        """Blocks that the memory gave up for others that needed their slots at once."""
+        self.num_trimmed = 0
+        """Blocks that the memory gave up before that, above its high watermark."""
+        self._is_crowded = asyncio.Event()
+        self._trimmer = asyncio.create_task(self._keep_room())
 
     def attach_disk(self, file: BlockFile, blocks: Sequence[StoredBlock]) -> None:
         """From now on blocks go to disk, too, and those that are there are found."""
@@ -141,6 +148,14 @@ class Arena:
         below = [name for tier in self.below for name in tier.names()]
         return list(dict.fromkeys([*self.cache.names(), *below]))
 
+    def blocks(self, *, on_disk: bool) -> dict[bytes, Held]:
+        """What this node alone holds: in memory, and on disk if asked for."""
+        found = self.cache.blocks(now_ms=self._now_ms())
+        for tier in self.below if on_disk else ():
+            if isinstance(tier, DiskTier):
+                found = tier.blocks() | found
+        return found
+
     def holds(self, name: bytes) -> bool:
         """Whether a tier has the block."""
         is_in_memory = self.cache.find(name, now_ms=self._now_ms()) is not None
@@ -167,10 +182,14 @@ class Arena:
         names: Sequence[bytes],
         origin: Origin,
         *,
+        stored_ms: Mapping[bytes, int],
         timeout_ms: int,
     ) -> Filled:
-        """Pulls these (missing) blocks: reserve, write, commit. Only what is whole is committed."""
-        slots = self._reserve(names, origin)
+        """Pulls these (missing) blocks: reserve, write, commit. Only what is whole is committed.
+
+        `stored_ms`: of those that were stored elsewhere before.
+        """
+        slots = self._reserve(names, origin, stored_ms=stored_ms)
         if not slots:
             return Filled((), None)
         committed: list[bytes] = []
@@ -219,10 +238,13 @@ class Arena:
         for tier in self.below:
             tier.expire()
         self._gone_from_memory(gone)
+        self._look_for_surplus()
         return len(gone)
 
     async def close(self, *, timeout_ms: int) -> None:
         """Ends all transfers; blocks that wait for the disk are written if the time allows."""
+        self._trimmer.cancel()
+        await asyncio.gather(self._trimmer, return_exceptions=True)
         await asyncio.gather(*self._loads.values())
         await self._puller.close()
         await asyncio.gather(*(tier.close(timeout_ms=timeout_ms) for tier in self.below))
@@ -234,7 +256,7 @@ class Arena:
         is_in_memory = not self.cache.missing([name])
         if stored is None or is_in_memory or len(self._loads) >= LOADS_MAX:
             return None
-        slots = self._reserve([name], stored.origin, stored_ms=stored.stored_ms)
+        slots = self._reserve([name], stored.origin, stored_ms={name: stored.stored_ms})
         if not slots:
             return None
         task = asyncio.create_task(self._load(name, slots[name]))
@@ -262,12 +284,14 @@ class Arena:
         self.cache.commit(name)
 
     def _reserve(
-        self, names: Sequence[bytes], origin: Origin, *, stored_ms: int | None = None
+        self,
+        names: Sequence[bytes],
+        origin: Origin,
+        *,
+        stored_ms: Mapping[bytes, int] | None = None,
     ) -> dict[bytes, int]:
         """Slots of memory for some of the names; what was pulled meanwhile has gained value."""
-        pulled = np.flatnonzero(self.pool.uses != self._uses_seen)
-        self._uses_seen[pulled] = self.pool.uses[pulled]
-        self.cache.touch_slots(pulled.tolist())
+        self._note_uses()
         taken = self.cache.reserve(
             names,
             origin,
@@ -277,7 +301,37 @@ class Arena:
         )
         self.num_evicted += len(taken.evicted)
         self._gone_from_memory(taken.evicted)
+        self._look_for_surplus()
         return dict(zip(taken.names, taken.slots, strict=True))
+
+    def _note_uses(self) -> None:
+        """What was pulled since the last time has gained value."""
+        pulled = np.flatnonzero(self.pool.uses != self._uses_seen)
+        self._uses_seen[pulled] = self.pool.uses[pulled]
+        self.cache.touch_slots(pulled.tolist())
+
+    def _look_for_surplus(self) -> None:
+        if self.cache.num_surplus:
+            self._is_crowded.set()
+
+    async def _keep_room(self) -> None:
+        """Gives up blocks that are below, or nowhere to go, so that none has to wait for a slot."""
+        while True:
+            await self._is_crowded.wait()
+            self._is_crowded.clear()
+            self._note_uses()
+            num_left = self.cache.num_surplus
+            while num_left > 0:
+                gone = self.cache.trim(min(num_left, TRIM_BATCH), evict=self._may_leave_memory)
+                if not gone:
+                    break  # the rest is read or yet to be written; `expire` looks again
+                num_left -= len(gone)
+                self.num_trimmed += len(gone)
+                self._gone_from_memory(gone)
+                await asyncio.sleep(0)
+
+    def _may_leave_memory(self, name: bytes) -> bool:
+        return not any(tier.awaits(name) for tier in self.below) and self.pool.unpublish(name)
 
     def _is_below(self, name: bytes) -> bool:
         return any(tier.find(name) is not None for tier in self.below)
@@ -292,12 +346,13 @@ class Arena:
         self._on_change(stored, ())
         self._gone_from_below(removed)
 
-    def _limits(self, num_slots: int) -> Limits:
+    def _limits(self, num_slots: int, *, watermarks: tuple[float, float] = (1.0, 1.0)) -> Limits:
         settings = self._settings
         return Limits.of(
             num_slots,
             tenant_share_max=settings.tenant_share_max,
             ttl_ms=settings.block_ttl_ms,
+            watermarks=watermarks,
         )
 
 

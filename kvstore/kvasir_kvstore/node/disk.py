@@ -83,6 +83,10 @@ class DiskTier:
         """Names that can be read."""
         return self._cache.names()
 
+    def blocks(self) -> dict[bytes, Held]:
+        """What can be found."""
+        return self._cache.blocks(now_ms=self._now_ms())
+
     def find(self, name: bytes) -> Held | None:
         """The block, unless it is not here or its time is over."""
         return self._cache.find(name, now_ms=self._now_ms())
@@ -100,6 +104,10 @@ class DiskTier:
                 self._waiting[name] = None
         self._is_idle.clear()
         self._has_work.set()
+
+    def awaits(self, name: bytes) -> bool:
+        """Whether the block is still to be written."""
+        return name in self._waiting
 
     async def read(self, name: bytes, target: int) -> bool:
         """Fills the pool's block with what is stored under the name; False: it is no more."""
@@ -213,7 +221,7 @@ class DiskTier:
 
     def _reserve(self, name: bytes, held: Held) -> int | None:
         taken = self._cache.reserve(
-            [name], held.origin, now_ms=self._now_ms(), stored_ms=held.stored_ms
+            [name], held.origin, now_ms=self._now_ms(), stored_ms={name: held.stored_ms}
         )
         self._forget(taken.evicted)
         return taken.slots[0] if taken.slots else None

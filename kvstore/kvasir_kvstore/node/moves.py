@@ -1,23 +1,26 @@
 """Brings blocks to the KV nodes that their chains belong to, when nodes come or go.
 
-Decides which chains are offered to whom: those in memory here that are new, or that after a change
-of the live nodes belong (core/placement.py) to a node to which they did not belong before; new ones
-too, since whoever offered them may have seen other nodes live. The other node pulls,
-as it does from workers, and says what it has already, so that two holders of a chain do no harm.
+Decides which chains are offered to whom: those that after a change of the live nodes belong
+(core/placement.py) to a node to which they did not belong before, whether in memory or on disk;
+and those new in memory, since whoever offered them may have seen other nodes live. The other node
+pulls, as it does from workers, and says what it has already, so that two holders of a chain do no
+harm; what it lacks and is on disk alone is loaded for it. Blocks keep their age.
 What has moved is not given up here: it loses its value as it is no longer asked for. One chain
 after the other, in the background, at a bounded rate; what failed is tried again in the next round.
 """
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvasir_proto.errors import KvasirError
 from kvasir_proto.v1 import common_pb2, kvnode_pb2
 
-from kvasir_kvstore.core.cache import Origin
+from kvasir_kvstore.core.cache import Held, Origin
 from kvasir_kvstore.core.placement import rank_nodes
 from kvasir_kvstore.node.settings import KvNodeSettings
 from kvasir_kvstore.nodes import NodeSet
@@ -28,7 +31,8 @@ log = logging.getLogger(__name__)
 INTERVAL_S = 1.0
 RETRY_S = 5.0
 """After a round in which not all could be offered: a node may refuse for long."""
-NAMES_PER_OFFER = 64
+NAMES_PER_OFFER = 32
+"""Half of what may be on its way from disk to memory at a time: requests have the rest."""
 OFFER_TIMEOUT_MS = 10_000
 
 
@@ -45,6 +49,19 @@ class _Members:
         return {(target, self.lives[target]) for target in ranked}
 
 
+class Source(Protocol):
+    """What a node holds."""
+
+    def layout(self) -> common_pb2.KvLayout | None:
+        """Of its blocks; None: there are none."""
+
+    def blocks(self, *, on_disk: bool) -> Mapping[bytes, Held]:
+        """Those in memory, and on disk if asked for."""
+
+    async def load(self, names: Sequence[bytes], *, timeout_ms: int) -> int:
+        """Brings the leading part of the names into memory; how many of them are there then."""
+
+
 class Mover:
     """One node's part of keeping chains where they belong."""
 
@@ -54,10 +71,10 @@ class Mover:
         nodes: NodeSet,
         address: common_pb2.PeerAddress,
         *,
-        held: Callable[[], tuple[common_pb2.KvLayout | None, Mapping[bytes, Origin]]],
+        source: Source,
     ) -> None:
-        """`held`: the layout, and the blocks in memory with where they come from."""
-        self._nodes, self._address, self._held = nodes, address, held
+        """`address` and `source`: of the node itself."""
+        self._nodes, self._address, self._source = nodes, address, source
         self._replicas = settings.kv_replicas
         self._bytes_per_s = settings.move_mb_per_s * (1 << 20)
         self._placed: _Members | None = None
@@ -72,19 +89,22 @@ class Mover:
             await asyncio.sleep(wait_s)
             wait_s = INTERVAL_S
             members = _Members(self._nodes.weights(), self._nodes.lives())
-            layout, held = self._held()
-            new = held.keys() - self._names_placed
+            layout = self._source.layout()
+            in_memory = self._source.blocks(on_disk=False)
+            new = in_memory.keys() - self._names_placed
             if layout is None or (members == self._placed and not new):
                 continue
-            names = new if members == self._placed else held.keys()
-            if await self._place({name: held[name] for name in names}, members, layout, new=new):
-                self._placed, self._names_placed = members, frozenset(held)
+            held: Mapping[bytes, Held] = {name: in_memory[name] for name in new}
+            if members != self._placed:
+                held = self._source.blocks(on_disk=True)
+            if await self._place(held, members, layout, new=new):
+                self._placed, self._names_placed = members, frozenset(in_memory)
             else:
                 wait_s = RETRY_S
 
     async def _place(
         self,
-        held: Mapping[bytes, Origin],
+        held: Mapping[bytes, Held],
         members: "_Members",
         layout: common_pb2.KvLayout,
         *,
@@ -92,8 +112,8 @@ class Mover:
     ) -> bool:
         """Offers blocks to nodes they newly belong to; False: not all could be."""
         chains: defaultdict[tuple[Origin, bool], list[bytes]] = defaultdict(list)
-        for name, origin in held.items():
-            chains[origin, name in new].append(name)
+        for name, block in held.items():
+            chains[block.origin, name in new].append(name)
         is_done = True
         for (origin, is_new), names in chains.items():
             head = origin.chain_head
@@ -103,27 +123,39 @@ class Mover:
             for target, _ in sorted(members.share(head, self._replicas) - before):
                 for start in range(0, len(names), NAMES_PER_OFFER):
                     part = names[start : start + NAMES_PER_OFFER]
-                    is_done &= await self._offer(target, part, origin, layout)
+                    blocks = {name: held[name] for name in part}
+                    is_done &= await self._offer(target, blocks, origin, layout)
         return is_done
 
     async def _offer(
-        self, target: str, names: list[bytes], origin: Origin, layout: common_pb2.KvLayout
+        self,
+        target: str,
+        blocks: Mapping[bytes, Held],
+        origin: Origin,
+        layout: common_pb2.KvLayout,
     ) -> bool:
         if target == join_target(self._address.host, self._address.grpc_port):
             return True
+        now_ms = time.time_ns() // 1_000_000
         request = kvnode_pb2.OfferRequest(
             source=self._address,
             layout=layout,
-            names=names,
+            names=list(blocks),
             timeout_ms=OFFER_TIMEOUT_MS,
             tenant=origin.tenant,
             chain_head=origin.chain_head,
+            ages_ms=[max(now_ms - block.stored_ms, 0) for block in blocks.values()],
         )
         try:
             answer = await self._nodes.offer(target, request)
+            num_pulled = answer.num_pulled
+            if answer.num_missed and await self._source.load(
+                request.names, timeout_ms=OFFER_TIMEOUT_MS
+            ):
+                num_pulled += (await self._nodes.offer(target, request)).num_pulled
         except KvasirError as error:
             log.info("moving blocks to %s: %s", target, error.message)
             return False
-        self.blocks_moved += answer.num_pulled
-        await asyncio.sleep(answer.num_pulled * layout.block_bytes / self._bytes_per_s)
+        self.blocks_moved += num_pulled
+        await asyncio.sleep(num_pulled * layout.block_bytes / self._bytes_per_s)
         return True

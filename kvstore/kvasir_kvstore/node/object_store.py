@@ -97,6 +97,7 @@ class ObjectTier:
         self._ttl_ms, self._now_ms, self._on_change = ttl_ms, now_ms, on_change
         self._known: dict[bytes, Held] = {}
         self._waiting: asyncio.Queue[bytes] = asyncio.Queue(WRITES_WAITING_MAX)
+        self._queued: set[bytes] = set()
         self._counts = _Counts()
         self._retry_at_ms = 0
         self.problem = ""
@@ -123,8 +124,13 @@ class ObjectTier:
                 continue
             try:
                 self._waiting.put_nowait(name)
+                self._queued.add(name)
             except asyncio.QueueFull:
                 self._counts.blocks_dropped += 1
+
+    def awaits(self, name: bytes) -> bool:
+        """Whether the block is still to be written."""
+        return name in self._queued
 
     async def read(self, name: bytes, target: int) -> bool:
         """Fills the pool's block with what is stored under the name; False: it cannot be had."""
@@ -180,6 +186,7 @@ class ObjectTier:
     async def _write_behind(self) -> None:
         while True:
             name = await self._waiting.get()
+            self._queued.discard(name)
             try:
                 if not await self._write(name):
                     self._counts.blocks_dropped += 1

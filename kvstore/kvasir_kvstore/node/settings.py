@@ -1,8 +1,9 @@
 """Settings of one KV node: where it listens, how much it holds and what bounds it."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kvasir_kvstore.node.object_store import open_store
 from kvasir_kvstore.peers import DataPeerSettings, parse_spec
@@ -14,6 +15,10 @@ class KvNodeSettings(DataPeerSettings):
 
     memory_mb: int = Field(default=1024, ge=1)
     """Memory for blocks, in MiB; taken as blocks arrive."""
+    memory_high: float = Field(default=0.98, gt=0, le=1)
+    """Above this part of its memory a node gives up blocks before others need room; 1: never."""
+    memory_low: float = Field(default=0.95, gt=0, le=1)
+    """Down to this part of its memory."""
     disk_dir: Path | None = None
     """Folder for blocks on disk, of this node alone, kept over restarts; none: memory only."""
     disk_mb: int = Field(default=4096, ge=1)
@@ -58,6 +63,12 @@ class KvNodeSettings(DataPeerSettings):
         if value is not None:
             open_store(value, None)
         return value
+
+    @model_validator(mode="after")
+    def _check_watermarks(self) -> Self:
+        if self.memory_low > self.memory_high:
+            raise ValueError("memory_low must not be above memory_high")
+        return self
 
     @field_validator("kv_nodes")
     @classmethod

@@ -17,7 +17,7 @@ from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2, kvnode_pb2
 
 from kvasir_kvstore.core.block import NAME_BYTES
-from kvasir_kvstore.core.cache import Origin
+from kvasir_kvstore.core.cache import Held, Origin
 from kvasir_kvstore.core.placement import Run, leading_runs
 from kvasir_kvstore.events import EventHub
 from kvasir_kvstore.index import BlockIndex, Location
@@ -178,6 +178,7 @@ class NodeStore:
             blocks_served=int(values.get("blocks_served", 0)),
             blocks_evicted=int(values["blocks_evicted"]),
             blocks_expired=counts.blocks_expired,
+            blocks_trimmed=int(values["blocks_trimmed"]),
             frames_quarantined=counts.frames_quarantined,
             index=self._index.kind,
             index_healthy=self._index.healthy,
@@ -195,12 +196,16 @@ class NodeStore:
     async def move(self, nodes: NodeSet) -> None:
         """Keeps chains on the nodes they belong to, until cancelled."""
 
-        def held() -> tuple[common_pb2.KvLayout | None, dict[bytes, Origin]]:
-            arena = self._arena
-            return (arena.layout, arena.cache.origins()) if arena else (None, {})
-
-        self._mover = Mover(self._settings, nodes, self.address, held=held)
+        self._mover = Mover(self._settings, nodes, self.address, source=self)
         await self._mover.run()
+
+    def layout(self) -> common_pb2.KvLayout | None:
+        """Of the blocks held here; None: there are none."""
+        return self._arena.layout if self._arena else None
+
+    def blocks(self, *, on_disk: bool) -> dict[bytes, Held]:
+        """What this node alone holds: in memory, and on disk if asked for."""
+        return self._arena.blocks(on_disk=on_disk) if self._arena else {}
 
     async def keep_leases(self) -> None:
         """Keeps the index right until cancelled: renews entries, at once when an index is back."""
@@ -286,7 +291,15 @@ class NodeStore:
         left_ms = max(1, int((end_s - started_s) * 1000))
         head = request.chain_head or (request.names[0] if request.names else b"")
         origin = Origin(tenant=request.tenant, chain_head=head)
-        filled = await arena.fill(request.source, missing, origin, timeout_ms=left_ms)
+        now_ms = _now_ms()
+        ages_ms = zip(request.names, request.ages_ms, strict=False)
+        filled = await arena.fill(
+            request.source,
+            missing,
+            origin,
+            stored_ms={name: now_ms - age_ms for name, age_ms in ages_ms if age_ms <= now_ms},
+            timeout_ms=left_ms,
+        )
         self.metrics.pull_seconds.observe(time.monotonic() - started_s)
         await self._tell_index()
         if filled.result is not None and filled.result.error:
@@ -383,6 +396,7 @@ class NodeStore:
             "blocks_moved": self._mover.blocks_moved if self._mover else 0,
             "blocks_total": 0,
             "blocks_used": 0,
+            "blocks_trimmed": 0,
         }
         if self._arena is None:
             return values
@@ -391,6 +405,7 @@ class NodeStore:
             "blocks_total": cache.num_slots,
             "blocks_used": cache.num_held,
             "blocks_evicted": self._arena.num_evicted,
+            "blocks_trimmed": self._arena.num_trimmed,
             "blocks_reserved": cache.num_reserved,
             "blocks_served": stats["blocks_sent"],
             "bytes_served": stats["bytes_sent"],

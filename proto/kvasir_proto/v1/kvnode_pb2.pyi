@@ -53,6 +53,7 @@ class KvNodeDescription(_message.Message):
     TIERS_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
     BLOCKS_EXPIRED_FIELD_NUMBER: _builtins.int
+    BLOCKS_TRIMMED_FIELD_NUMBER: _builtins.int
     blocks_total: _builtins.int
     blocks_used: _builtins.int
     bytes_capacity: _builtins.int
@@ -65,6 +66,8 @@ class KvNodeDescription(_message.Message):
     """"memory" or "redis" """
     index_healthy: _builtins.bool
     blocks_expired: _builtins.int
+    blocks_trimmed: _builtins.int
+    """given up in the background, above the high watermark of memory"""
     @_builtins.property
     def address(self) -> _common_pb2.PeerAddress: ...
     @_builtins.property
@@ -97,10 +100,11 @@ class KvNodeDescription(_message.Message):
         tiers: _abc.Iterable[Global___TierDescription] | None = ...,
         degraded: _abc.Iterable[_builtins.str] | None = ...,
         blocks_expired: _builtins.int = ...,
+        blocks_trimmed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_evicted", b"blocks_evicted", "blocks_expired", b"blocks_expired", "blocks_offered", b"blocks_offered", "blocks_pulled", b"blocks_pulled", "blocks_served", b"blocks_served", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "bytes_capacity", b"bytes_capacity", "degraded", b"degraded", "frames_quarantined", b"frames_quarantined", "index", b"index", "index_healthy", b"index_healthy", "layout", b"layout", "tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_evicted", b"blocks_evicted", "blocks_expired", b"blocks_expired", "blocks_offered", b"blocks_offered", "blocks_pulled", b"blocks_pulled", "blocks_served", b"blocks_served", "blocks_total", b"blocks_total", "blocks_trimmed", b"blocks_trimmed", "blocks_used", b"blocks_used", "bytes_capacity", b"bytes_capacity", "degraded", b"degraded", "frames_quarantined", b"frames_quarantined", "index", b"index", "index_healthy", b"index_healthy", "layout", b"layout", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -234,6 +238,7 @@ class OfferRequest(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     CHAIN_HEAD_FIELD_NUMBER: _builtins.int
+    AGES_MS_FIELD_NUMBER: _builtins.int
     timeout_ms: _builtins.int
     tenant: _builtins.bytes
     """16 bytes that tell tenants apart, or none: quotas count by it"""
@@ -247,6 +252,10 @@ class OfferRequest(_message.Message):
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """in chain order, parents first"""
 
+    @_builtins.property
+    def ages_ms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of names[i]: since when it is stored, elsewhere; none: it is new"""
+
     def __init__(
         self,
         *,
@@ -256,10 +265,11 @@ class OfferRequest(_message.Message):
         timeout_ms: _builtins.int = ...,
         tenant: _builtins.bytes = ...,
         chain_head: _builtins.bytes = ...,
+        ages_ms: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_head", b"chain_head", "layout", b"layout", "names", b"names", "source", b"source", "tenant", b"tenant", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ages_ms", b"ages_ms", "chain_head", b"chain_head", "layout", b"layout", "names", b"names", "source", b"source", "tenant", b"tenant", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

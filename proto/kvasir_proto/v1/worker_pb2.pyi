@@ -83,6 +83,7 @@ class WorkerDescription(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     BLOCKS_UNANNOUNCED_FIELD_NUMBER: _builtins.int
     KV_CROSSED_FIELD_NUMBER: _builtins.int
+    KV_REUSE_FIELD_NUMBER: _builtins.int
     role: _common_pb2.Role.ValueType
     model: _builtins.str
     """the name that clients use"""
@@ -107,6 +108,8 @@ class WorkerDescription(_message.Message):
     def layout(self) -> _common_pb2.KvLayout: ...
     @_builtins.property
     def load(self) -> Global___WorkerLoad: ...
+    @_builtins.property
+    def kv_reuse(self) -> Global___KvReuse: ...
     def __init__(
         self,
         *,
@@ -125,14 +128,118 @@ class WorkerDescription(_message.Message):
         version: _builtins.str = ...,
         blocks_unannounced: _builtins.bool = ...,
         kv_crossed: _builtins.bool = ...,
+        kv_reuse: Global___KvReuse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "layout", b"layout", "load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "kv_reuse", b"kv_reuse", "layout", b"layout", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_unannounced", b"blocks_unannounced", "context_length", b"context_length", "draining", b"draining", "fingerprint", b"fingerprint", "isa", b"isa", "kv_crossed", b"kv_crossed", "kv_transfer_error", b"kv_transfer_error", "kv_transfer_healthy", b"kv_transfer_healthy", "layout", b"layout", "load", b"load", "model", b"model", "num_threads", b"num_threads", "role", b"role", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_unannounced", b"blocks_unannounced", "context_length", b"context_length", "draining", b"draining", "fingerprint", b"fingerprint", "isa", b"isa", "kv_crossed", b"kv_crossed", "kv_reuse", b"kv_reuse", "kv_transfer_error", b"kv_transfer_error", "kv_transfer_healthy", b"kv_transfer_healthy", "layout", b"layout", "load", b"load", "model", b"model", "num_threads", b"num_threads", "role", b"role", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerDescription: _TypeAlias = WorkerDescription  # noqa: Y015
+
+@_typing.final
+class KvReuse(_message.Message):
+    """Since the worker's start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class PromptTokensEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class TierBlocksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    TIER_BLOCKS_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompt_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Prompt tokens by source: computed, cached, fetched, chunks."""
+
+    @_builtins.property
+    def tier_blocks(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Blocks that were wanted of the KV tier: fetched, or why not (kvasir_kvstore.client.Wanted)."""
+
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvLink]:
+        """over which KV came by TCP, the latest last"""
+
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        tier_blocks: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        links: _abc.Iterable[Global___KvLink] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["links", b"links", "prompt_tokens", b"prompt_tokens", "tier_blocks", b"tier_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvReuse: _TypeAlias = KvReuse  # noqa: Y015
+
+@_typing.final
+class KvLink(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    codec: _builtins.str
+    """of the last transfer: raw, int8, int4 or entropy"""
+    bytes_per_s: _builtins.float
+    """on the wire, exponentially weighted"""
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        codec: _builtins.str = ...,
+        bytes_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "codec", b"codec", "peer", b"peer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvLink: _TypeAlias = KvLink  # noqa: Y015
 
 @_typing.final
 class WorkerLoad(_message.Message):
