@@ -11,8 +11,9 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, TypeVar
 
 from kvasir_proto.errors import KvasirError
@@ -21,6 +22,7 @@ from kvasir_proto.v1 import common_pb2, kvnode_pb2
 from prometheus_client import CollectorRegistry
 
 from kvasir_kvstore._native import BlockPool, PullResult
+from kvasir_kvstore.codecs import Link
 from kvasir_kvstore.core.placement import Run, leading_runs, rank_nodes
 from kvasir_kvstore.index import Location, RedisIndex
 from kvasir_kvstore.metrics import TierMetrics
@@ -40,6 +42,24 @@ OFFER_NODES_SPARE = 1
 OFFER_NAMES_WAITING_MAX = 8192
 FETCHES_MAX = 8
 Result = TypeVar("Result")
+
+
+class Wanted(StrEnum):
+    """What came of a block that a prompt wanted of the tier."""
+
+    FETCHED = "fetched"
+    LOADED = "loaded"
+    """Of those fetched: from a node's disk or store."""
+    UNKNOWN = "unknown"
+    """No node holds it."""
+    LOST = "lost"
+    """It was said to be held and did not come whole: gone, damaged, or its holder is away."""
+    SLOW = "slow"
+    """The fetch was ended, as computing had become faster."""
+    DECLINED = "declined"
+    """Not asked for, as computing was expected to be faster."""
+    NO_MEMORY = "no_memory"
+    """Not asked for, as there was no memory to fetch it into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +161,20 @@ class KvTier:
         """Names that wait to be offered or are being offered."""
         return self._num_names_waiting + self._num_names_running
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Blocks that were wanted, by what came of it, since the start."""
+        return self._metrics.blocks.counts
+
+    @property
+    def links(self) -> list[Link]:
+        """Over which blocks came by TCP, the latest last."""
+        return self._puller.links.known()
+
+    def note(self, what: Wanted, num_blocks: int) -> None:
+        """Counts blocks that were wanted."""
+        self._metrics.blocks.add(what, num_blocks)
+
     async def locate_and_fetch(
         self,
         names: Sequence[bytes],
@@ -183,9 +217,10 @@ class KvTier:
                     more.problem,
                 )
         num_fetched = result.num_fetched_leading
-        self._metrics.blocks.labels("fetched").inc(num_fetched)
-        self._metrics.blocks.labels("lost").inc(known - num_fetched)
-        self._metrics.blocks.labels("unknown").inc(len(names) - known)
+        self.note(Wanted.FETCHED, num_fetched)
+        is_slow = result.problem == "slow"
+        self.note(Wanted.SLOW if is_slow else Wanted.LOST, known - num_fetched)
+        self.note(Wanted.UNKNOWN, len(names) - known)
         return FetchResult(num_fetched, result.bytes_moved, result.problem or problem, locate_ms)
 
     async def offer(
@@ -355,7 +390,7 @@ class KvTier:
             problem = result.error
             if num_ok < count:
                 break
-        self._metrics.blocks.labels("loaded").inc(num_fetched)
+        self.note(Wanted.LOADED, num_fetched)
         return FetchResult(num_fetched, bytes_moved, problem)
 
     async def _forget_stale(self, run: Location, names: Sequence[bytes], problem: str) -> None:

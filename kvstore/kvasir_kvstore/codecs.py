@@ -59,8 +59,12 @@ class CodecTerms:
 
 
 @dataclass(slots=True)
-class _Link:
+class Link:
+    """What is known of the way from a peer."""
+
+    peer: str
     bytes_per_s: float = 0.0
+    """On the wire; 0: nothing has come that way."""
     codec: str = RAW
 
 
@@ -72,16 +76,17 @@ class LinkCodecs:
         self._terms = terms
         is_auto = terms.mode == "auto" and terms.usable
         self._rates = measured_rates(terms.num_heads, terms.head_dim) if is_auto else ()
-        self._links: OrderedDict[bytes, _Link] = OrderedDict()
+        self._links: OrderedDict[bytes, Link] = OrderedDict()
 
     def choose(self, source: common_pb2.PeerAddress, *, num_bytes: int) -> str:
         """For a pull of so many raw bytes."""
         terms = self._terms
         if not terms.usable:
             return RAW
-        if terms.mode != "auto":
-            return terms.mode
         link = self._link(source)
+        if terms.mode != "auto":
+            link.codec = terms.mode
+            return terms.mode
         link.codec = choose_codec(
             link.bytes_per_s, num_bytes, self._rates, terms.usable, current=link.codec
         )
@@ -89,15 +94,19 @@ class LinkCodecs:
 
     def pulled(self, source: common_pb2.PeerAddress, *, bytes_wire: int, wire_s: float) -> None:
         """Learns from a pull how fast the link is."""
-        if not self._terms.usable or wire_s <= 0 or bytes_wire < BYTES_MEASURED_MIN:
+        if wire_s <= 0 or bytes_wire < BYTES_MEASURED_MIN:
             return
         link = self._link(source)
         measured = bytes_wire / wire_s
         before = link.bytes_per_s
         link.bytes_per_s = before + SMOOTHING * (measured - before) if before else measured
 
-    def _link(self, source: common_pb2.PeerAddress) -> _Link:
-        link = self._links.setdefault(source.uid, _Link())
+    def known(self) -> list[Link]:
+        """Links that something came over, the latest last."""
+        return [link for link in self._links.values() if link.bytes_per_s]
+
+    def _link(self, source: common_pb2.PeerAddress) -> Link:
+        link = self._links.setdefault(source.uid, Link(source.name))
         self._links.move_to_end(source.uid)
         if len(self._links) > PEERS_MAX:
             self._links.popitem(last=False)

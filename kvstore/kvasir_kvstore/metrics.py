@@ -3,6 +3,7 @@
 Reasons are those of kvasir_proto.errors and of the data plane (`PullResult.error`); "ok": none.
 """
 
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from kvasir_proto.v1 import kvnode_pb2
@@ -27,7 +28,8 @@ NODE_COUNTERS = {
     "blocks_known": "Offered blocks that were here already",
     "blocks_unavailable": "Offered blocks that the source had no more, or whose frames were bad",
     "bytes_pulled": "KV bytes pulled from workers",
-    "blocks_evicted": "Blocks given up for others",
+    "blocks_evicted": "Blocks given up for others that needed their slots at once",
+    "blocks_trimmed": "Blocks given up in the background, above the high watermark",
     "blocks_moved": "Blocks that other nodes took over, since their chains belong there",
     "blocks_expired": "Blocks given up because their time was over",
     "frames_quarantined": "Frames whose checksum or form was wrong",
@@ -123,6 +125,20 @@ class NodeMetrics:
         return generate_latest(self.registry)
 
 
+class Tally:
+    """A counter with one label that can be read here, too."""
+
+    def __init__(self, metric: Counter) -> None:
+        self._metric = metric
+        self.counts = Counts[str]()
+
+    def add(self, label: str, count: int) -> None:
+        """Counts; nothing leaves no trace."""
+        if count:
+            self._metric.labels(label).inc(count)
+            self.counts[label] += count
+
+
 class TierMetrics:
     """A worker's use of the KV tier, in the worker's registry."""
 
@@ -133,11 +149,13 @@ class TierMetrics:
             ["reason"],
             registry=registry,
         )
-        self.blocks = Counter(
-            "kvasir_kvtier_blocks",
-            "Blocks wanted from the tier: fetched (loaded: from a node's disk), unknown or lost",
-            ["result"],
-            registry=registry,
+        self.blocks = Tally(
+            Counter(
+                "kvasir_kvtier_blocks",
+                "Blocks wanted of the tier: fetched (loaded: from a node's disk), or why not",
+                ["result"],
+                registry=registry,
+            )
         )
         self.frames_bad = Counter(
             "kvasir_kvtier_frames_bad",

@@ -43,7 +43,7 @@ class NamedPuller:
             **plane.codecs.shape,
         )
         self._block_bytes = pool.num_layers * pool.layer_bytes
-        self._links = LinkCodecs(plane.codecs)
+        self.links = LinkCodecs(plane.codecs)
         self._executor = ThreadPoolExecutor(pulls_max, thread_name_prefix="kv-pull")
         self._cancel_ids = itertools.count(1)
 
@@ -69,7 +69,7 @@ class NamedPuller:
             blocks=blocks,
             timeout_ms=timeout_ms,
             cancel_id=cancel_id,
-            codec=self._links.choose(source, num_bytes=len(blocks) * self._block_bytes),
+            codec=self.links.choose(source, num_bytes=len(blocks) * self._block_bytes),
             background=background,
         )
         future = self._executor.submit(pull)
@@ -90,7 +90,7 @@ class NamedPuller:
                 except asyncio.CancelledError:  # it ends within moments; freeing must follow it
                     continue
             raise
-        self._links.pulled(source, bytes_wire=result.bytes_wire, wire_s=result.wire_s)
+        self.links.pulled(source, bytes_wire=result.bytes_wire, wire_s=result.wire_s)
         return result
 
     def _num_arrived(self, blocks: Sequence[int]) -> float:

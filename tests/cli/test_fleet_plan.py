@@ -42,6 +42,17 @@ def make_options(**changes: object) -> FleetOptions:
     return FleetOptions(**(values | changes))
 
 
+def test_kv_that_is_to_be_encoded_does_not_go_through_shared_memory() -> None:
+    for codec, has_sockets in (("raw", True), ("auto", False)):
+        options = make_options(kv_codec=codec)
+        plan = plan_fleet(options, range(1, 1 + options.num_ports))
+        for part in plan:
+            if part.role != "router":
+                assert bool(flag_values(part.arguments, "--kv-socket-dir")) is has_sockets
+            if part.role in ("prefill", "decode"):
+                assert flag_values(part.arguments, "--kv-codec") == [codec]
+
+
 def flag_values(arguments: tuple[str, ...], flag: str) -> list[str]:
     return [value for name, value in itertools.pairwise(arguments) if name == flag]
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,8 @@ from kvasir_kvstore._native import BlockClient, BlockServer, PullResult
 from kvasir_kvstore.codecs import CodecTerms, LinkCodecs, measured_rates
 from kvasir_kvstore.core.block import KvLayout
 from kvasir_kvstore.core.codecs import CODECS, RAW
+from kvasir_kvstore.peers import DataPlane
+from kvasir_kvstore.pulls import NamedPuller
 from kvasir_proto.v1 import common_pb2
 from kvstore_builders import EPOCH, UID, Pair, Wire, fill, make_pool, name_of, wait_until
 
@@ -226,3 +229,32 @@ def test_the_bench_measures_every_codec_on_every_path(monkeypatch: pytest.Monkey
 def test_blocks_that_may_have_lost_something_never_share_a_name() -> None:
     exact, lossy = (KvLayout(2, 2, 64, exact=exact) for exact in (True, False))
     assert exact.digest != lossy.digest
+
+
+async def test_auto_encodes_what_comes_over_a_slow_link() -> None:
+    bytes_per_s = 10e6
+
+    def throttled(_: int, data: bytes) -> bytes:
+        time.sleep(len(data) / bytes_per_s)
+        return data
+
+    terms = CodecTerms(mode="auto", allowed=("int8",), **SHAPE)
+    with make_lossy_pair() as pair, Wire(pair.server.port, throttled) as wire:
+        puller = NamedPuller(pair.target, DataPlane(codecs=terms), pulls_max=1)
+        peer = common_pb2.PeerAddress(
+            name="p", host="127.0.0.1", data_port=wire.port, uid=UID, epoch=EPOCH
+        )
+
+        async def is_encoded() -> bool:
+            for block in range(BLOCKS):
+                pair.target.reset(block)
+            result = await puller.pull(
+                peer, names=pair.names, blocks=list(range(BLOCKS)), timeout_ms=20_000
+            )
+            assert (result.error, result.blocks_ok) == ("", [True] * BLOCKS)
+            return result.is_lossy
+
+        assert not await is_encoded(), "nothing is known of the link yet"
+        assert await is_encoded()
+        assert [(link.peer, link.codec) for link in puller.links.known()] == [("p", "int8")]
+        await puller.close()

@@ -43,6 +43,10 @@ async def test_another_worker_fetches_instead_of_computing(model: Path, kv_node:
         assert result.stats.kv_bytes_moved > 0
         load = (await second.stub.Describe(worker_pb2.DescribeRequest(), timeout=10)).load
         assert 0 < load.store_us_per_token < 1e6
+        about = await second.stub.Describe(worker_pb2.DescribeRequest(), timeout=10)
+        assert about.kv_reuse.prompt_tokens == {"computed": 8, "fetched": 192}
+        assert about.kv_reuse.tier_blocks == {"fetched": 6}
+        assert [link.codec for link in about.kv_reuse.links] == ["raw"]
         assert result.done.usage.cached_tokens == 192
         assert await second.metric('kvasir_worker_prompt_tokens_total{source="fetched"') == 192
         assert await second.metric('kvasir_worker_kv_bytes_total{use="fetch"') > 0

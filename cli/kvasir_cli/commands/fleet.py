@@ -8,12 +8,14 @@ from typing import Any, get_args
 
 import click
 from kvasir_engine.formats import KvFormat, WeightFormat
+from kvasir_kvstore.core.codecs import CODECS, RAW
 
 from kvasir_cli.fleet.plan import TTFT_SLO_MS, FleetOptions
 
 COUNT = click.IntRange(min=1)
 WEIGHT_FORMAT = click.Choice(get_args(WeightFormat))
 KV_FORMAT = click.Choice(get_args(KvFormat))
+KV_CODEC = click.Choice([RAW, "auto", *CODECS])
 PORT = click.IntRange(min=1, max=65535)
 
 
@@ -58,6 +60,13 @@ PORT = click.IntRange(min=1, max=65535)
     help="How weights are computed with.",
 )
 @click.option("--kv", type=KV_FORMAT, default="bf16", show_default=True, help="How KV is kept.")
+@click.option(
+    "--kv-codec",
+    type=KV_CODEC,
+    default=RAW,
+    show_default=True,
+    help="Other than raw: KV goes by TCP, encoded so; kvasir kv probe allows it for the model.",
+)
 @click.option(
     "--kv-node-mb", type=COUNT, default=512, show_default=True, help="Memory of each KV node."
 )

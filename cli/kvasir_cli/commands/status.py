@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from kvasir_proto.v1 import common_pb2, inference_pb2, kvnode_pb2
+from kvasir_proto.v1 import common_pb2, inference_pb2, kvnode_pb2, worker_pb2
 
 from kvasir_cli.fleet.state import FleetState, PartState
 from kvasir_cli.progress import size_text
@@ -110,6 +110,8 @@ def _print_table(fleet: FleetState | None, view: inference_pb2.FleetView, nodes:
         for problem in _problems(member):
             if problem:
                 click.echo(f"{member.description.address.name}: {problem}")
+        for line in _reuse_lines(member.description.kv_reuse):
+            click.echo(f"{member.description.address.name}: {line}")
     for node in nodes:
         if node.description is not None:
             for line in _tier_lines(node.description):
@@ -166,9 +168,30 @@ def _kv_node_cells(node: Any) -> list[str]:
     return [found.address.name, "kvnode", state, counts, "", "", held, str(found.blocks_used)]
 
 
-def _tier_lines(found: kvnode_pb2.KvNodeDescription) -> list[str]:
-    """What is where below a KV node's memory, and what does not work."""
+def _reuse_lines(reuse: worker_pb2.KvReuse) -> list[str]:
+    """What was reused, why other blocks were not, and how KV comes over TCP."""
     lines = []
+    if reuse.prompt_tokens:
+        counts = (f"{count} {source}" for source, count in sorted(reuse.prompt_tokens.items()))
+        lines.append(f"prompt tokens: {', '.join(counts)}")
+    if reuse.tier_blocks:
+        counts = (f"{count} {what}" for what, count in sorted(reuse.tier_blocks.items()))
+        lines.append(f"blocks wanted of KV nodes: {', '.join(counts)}")
+    lines += [
+        f"KV from {link.peer}: {link.codec}, {size_text(int(link.bytes_per_s))}/s"
+        for link in reuse.links
+    ]
+    return lines
+
+
+def _tier_lines(found: kvnode_pb2.KvNodeDescription) -> list[str]:
+    """What is where below a KV node's memory, what memory gave up, and what does not work."""
+    lines = []
+    if found.blocks_trimmed or found.blocks_evicted:
+        lines.append(
+            f"memory gave up {found.blocks_trimmed} blocks ahead of need, "
+            f"{found.blocks_evicted} on demand"
+        )
     for tier in found.tiers:
         total = f"/{tier.blocks_total}" if tier.blocks_total else ""
         line = (

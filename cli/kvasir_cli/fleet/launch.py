@@ -46,6 +46,7 @@ def up_arguments(options: FleetOptions) -> list[str]:
         ("--kv-cache-mb", options.kv_cache_mb),
         ("--weights", options.weights),
         ("--kv", options.kv),
+        ("--kv-codec", options.kv_codec),
         ("--kv-node-mb", options.kv_node_mb),
         ("--ttft-slo-ms", options.ttft_slo_ms),
     ):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvasir_engine.formats import KvFormat, WeightFormat
+from kvasir_kvstore.core.codecs import RAW
 
 from kvasir_cli.fleet.state import run_folder_for
 
@@ -40,6 +41,7 @@ class FleetOptions:
     tls: bool = False  # links between the parts
     weights: WeightFormat = "bf16"
     kv: KvFormat = "bf16"
+    kv_codec: str = RAW  # of KV between the parts
 
     @property
     def num_workers(self) -> int:
@@ -117,7 +119,9 @@ def _redis(options: FleetOptions) -> list[str]:
 
 
 def _socket_dir(options: FleetOptions) -> list[str]:
-    """All parts are on this machine: KV goes through shared memory."""
+    """All parts are on this machine: KV goes through shared memory, unless it is to be encoded."""
+    if options.kv_codec != RAW:
+        return []
     return ["--kv-socket-dir", str(run_folder_for(options.port))]
 
 
@@ -144,7 +148,7 @@ def _worker(
     arguments += ["--name", name, "--role", role, "--data-port", str(data_port)]
     arguments += _listen(LOOPBACK, grpc_port, http_port)
     arguments += ["--kv-cache-mb", str(options.kv_cache_mb), "--kv", options.kv]
-    arguments += ["--weights", options.weights]
+    arguments += ["--weights", options.weights, "--kv-codec", options.kv_codec]
     arguments += ["--threads", str(options.num_threads), "--drain-timeout-ms", str(DRAIN_MS)]
     for address in kv_nodes:
         arguments += ["--kv-node", address]

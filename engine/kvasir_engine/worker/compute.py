@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from kvasir_kvstore.client import KvTier
+from kvasir_kvstore.client import KvTier, Wanted
 from kvasir_kvstore.core.block import BLOCK_TOKENS
 from kvasir_kvstore.core.fetch import FetchPlan, FetchWatch
 from kvasir_proto.errors import KvasirError, Reason
@@ -82,6 +82,7 @@ class Compute:
             num_blocks=len(names) - num_held, compute_ms_per_block=self._compute_ms_per_block()
         )
         if plan is None:
+            tier.note(Wanted.DECLINED, len(names) - num_held)
             return None
         engine = self._host.served().engine
         try:
@@ -89,6 +90,7 @@ class Compute:
         except KvasirError as error:
             if error.reason not in (Reason.BUSY, Reason.OVERLOADED):
                 raise
+            tier.note(Wanted.NO_MEMORY, len(names) - num_held)
             return None  # no memory now: wait for it in the engine's queue
         rates.num_running += 1
         try:

@@ -273,7 +273,7 @@ class _Transfer:
         log.warning("computing %d tokens whose KV was not handed off", num_tokens)
         if self._finished_s is not None:  # computed twice; else this worker's first event counts
             self._trace.tokens_computed += num_tokens
-            self._host.metrics.prompt_tokens.labels("computed").inc(num_tokens)
+            self._host.metrics.prompt_tokens.add("computed", num_tokens)
 
     def _start_pull(self, reservation: Reservation) -> Pull:
         num_blocks = -(-self._num_tokens // BLOCK_TOKENS)

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _VERSION = importlib.metadata.version("kvasir")
 
+LINKS_TOLD_MAX = 16
 PROTO_ROLE = {
     Role.PREFILL: common_pb2.ROLE_PREFILL,
     Role.DECODE: common_pb2.ROLE_DECODE,
@@ -190,6 +191,7 @@ class Host:
             _add_model(description, self.serving)
             _add_load(description, self.load())
             description.load.store_us_per_token = self.fetch_rates.us_per_token
+            description.kv_reuse.CopyFrom(_kv_reuse(self.serving, self.metrics))
         return description
 
     def gauges(self) -> Gauges:
@@ -215,6 +217,19 @@ def proto_layout(layout: block.KvLayout) -> common_pb2.KvLayout:
         num_layers=layout.num_layers,
         block_bytes=layout.block_bytes,
         block_tokens=layout.block_tokens,
+    )
+
+
+def _kv_reuse(serving: Serving, metrics: WorkerMetrics) -> worker_pb2.KvReuse:
+    tier = serving.tier
+    links = [*serving.puller.links, *(tier.links if tier else ())]
+    return worker_pb2.KvReuse(
+        prompt_tokens=metrics.prompt_tokens.counts,
+        tier_blocks=tier.counts if tier else {},
+        links=[
+            worker_pb2.KvLink(peer=link.peer, codec=link.codec, bytes_per_s=link.bytes_per_s)
+            for link in links[-LINKS_TOLD_MAX:]
+        ],
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from kvasir_kvstore.metrics import Tally
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -71,8 +72,12 @@ class WorkerMetrics:
         self.given_up = self._counter(
             "given_up", "Requests given up by the queue: hand_back, refuse or recalled", "why"
         )
-        self.prompt_tokens = self._counter(
-            "prompt_tokens", "Prompt tokens by source: computed, cached, fetched, chunks", "source"
+        self.prompt_tokens = Tally(
+            self._counter(
+                "prompt_tokens",
+                "Prompt tokens by source: computed, cached, fetched, chunks",
+                "source",
+            )
         )
         self.output_tokens = self._counter("output_tokens", "Tokens generated")
         self.kv_bytes = self._counter(

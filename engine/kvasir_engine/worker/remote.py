@@ -122,8 +122,8 @@ class VllmGenerator(Generator):
                         trace.tokens_cached_local = min(usage.cached_tokens, num_tokens)
                         trace.tokens_computed = num_tokens - trace.tokens_cached_local
                         prompt_tokens = self._host.metrics.prompt_tokens
-                        prompt_tokens.labels("computed").inc(trace.tokens_computed)
-                        prompt_tokens.labels("cached").inc(trace.tokens_cached_local)
+                        prompt_tokens.add("computed", trace.tokens_computed)
+                        prompt_tokens.add("cached", trace.tokens_cached_local)
                     for part in _with_stop_last(event, stops):
                         yield part
         finally:

@@ -70,9 +70,9 @@ class Trace:
         self.tokens_cached_local += timing.tokens_cached
         self.tokens_computed += timing.tokens_computed
         metrics.queue_seconds.observe(self.queue_ms / 1000)
-        metrics.prompt_tokens.labels("computed").inc(timing.tokens_computed)
-        metrics.prompt_tokens.labels("cached").inc(timing.tokens_cached)
-        metrics.prompt_tokens.labels("fetched").inc(self.tokens_cached_fetched)
+        metrics.prompt_tokens.add("computed", timing.tokens_computed)
+        metrics.prompt_tokens.add("cached", timing.tokens_cached)
+        metrics.prompt_tokens.add("fetched", self.tokens_cached_fetched)
 
     def chunk_computed(self, alone: "Trace") -> None:
         """A chunk's KV was not here; `alone` is what it cost."""
@@ -87,9 +87,9 @@ class Trace:
         self.tokens_from_chunks = blend.tokens_reused - num_exact
         self.tokens_recomputed = sum(blend.num_recomputed(part) for part in blend.parts)
         self.tokens_computed += num_computed
-        metrics.prompt_tokens.labels("cached").inc(num_exact)
-        metrics.prompt_tokens.labels("chunks").inc(self.tokens_from_chunks)
-        metrics.prompt_tokens.labels("computed").inc(num_computed)
+        metrics.prompt_tokens.add("cached", num_exact)
+        metrics.prompt_tokens.add("chunks", self.tokens_from_chunks)
+        metrics.prompt_tokens.add("computed", num_computed)
 
     def prefilled_by_peer(self, finished: worker_pb2.PrefillFinished, *, name: str) -> None:
         """A prefill worker has finished this prompt."""

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from kvasir_kvstore._native import BlockClient, BlockPool, PullResult
-from kvasir_kvstore.codecs import LinkCodecs
+from kvasir_kvstore.codecs import Link, LinkCodecs
 from kvasir_kvstore.peers import DataPlane
 from kvasir_proto.v1 import common_pb2
 
@@ -189,6 +189,11 @@ class Puller:
             pulled.error,
             self._health.num_consecutive,
         )
+
+    @property
+    def links(self) -> list[Link]:
+        """Over which hand-offs came by TCP, the latest last."""
+        return self._links.known()
 
     def close(self) -> None:
         """Ends every pull and waits for its thread."""
