@@ -190,10 +190,16 @@ class Wire:
     connection, and returns what to pass on; None cuts the connection.
     """
 
-    def __init__(self, port: int, change: Callable[[int, bytes], bytes | None]) -> None:
+    def __init__(
+        self,
+        port: int,
+        change: Callable[[int, bytes], bytes | None],
+        *,
+        at: tuple[str, int] = ("127.0.0.1", 0),
+    ) -> None:
         self._target = port
         self._change = change
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(at)
         self.port: int = self._listener.getsockname()[1]
         self._sockets: list[socket.socket] = [self._listener]
         self._threads = [threading.Thread(target=self._accept, daemon=True)]

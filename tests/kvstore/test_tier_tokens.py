@@ -1,0 +1,176 @@
+"""What a model says while its KV tier fails: the tokens of a run without one, whatever happens."""
+
+import asyncio
+import itertools
+import random
+import resource
+from pathlib import Path
+
+import pytest
+from conftest import RedisServer
+from kv_fleet import NodeProcess, running_node
+from kvasir_kvstore.core import fetch
+from kvstore_builders import Wire, eventually, free_port
+from worker_builders import RunningWorker, make_model_dir, make_request, prompt, started
+
+PROMPTS = [prompt(200, seed=seed) for seed in range(1, 41)]
+"""Of more blocks than a worker's cache holds, so that each comes from the tier or is computed."""
+CALL_S_MAX = 60
+CORRUPTIONS = 1_000
+BITS_OF_A_PIECE = 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_dir(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def _fetches_whatever_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "GAIN_MIN", 0.0)
+    monkeypatch.setattr(fetch, "LOSS_SHARE_MAX", 1e9)
+    monkeypatch.setattr(fetch, "FIRST_LOSS_MS_MAX", 1e9)
+
+
+async def undisturbed(model: Path) -> list[list[int]]:
+    """What the model says to each prompt."""
+    async with started(model, "alone") as worker:
+        return [(await worker.generate(make_request(ids))).tokens for ids in PROMPTS]
+
+
+class Load:
+    """Clients that send the prompts again and again, and compare what they get."""
+
+    def __init__(self, worker: RunningWorker, expected: list[list[int]]) -> None:
+        self._worker, self._expected = worker, expected
+        self._turns = itertools.count()
+        self.num_fetched = self.num_computed = 0
+
+    async def client(self) -> None:
+        while True:
+            await self.one()
+
+    async def one(self) -> None:
+        """One request; RunningWorker.generate would fail if its stream were cut short."""
+        index = next(self._turns) % len(PROMPTS)
+        async with asyncio.timeout(CALL_S_MAX):
+            result = await self._worker.generate(make_request(PROMPTS[index]))
+        assert result.error is None, result.error
+        assert result.tokens == self._expected[index], "wrong tokens"
+        self.num_fetched += result.stats.tokens_cached_fetched
+        self.num_computed += result.stats.tokens_computed
+
+    async def more(
+        self, clients: "list[asyncio.Task[None]]", *, fetched: int = 0, computed: int = 0
+    ) -> None:
+        """Until so many more tokens were fetched and computed; the clients must go on."""
+        end = (self.num_fetched + fetched, self.num_computed + computed)
+
+        async def counts() -> tuple[int, int]:
+            for client in clients:
+                if client.done():
+                    client.result()
+            return self.num_fetched, self.num_computed
+
+        await eventually(counts, lambda now: now[0] >= end[0] and now[1] >= end[1], 90)
+
+
+def torn(folder: Path) -> None:
+    """Some of what a killed node left is changed, and its end is gone."""
+    blocks = folder / "blocks"
+    content = bytearray(blocks.read_bytes())
+    for offset in range(100, len(content), 50_000):
+        content[offset] ^= 1
+    blocks.write_bytes(content[: 2 * len(content) // 3])
+
+
+async def test_no_token_changes_while_a_kv_node_and_redis_die_and_a_disk_is_full(
+    model: Path, own_redis: RedisServer, tmp_path: Path
+) -> None:
+    expected = await undisturbed(model)
+    own_redis.start()
+    specs = [f"127.0.0.1:{port}" for port in (free_port(), free_port())]
+    nodes = [
+        NodeProcess(
+            name=f"kv-{i}",
+            grpc_port=int(spec.rpartition(":")[2]),
+            redis=own_redis.url,
+            lease_ttl_ms=1500,
+            kv_nodes=specs,
+            disk_dir=tmp_path / str(i),
+            memory_mb=1,
+        )
+        for i, spec in enumerate(specs)
+    ]
+
+    def restart_with_torn_files(node: NodeProcess) -> None:
+        assert node.settings.disk_dir is not None
+        torn(node.settings.disk_dir)
+        node.start()
+
+    try:
+        for node in nodes:
+            node.start()
+        assert nodes[1]._process is not None
+        disk_bytes = (1 << 19, 1 << 19)  # soon full
+        resource.prlimit(nodes[1]._process.pid, resource.RLIMIT_FSIZE, disk_bytes)
+        settings = {"kv_nodes": tuple(specs), "redis": own_redis.url, "kv_cache_mb": 1}
+        async with started(model, "w", **settings) as worker:
+            load = Load(worker, expected)
+            clients = [asyncio.create_task(load.client()) for _ in range(3)]
+            await load.more(clients, fetched=1_000)
+            await asyncio.to_thread(nodes[0].kill)
+            await load.more(clients, computed=600)
+            await asyncio.to_thread(restart_with_torn_files, nodes[0])
+            await load.more(clients, fetched=1_000)
+            await asyncio.to_thread(own_redis.stop)
+            await load.more(clients, fetched=400)
+            await asyncio.to_thread(own_redis.start)
+            await load.more(clients, fetched=400)
+            for client in clients:
+                client.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
+    finally:
+        for node in nodes:
+            node.close()
+
+
+class Corruption:
+    """Changes what a KV node sends: bits, order and length of it; greetings pass."""
+
+    def __init__(self) -> None:
+        self._random = random.Random(7)
+        self.num_done = 0
+
+    def __call__(self, offset: int, data: bytes) -> bytes | None:
+        if offset == 0 or self._random.random() < 0.2:
+            return data
+        kind = self._random.random()
+        self.num_done += 1 if kind < 0.2 else BITS_OF_A_PIECE
+        if kind < 0.05:
+            return None
+        if kind < 0.1:
+            return data[: self._random.randrange(len(data))]
+        if kind < 0.2:
+            middle = len(data) // 2
+            return data[middle:] + data[:middle]
+        changed = bytearray(data)
+        for _ in range(BITS_OF_A_PIECE):
+            changed[self._random.randrange(len(data))] ^= 1 << self._random.randrange(8)
+        return bytes(changed)
+
+
+async def test_corrupted_transfers_change_no_token(model: Path) -> None:
+    expected = await undisturbed(model)
+    corruption = Corruption()
+    with (
+        running_node(host="127.0.0.1", advertise_host="127.0.0.2", memory_mb=64) as node,
+        Wire(node.settings.data_port, corruption, at=("127.0.0.2", node.settings.data_port)),
+    ):
+        settings = {"kv_nodes": (node.spec,), "kv_cache_mb": 1, "fetch_timeout_ms": 200}
+        async with started(model, "w", **settings) as worker:
+            load = Load(worker, expected)
+            while corruption.num_done < CORRUPTIONS:
+                await load.one()
+            assert load.num_fetched > 0, "what was whole was used"
+            assert await worker.metric("kvasir_kvtier_frames_bad_total") > 0
