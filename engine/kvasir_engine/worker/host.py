@@ -182,6 +182,7 @@ class Host:
             blocks_unannounced=not self.tells_blocks,
             kv_crossed=self.health.has_crossed,
         )
+        description.kv_reuse.CopyFrom(_kv_reuse(self.serving, self.metrics))
         if self.outside is not None:
             description.fingerprint = self.outside.fingerprint
             description.context_length = self.outside.context_length
@@ -191,7 +192,6 @@ class Host:
             _add_model(description, self.serving)
             _add_load(description, self.load())
             description.load.store_us_per_token = self.fetch_rates.us_per_token
-            description.kv_reuse.CopyFrom(_kv_reuse(self.serving, self.metrics))
         return description
 
     def gauges(self) -> Gauges:
@@ -220,9 +220,9 @@ def proto_layout(layout: block.KvLayout) -> common_pb2.KvLayout:
     )
 
 
-def _kv_reuse(serving: Serving, metrics: WorkerMetrics) -> worker_pb2.KvReuse:
-    tier = serving.tier
-    links = [*serving.puller.links, *(tier.links if tier else ())]
+def _kv_reuse(serving: Serving | None, metrics: WorkerMetrics) -> worker_pb2.KvReuse:
+    tier = serving.tier if serving else None
+    links = [*(serving.puller.links if serving else ()), *(tier.links if tier else ())]
     return worker_pb2.KvReuse(
         prompt_tokens=metrics.prompt_tokens.counts,
         tier_blocks=tier.counts if tier else {},
