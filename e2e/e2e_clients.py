@@ -24,7 +24,8 @@ def start_pod(kubectl: Kubectl, image: str, *, on_control_plane: bool) -> None:
     """Make the pod that the clients run in; on the control plane no lost worker node takes it."""
     folder = Path(__file__).parent
     files = (f"--from-file={folder / script}" for script in SCRIPTS)
-    kubectl("create", "configmap", POD, *files)
+    made = kubectl("create", "configmap", POD, *files, "--dry-run=client", "-o=yaml", quiet=True)
+    kubectl("apply", "-f", "-", stdin=made)
     spec: dict[str, Any] = {
         "automountServiceAccountToken": False,
         "terminationGracePeriodSeconds": 0,

@@ -1,6 +1,7 @@
 """What the API server accepts and refuses of the custom resources, and what is made of them."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,12 @@ def test_every_setting_is_accepted_and_stays(api: KubeApi) -> None:
         assert any("image" in volume for volume in pod["spec"]["volumes"])
         assert {"--kv-codec", "--weights"} <= set(pod["spec"]["containers"][0]["args"])
         wait_for("policies", lambda: "full-redis" in api("get", "networkpolicies"))
+        patch = ("patch", "msvc", "full", "--type=merge", "-p")
+        api(*patch, '{"spec": {"model": {"memoryMb": 700}}}')
+        refusal = api(*patch, '{"spec": {"model": {"name": "other"}}}', check=False)
+        assert "model cannot be changed" in refusal
+        model = partial(api.json, "dcp", "full-decode")
+        wait_for("the pool's", lambda: model()["spec"]["model"].get("memoryMb") == 700)
         wait_for("reconciles that write nothing", lambda: is_quiet(api, process), limit_s=60)
 
 
