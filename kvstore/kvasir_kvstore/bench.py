@@ -2,20 +2,20 @@
 
 Each row is one path and one block size; the paths are those of bench_paths.py and bench_peers.py.
 They take turns, round by round, so that a busy machine slows all of them; a row's rate is the
-median of its rounds. CPU seconds are of both ends together, which run in this process.
+median of its rounds. CPU seconds are of both ends together, which run in one process: this one, or
+that of a peer.
 """
 
 import contextlib
 import json
 import logging
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from kvasir_kvstore.bench_paths import make_paths
-from kvasir_kvstore.bench_peers import Move
+from kvasir_kvstore.bench_peers import Rounds
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def run_bench_kv(
     for size in sizes_bytes:
         num_moves = max(REPEATS_MIN, bytes_per_row // size) // ROUNDS
         with contextlib.ExitStack() as stack:
-            moves = {name: stack.enter_context(path(size)) for name, path in paths.items()}
-            for row in _measure(moves, size, num_moves):
+            rounds = {name: stack.enter_context(path(size)) for name, path in paths.items()}
+            for row in _measure(rounds, size, num_moves):
                 rows.append(row)
                 report(
                     f"{row.path:13} {row.size_bytes >> 10:6} KiB  {row.gb_per_s:6.2f} GB/s  "
@@ -80,13 +80,16 @@ def run_bench_kv(
     return rows
 
 
-def _measure(moves: dict[str, Move], size: int, num_moves: int) -> list[BenchRow]:
+def _measure(rounds: dict[str, Rounds], size: int, num_moves: int) -> list[BenchRow]:
     """Rounds over all paths; each move in a round moves one block."""
-    samples = {name: _Samples() for name in moves}
+    samples = {name: _Samples() for name in rounds}
+    moved_gb = num_moves * size / 1e9
     for _ in range(ROUNDS):
-        for name, move in moves.items():
-            move()  # connects, touches the memory, wakes the caches
-            _run_round(samples[name], move, size, num_moves)
+        for name, run in rounds.items():
+            times_s, cpu_s = run(num_moves)
+            samples[name].times_s += times_s
+            samples[name].rounds_gb_per_s.append(moved_gb / sum(times_s))
+            samples[name].rounds_cpu_s_per_gb.append(cpu_s / moved_gb)
     return [
         BenchRow(
             path=name,
@@ -97,17 +100,3 @@ def _measure(moves: dict[str, Move], size: int, num_moves: int) -> list[BenchRow
         )
         for name, of in samples.items()
     ]
-
-
-def _run_round(samples: _Samples, move: Move, size: int, num_moves: int) -> None:
-    times_s = []
-    cpu_s = time.process_time()
-    for _ in range(num_moves):
-        start_s = time.perf_counter()
-        move()
-        times_s.append(time.perf_counter() - start_s)
-    cpu_s = time.process_time() - cpu_s
-    moved_gb = num_moves * size / 1e9
-    samples.times_s += times_s
-    samples.rounds_gb_per_s.append(moved_gb / sum(times_s))
-    samples.rounds_cpu_s_per_gb.append(cpu_s / moved_gb)

@@ -17,9 +17,10 @@ import grpc
 import numpy as np
 
 from kvasir_kvstore._native import BlockClient, BlockPool, BlockServer
-from kvasir_kvstore.bench_peers import Move, Path, make_peer_paths
+from kvasir_kvstore.bench_peers import PEERS as LIBRARIES
+from kvasir_kvstore.bench_peers import Path, Rounds, in_process, make_peer_paths
 
-PEERS = ("grpc", "nixl", "mooncake")
+PEERS = ("grpc", *LIBRARIES)
 
 _LAYERS = 16
 _TIMEOUT_MS = 30_000
@@ -54,14 +55,14 @@ def make_paths(
 
 
 @contextmanager
-def _memcpy(size: int) -> Iterator[Move]:
+def _memcpy(size: int) -> Iterator[Rounds]:
     source = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     target = np.zeros_like(source)
-    yield lambda: np.copyto(target, source)
+    yield in_process(lambda: np.copyto(target, source))
 
 
 @contextmanager
-def _raw_tcp(size: int) -> Iterator[Move]:
+def _raw_tcp(size: int) -> Iterator[Rounds]:
     """A request of one byte, answered by one block, without checksums."""
     payload = os.urandom(size)
     view = memoryview(bytearray(size))
@@ -87,12 +88,12 @@ def _raw_tcp(size: int) -> Iterator[Move]:
                         raise ConnectionError("the server of the benchmark has gone")
                     received += count
 
-            yield move
+            yield in_process(move)
         thread.join()
 
 
 @contextmanager
-def _grpc(size: int) -> Iterator[Move]:
+def _grpc(size: int) -> Iterator[Rounds]:
     """A stream of chunks, each copied into the destination."""
     payload = os.urandom(size)
     view = memoryview(bytearray(size))
@@ -116,12 +117,12 @@ def _grpc(size: int) -> Iterator[Move]:
                 view[received : received + len(chunk)] = chunk
                 received += len(chunk)
 
-        yield move
+        yield in_process(move)
     server.stop(None).wait()
 
 
 @contextmanager
-def _pull(size: int, *, shared: bool = False, key: bytes = b"") -> Iterator[Move]:
+def _pull(size: int, *, shared: bool = False, key: bytes = b"") -> Iterator[Rounds]:
     """A pull by name. A block's own checksum in shared memory is made once, before."""
 
     def make_pool(*, shared: bool) -> BlockPool:
@@ -159,7 +160,7 @@ def _pull(size: int, *, shared: bool = False, key: bytes = b"") -> Iterator[Move
                 raise ConnectionError(f"the pull failed: {result.error or 'block missing'}")
 
         try:
-            yield move
+            yield in_process(move)
         finally:
             client.close()
             server.stop()

@@ -1,87 +1,97 @@
-"""Transfer libraries beside which the data plane is measured, where they are installed.
+"""Transfer libraries beside which the data plane is measured, each in a process of its own.
 
-Both ends run in this process, as in the other paths; neither library checks what it moves.
+Decides where a library's virtual environment is (`~/.cache/kvasir/peers/NAME`, or
+KVASIR_PEER_NAME). What it runs is a program in `bench/peers`; bench/README.md says how each is set
+up. Both ends of a peer run in its process, as in the other paths, and none checks what it moves.
 """
 
-import importlib
-import socket
+import json
+import os
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path as FilePath
+from typing import IO
 
-import numpy as np
+PEERS = ("nixl", "mooncake")
+PROGRAMS = FilePath("bench/peers")
+"""In a checkout of Kvasir, from where peers are measured."""
 
 Move = Callable[[], None]
-Path = Callable[[int], AbstractContextManager[Move]]
+Rounds = Callable[[int], tuple[list[float], float]]
+"""So many moves of a block: the time of each and the CPU time of all, in seconds."""
+Path = Callable[[int], AbstractContextManager[Rounds]]
+"""Of blocks of so many bytes."""
 
-_NIXL = "nixl._api"
-_MOONCAKE = "mooncake.engine"
-_MEMORY = "DRAM"
-_HOST = "127.0.0.1"
+
+def in_process(move: Move) -> Rounds:
+    """Rounds of moves that this process makes."""
+
+    def run(num_moves: int) -> tuple[list[float], float]:
+        move()  # connects, touches the memory, wakes the caches
+        times_s = []
+        cpu_s = time.process_time()
+        for _ in range(num_moves):
+            start_s = time.perf_counter()
+            move()
+            times_s.append(time.perf_counter() - start_s)
+        return times_s, time.process_time() - cpu_s
+
+    return run
 
 
 def make_peer_paths(report: Callable[[str], None]) -> dict[str, Path]:
-    """The paths whose library can be loaded; `report` gets a line for each that cannot."""
+    """The paths of those that are set up; `report` gets a line for each that is not."""
     paths: dict[str, Path] = {}
-    for name, module, path in (("nixl", _NIXL, _nixl), ("mooncake", _MOONCAKE, _mooncake)):
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            report(f"{name:13} is not measured: {error}")
+    for name in PEERS:
+        python, program = _python(name), PROGRAMS / f"{name}_read.py"
+        if not program.is_file():
+            report(f"{name:13} is not measured: {program} does not exist here")
+        elif not python.is_file():
+            report(f"{name:13} is not measured: {python} does not exist (bench/README.md)")
         else:
-            paths[name] = path
+            paths[name] = partial(_peer, name, [str(python), str(program)])
     return paths
 
 
+def _python(name: str) -> FilePath:
+    usual = FilePath.home() / ".cache" / "kvasir" / "peers" / name
+    folder = FilePath(os.environ.get(f"KVASIR_PEER_{name.upper()}", usual))
+    return folder / "bin" / "python"
+
+
 @contextmanager
-def _nixl(size: int) -> Iterator[Move]:
-    """A read through UCX, which picks shared memory on one machine."""
-    api = importlib.import_module(_NIXL)
-    source = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
-    target = np.zeros_like(source)
-    reader, owner = (
-        api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"]))
-        for name in ("reader", "owner")
+def _peer(name: str, command: list[str], size: int) -> Iterator[Rounds]:
+    process = subprocess.Popen(
+        [*command, str(size)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
-    for agent, memory in ((reader, target), (owner, source)):
-        agent.register_memory([(memory.ctypes.data, size, 0, "")], _MEMORY)
-    peer = reader.add_remote_agent(owner.get_agent_metadata())
-    local = reader.get_xfer_descs([(target.ctypes.data, size, 0)], _MEMORY)
-    remote = owner.get_xfer_descs([(source.ctypes.data, size, 0)], _MEMORY)
-    handle = reader.initialize_xfer("READ", local, remote, peer)
+    requests, answers = process.stdin, process.stdout
+    assert requests is not None, "a pipe"
+    assert answers is not None, "a pipe"
 
-    def move() -> None:
-        state = reader.transfer(handle)
-        while state != "DONE":
-            if state == "ERR":
-                raise ConnectionError("NIXL: the transfer failed")
-            state = reader.check_xfer_state(handle)
+    def run(num_moves: int) -> tuple[list[float], float]:
+        print(num_moves, file=requests, flush=True)
+        answer = json.loads(_answer(name, answers))
+        return answer["times_s"], answer["cpu_s"]
 
-    yield move
-    reader.release_xfer_handle(handle)
-
-
-@contextmanager
-def _mooncake(size: int) -> Iterator[Move]:
-    """A read of Mooncake's transfer engine over TCP."""
-    api = importlib.import_module(_MOONCAKE)
-    source = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
-    target = np.zeros_like(source)
-    owner, reader = api.TransferEngine(), api.TransferEngine()
-    for engine, memory in ((owner, source), (reader, target)):
-        if engine.initialize(f"{_HOST}:{_free_port()}", "P2PHANDSHAKE", "tcp", ""):
-            raise ConnectionError("Mooncake: the transfer engine does not start")
-        engine.register_memory(memory.ctypes.data, size)
-    peer = f"{_HOST}:{owner.get_rpc_port()}"
-
-    def move() -> None:
-        if reader.transfer_sync_read(peer, target.ctypes.data, source.ctypes.data, size):
-            raise ConnectionError("Mooncake: the transfer failed")
-
-    yield move
-    for engine, memory in ((owner, source), (reader, target)):
-        engine.unregister_memory(memory.ctypes.data)
+    try:
+        _answer(name, answers)  # it is ready
+        yield run
+    finally:
+        process.kill()
+        process.wait()
+        requests.close()
+        answers.close()
 
 
-def _free_port() -> int:
-    with socket.create_server((_HOST, 0)) as holder:
-        return int(holder.getsockname()[1])
+def _answer(name: str, answers: IO[str]) -> str:
+    line = answers.readline()
+    if not line:
+        raise ConnectionError(f"{name} failed: run its program in bench/peers to see why")
+    return line

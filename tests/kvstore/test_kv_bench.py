@@ -1,6 +1,7 @@
 """The benchmark of the data plane, at a size that takes no time."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,31 @@ def test_every_path_is_measured_and_written(tmp_path: Path) -> None:
 
 
 def test_a_peer_that_was_asked_for_and_is_not_there_is_an_error(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bench_peers, "_NIXL", "kvasir_has_no_such_module")
+    monkeypatch.setenv("KVASIR_PEER_NIXL", str(tmp_path))
     with pytest.raises(ValueError, match="nixl"):
         run_bench_kv(peers=["nixl"], report=lambda _line: None)
+
+
+def test_a_peer_is_measured_in_its_own_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "transfers.py").symlink_to(Path("bench/peers/transfers.py").absolute())
+    (tmp_path / "nixl_read.py").write_text(
+        "import contextlib, time, transfers\n"
+        "transfers.serve(lambda size: contextlib.nullcontext(lambda: time.sleep(size * 1e-9)))\n"
+    )
+    monkeypatch.setenv("KVASIR_PEER_NIXL", str(tmp_path))
+    monkeypatch.setattr(bench_peers, "PROGRAMS", tmp_path)
+    rows = run_bench_kv(
+        peers=["nixl"], sizes_bytes=[1 << 20], bytes_per_row=1, report=lambda _line: None
+    )
+    row = next(row for row in rows if row.path == "nixl")
+    assert 0 < row.gb_per_s <= 1
+    assert row.p50_us >= 1048
+    (tmp_path / "nixl_read.py").write_text("")
+    with pytest.raises(ConnectionError, match="nixl failed"):
+        run_bench_kv(peers=["nixl"], sizes_bytes=[65536], report=lambda _line: None)
