@@ -21,6 +21,7 @@ from kvasir_kvstore.node.block_file import BlockFile, StoredBlock
 from kvasir_kvstore.node.disk import DiskTier
 from kvasir_kvstore.node.object_store import ObjectTier
 from kvasir_kvstore.node.settings import KvNodeSettings
+from kvasir_kvstore.peers import DataPlane
 from kvasir_kvstore.pulls import NamedPuller
 
 if TYPE_CHECKING:
@@ -88,17 +89,7 @@ class Arena:
             shared=bool(plane.socket_dir),
         )
         plane = plane.bound_to(self.pool)
-        self.server = BlockServer(
-            self.pool,
-            host=settings.host,
-            port=address.data_port,
-            uid=address.uid,
-            epoch=address.epoch,
-            connections_max=settings.connections_max,
-            socket_dir=plane.socket_dir,
-            key=plane.key,
-            remote_agent=plane.remote_agent,
-        )
+        self.server = self._make_server(plane, address)
         self._puller = NamedPuller(self.pool, plane, pulls_max=settings.offers_running_max)
         self._uses_seen = self.pool.uses.copy()
         self._loads: dict[bytes, asyncio.Task[bool]] = {}
@@ -110,6 +101,19 @@ class Arena:
         """Blocks that the memory gave up before that, above its high watermark."""
         self._is_crowded = asyncio.Event()
         self._trimmer = asyncio.create_task(self._keep_room())
+
+    def _make_server(self, plane: DataPlane, address: common_pb2.PeerAddress) -> BlockServer:
+        return BlockServer(
+            self.pool,
+            host=self._settings.host,
+            port=address.data_port,
+            uid=address.uid,
+            epoch=address.epoch,
+            connections_max=self._settings.connections_max,
+            socket_dir=plane.socket_dir,
+            key=plane.key,
+            remote_agent=plane.remote_agent,
+        )
 
     def attach_disk(self, file: BlockFile, blocks: Sequence[StoredBlock]) -> None:
         """From now on blocks go to disk, too, and those that are there are found."""
