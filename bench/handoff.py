@@ -1,8 +1,9 @@
 """What a hand-off costs: a prompt prefilled elsewhere beside one prefilled where it is decoded.
 
-Four worker processes: one of role both; one of role prefill; and two of role decode that pull its
-KV over shared memory and over TCP. Each prompt is new and goes to one of these two and to the
-worker of role both, whichever first in turn; the tokens must agree. TTFT is to the first token's
+Three worker processes: one of role both, and two of role decode that pull its KV over shared memory
+and over TCP. The same process computes both prompts of a pair, one that it decodes itself and one
+that it hands off, whichever first in turn; all prompts are new, and what was handed off must go on
+with the tokens that the first worker says when asked afterwards. TTFT is to the first token's
 frame, `second_ms` to the second one's, which needs all KV where it is decoded.
 
     python bench/handoff.py --model DIR --json bench/results/handoff.json
@@ -73,8 +74,8 @@ def process(arguments: dict[str, object]) -> Iterator[None]:
 
 @asynccontextmanager
 async def fleet(args: argparse.Namespace) -> AsyncIterator[dict[str, Worker]]:
-    """The four workers, by name, ready."""
-    roles = {"both": "both", "prefill": "prefill", "shm": "decode", "tcp": "decode"}
+    """The workers, by name, ready."""
+    roles = {"both": "both", "shm": "decode", "tcp": "decode"}
     source = random.Random(os.getpid())
     ports = free_ports(HOST, 2 * len(roles), avoid=frozenset(), source=source)
     with ExitStack() as stack:
@@ -155,20 +156,21 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per length of prompt and path."""
     rows = []
     async with fleet(args) as workers, aiohttp.ClientSession() as session:
-        peer = workers["prefill"].address
+        both = workers["both"]
         for num_tokens in args.prompt:
             pairs = defaultdict[str, list[tuple[Timed, Timed]]](list)
             for turn in range(1 + args.repetitions):
                 for path in args.path:
                     length = num_tokens if turn else min(num_tokens, WARM_UP_TOKENS)
-                    source = random.Random(f"{num_tokens}/{turn}/{path}")
-                    prompt = source.choices(TOKEN_IDS, k=length)
                     timed = {}
                     for name in (path, "both") if turn % 2 else ("both", path):
-                        prefill_peer = None if name == "both" else peer
-                        timed[name] = await ask(session, workers[name], prompt, prefill_peer)
-                    if timed[path].tokens != timed["both"].tokens:
-                        raise RuntimeError("the tokens differ")
+                        source = random.Random(f"{num_tokens}/{turn}/{path}/{name}")
+                        prompt = source.choices(TOKEN_IDS, k=length)
+                        peer = None if name == "both" else both.address
+                        timed[name] = await ask(session, workers[name], prompt, peer)
+                        again = await ask(session, both, prompt, None)
+                        if again.tokens != timed[name].tokens:
+                            raise RuntimeError("the tokens differ")
                     if turn:
                         pairs[path].append((timed["both"], timed[path]))
             for path in args.path:
