@@ -1,10 +1,9 @@
 // Activations as int8: the operands of products with int8 and int4 weights.
 //
-// With int8 weights a row has one scale, so its outliers are spread first: each group of 64 is
-// multiplied by a Hadamard matrix (QuaRot, arXiv 2404.00456), as the weights were when they were
-// packed, which leaves the product what it was. With int4 weights each group of 32 has its own
-// scale. Plain integer and single float operations in one order, so every path prepares the same
-// bits.
+// With int8 weights a row has one scale, so its outliers are spread over it first: it is multiplied
+// by an orthogonal matrix (QuaRot, arXiv 2404.00456), as the weights were when they were packed,
+// which leaves the product what it was. With int4 weights each group of 32 has its own scale. Plain
+// integer and single float operations in one order, so every path prepares the same bits.
 //
 // A prepared row: [k padded to 64] int8, its RowTail or its GroupTails, padding to a cache line.
 #pragma once
@@ -63,15 +62,55 @@ static inline void spread_once(const float* in, float* out) {
   }
 }
 
-// Rows of k floats to padded_depth(k), zeros behind k, each group times the 64 x 64 Hadamard matrix
-// over 8, which is its own inverse.
+// Pairs `stride` apart to their sums and differences.
+static inline void mix_pairs(float* x, int depth, int stride) {
+  for (int first = 0; first < depth; first += 2 * stride) {
+    float* __restrict a = x + first;
+    float* __restrict b = a + stride;
+    for (int i = 0; i < stride; ++i) {
+      const float sum = a[i] + b[i], difference = a[i] - b[i];
+      a[i] = sum;
+      b[i] = difference;
+    }
+  }
+}
+
+// Triples `stride` apart, mirrored in the plane across (1, 1, 1).
+static inline void mix_triples(float* x, int depth, int stride) {
+  constexpr float kTwoThirds = 2.0f / 3.0f;
+  for (int first = 0; first < depth; first += 3 * stride) {
+    float* __restrict a = x + first;
+    float* __restrict b = a + stride;
+    float* __restrict c = b + stride;
+    for (int i = 0; i < stride; ++i) {
+      const float shift = (a[i] + b[i] + c[i]) * kTwoThirds;
+      a[i] -= shift;
+      b[i] -= shift;
+      c[i] -= shift;
+    }
+  }
+}
+
+// Steps of pairs that join the groups of a row.
+static inline int pair_steps(int num_groups) {
+  int steps = 0;
+  for (; num_groups % 2 == 0; num_groups /= 2) ++steps;
+  return steps;
+}
+
+// Rows of k floats to padded_depth(k), zeros behind k, times a matrix that is orthogonal and
+// symmetric: Hadamard within each group of 64, then across as many groups as are a power of two,
+// then mirrors across what is left as powers of three.
 static inline void spread_outliers(const float* in, int k, float* out) {
   static_assert(kGroupDepth == 64);
-  constexpr float kInverseRoot = 0.125f;
-  for (int first = 0; first < k; first += kGroupDepth) {
+  constexpr float kInverseRoot = 0.125f, kRootHalf = 0.70710678f;
+  const int depth = padded_depth(k), num_pair_steps = pair_steps(depth / kGroupDepth);
+  float scale = num_pair_steps % 2 == 0 ? kInverseRoot : kInverseRoot * kRootHalf;
+  for (int i = 0; i < num_pair_steps / 2; ++i) scale *= 0.5f;
+  for (int first = 0; first < depth; first += kGroupDepth) {
     const int count = k - first < kGroupDepth ? k - first : kGroupDepth;
     float a[kGroupDepth] = {}, b[kGroupDepth];
-    for (int i = 0; i < count; ++i) a[i] = in[first + i] * kInverseRoot;
+    for (int i = 0; i < count; ++i) a[i] = in[first + i] * scale;
     for (int step = 0; step < 2; ++step) {
       spread_once(a, b);
       spread_once(b, a);
@@ -79,6 +118,9 @@ static inline void spread_outliers(const float* in, int k, float* out) {
     spread_once(a, b);
     spread_once(b, out + first);
   }
+  int stride = kGroupDepth;
+  for (int step = 0; step < num_pair_steps; ++step, stride *= 2) mix_pairs(out, depth, stride);
+  for (; depth / stride % 3 == 0; stride *= 3) mix_triples(out, depth, stride);
 }
 
 struct Coding {
