@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/kvasir_proto/v1/*.proto)
 NATIVE := $(shell find engine/native kvstore/native router/native -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 PACKAGES := operator router kvstore engine proto sim cli
+SANITIZED := $(addprefix tests/engine_native/test_,$(addsuffix .py,attention batch_invariance families kv_move native_step parity products rope sampler)) \
+  $(addprefix tests/kvstore/test_,$(addsuffix .py,arena block_names codec codec_transfer encryption pool shared_memory transfer wire_faults)) \
+  tests/router/test_core_prefix.py
 GENERATED := proto/kvasir_proto/v1 crds helm/kvasir docs/api.md
 
 .DEFAULT_GOAL := help
@@ -62,8 +65,14 @@ bench: build ## engine, KV transfer, serving and routing figures into bench/resu
 	$(BIN)/kvasir bench serve --model .cache/qwen3-0.6b --json bench/results/serve.json
 	$(BIN)/python bench/router.py --json bench/results/router.json
 
-sanitize: ## the engine's thread pool under ThreadSanitizer
-	mkdir -p build
+# -S: without the editable install, whose native parts would be found first.
+sanitize: build ## the native parts under AddressSanitizer and UBSan, the thread pool under ThreadSanitizer
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --upgrade --target build/sanitize/python \
+	  -C build-dir=build/sanitize/cmake -C cmake.build-type=RelWithDebInfo -C cmake.define.KVASIR_SANITIZE=ON .
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH="build/sanitize/python:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  $(BIN)/python -S -m pytest -q -p no:cacheprovider --timeout 600 $(SANITIZED)
 	c++ -std=c++20 -O1 -g -fsanitize=thread -Iengine/native/src engine/native/tests/pool_stress.cpp \
 	  engine/native/src/thread_pool.cpp -o build/pool_stress -pthread
 	build/pool_stress
