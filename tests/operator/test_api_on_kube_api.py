@@ -9,7 +9,7 @@ from kube_api import KubeApi, kube_api, needs_kube_api
 from kube_operator import is_quiet, operator, wait_for
 from operator_builders import MODEL, make_object
 
-pytestmark = [needs_kube_api, pytest.mark.slow]
+pytestmark = [needs_kube_api, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

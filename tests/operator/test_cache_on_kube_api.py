@@ -12,7 +12,7 @@ from kvasir_operator.core.store import Entry, Key
 from kvasir_operator.watch import WATCHED, Reflector
 from operator_builders import make_object
 
-pytestmark = [needs_kube_api, pytest.mark.slow]
+pytestmark = [needs_kube_api, pytest.mark.slow, pytest.mark.timeout(300)]
 OWNER = Owner("kvasir.dev/v1alpha1", "DecodePool", "default", "chat", "uid-of-chat")
 LABELS = role_labels(OWNER, "decode")
 SERVICE = Ref("Service", "default", "chat")

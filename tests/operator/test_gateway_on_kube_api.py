@@ -8,7 +8,7 @@ from kube_api import KubeApi, kube_api, needs_kube_api
 from kube_operator import is_quiet, operator, wait_for
 from operator_builders import condition_of, make_object
 
-pytestmark = [needs_kube_api, pytest.mark.slow]
+pytestmark = [needs_kube_api, pytest.mark.slow, pytest.mark.timeout(300)]
 
 MODEL = {"name": "tiny", "source": {"hostPath": {"path": "/models/tiny"}}}
 CRDS = Path(__file__).parents[1] / "fixtures/gateway-api/crds.yaml"

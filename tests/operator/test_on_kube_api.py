@@ -9,7 +9,7 @@ from kube_api import KubeApi, free_port, kube_api, needs_kube_api
 from kube_operator import operator, wait_for
 from operator_builders import make_object
 
-pytestmark = [needs_kube_api, pytest.mark.slow]
+pytestmark = [needs_kube_api, pytest.mark.slow, pytest.mark.timeout(300)]
 MODEL = {"name": "tiny", "source": {"hostPath": {"path": "/models/tiny"}}}
 
 
@@ -132,8 +132,8 @@ def test_scaling_and_rollout_with_real_controllers(api: KubeApi) -> None:
         wait_for("one worker", lambda: is_settled(api, "roll"), limit_s=60)
         assert len(worker_pods(api, "roll")) == 1
         writes = process.writes()
-        api("annotate", "dcp", "roll", "touched=1")
         seen = process.metric("kvasir_operator_reconciles_total{.*}")
+        api("annotate", "dcp", "roll", "touched=1")
         wait_for(
             "a reconcile",
             lambda: process.metric("kvasir_operator_reconciles_total{.*}") > seen,
