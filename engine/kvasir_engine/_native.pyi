@@ -32,13 +32,15 @@ class Model:
         num_threads: int,
         weights: str = "bf16",
         progress: Callable[[int, int], None] | None = None,
-        fill: Callable[[NDArray[np.uint8]], bool] | None = None,
-    ) -> None: ...
+        kept: NDArray[np.uint8] | None = None,
+    ) -> None:
+        """`kept`: what `packed` was when these weights were packed before."""
     isa: str
     num_threads: int
     weight_bytes: int
     layer_bytes: int
     packed: NDArray[np.uint8]
+    """Read-only."""
     def attach_pool(
         self, data: NDArray[np.uint8], ready: NDArray[np.uint32], progress: NDArray[np.uint32]
     ) -> None: ...
@@ -56,6 +58,17 @@ class Model:
         num_layers: int | None = None,
     ) -> None:
         """`num_layers`: only the first ones, and of the next one K and V; then without logits."""
+    def sample(
+        self,
+        *,
+        logits: NDArray[np.float32],
+        temperature: NDArray[np.float32],
+        top_k: NDArray[np.int32],
+        top_p: NDArray[np.float32],
+        seed: NDArray[np.uint64],
+        position: NDArray[np.int64],
+    ) -> NDArray[np.int32]:
+        """The same as the function `sample`, by the threads that steps are computed with."""
     def move_kv(
         self,
         *,

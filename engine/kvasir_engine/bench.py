@@ -15,12 +15,14 @@ from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
+from kvasir_kvstore._native import BlockPool
 from kvasir_kvstore.core.block import BLOCK_TOKENS, KvLayout
 
 from kvasir_engine import _native
 from kvasir_engine.decoder import ModelConfig
 from kvasir_engine.formats import KvFormat, WeightFormat
-from kvasir_engine.model import LoadedModel, load_model, new_kv_arrays
+from kvasir_engine.model import LoadedModel, load_model
+from kvasir_engine.overhead import SAMPLINGS, WARM_STEPS, overhead_share
 from kvasir_engine.roofline import Limits, StepShape, Work, least_seconds, step_work
 from kvasir_engine.weights import Progress, bf16_from_float32
 
@@ -115,8 +117,16 @@ class KvasirEngine:
             kv=settings.kv,
             progress=progress,
         )
-        arrays = new_kv_arrays(self.model, _num_blocks(settings))
-        arrays.data[:] = plausible_block(self.model.layout)
+        layout = self.model.layout
+        self._settings = settings
+        self._pool = BlockPool(
+            num_blocks=_num_blocks(settings),
+            num_layers=layout.num_layers,
+            layer_bytes=layout.layer_bytes,
+            layout_digest=layout.digest,
+        )
+        self._pool.data[:] = plausible_block(layout)
+        self.model.native.attach_pool(self._pool.data, self._pool.ready, self._pool.progress)
 
     def seconds(self, case: Case) -> float:
         """Runs it once."""
@@ -124,6 +134,23 @@ class KvasirEngine:
         start = time.perf_counter()
         run(self.model, case)
         return time.perf_counter() - start
+
+    def overhead_shares(self, case: Case) -> dict[str, float]:
+        """Of decode steps as served by the engine: what is not the forward pass, by sampling."""
+        return {
+            name: round(
+                overhead_share(
+                    self.model,
+                    self._pool,
+                    batch_size=case.step.num_sequences,
+                    context_length=case.step.start,
+                    num_steps=self._settings.decode_steps * self._settings.repetitions,
+                    sampling=sampling,
+                ),
+                4,
+            )
+            for name, sampling in SAMPLINGS.items()
+        }
 
     def rss_mb(self) -> int:
         """Largest memory of this process so far."""
@@ -167,11 +194,16 @@ def run_bench_engine(
             progress("measure", done + 1, total)
     # 3. Medians.
     common = {"threads": settings.num_threads, "isa": own.model.native.isa}
-    return [
+    rows = [
         _row(engine, case, samples[engine.name, case.name]) | common
         for engine in engines
         for case in cases
     ]
+    # 4. What serving adds to a decode step.
+    for case, row in zip(cases, rows, strict=False):  # this engine's come first
+        if case.step.start:
+            row["overhead_share"] = own.overhead_shares(case)
+    return rows
 
 
 def cases_of(settings: EngineBenchSettings) -> list[Case]:
@@ -231,7 +263,8 @@ def _blocks_of(num_tokens: int) -> int:
 
 def _num_blocks(settings: EngineBenchSettings) -> int:
     """Blocks for the longest prompt, and for the largest batch at its full length."""
-    per_sequence = _blocks_of(settings.context_length + settings.decode_steps)
+    num_decoded = 1 + settings.decode_steps * settings.repetitions + WARM_STEPS
+    per_sequence = _blocks_of(settings.context_length + num_decoded)
     prompt = _blocks_of(max(settings.prompt_lengths, default=1))
     return max(prompt, per_sequence * max(settings.batch_sizes, default=1))
 

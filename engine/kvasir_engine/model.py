@@ -18,8 +18,10 @@ from kvasir_proto.errors import KvasirError, Reason
 from kvasir_engine import _native
 from kvasir_engine.config import read_config
 from kvasir_engine.decoder import ModelConfig
+from kvasir_engine.digests import remembered_digest
 from kvasir_engine.fields import malformed
 from kvasir_engine.formats import KvFormat, WeightFormat
+from kvasir_engine.memory import weights_bytes
 from kvasir_engine.multimodal import text_tensors
 from kvasir_engine.packed import PackedFile, packed_file
 from kvasir_engine.tensors import check_tensors, native_tensors
@@ -36,8 +38,9 @@ log = logging.getLogger(__name__)
 
 ISA_VARIABLE = "KVASIR_ISA"
 WEIGHT_FORMATS = get_args(WeightFormat)
-RELEASE_BYTES = 64 << 20
-"""After so much has been packed, what was read for it leaves the process's memory."""
+CUDA_PATH = "cuda"
+EMBEDDINGS = "model.embed_tokens.weight"
+"""All that is read of the source where packed weights were kept."""
 KV_DTYPES = {1: "int8", 2: "bfloat16", 4: "float32"}
 
 
@@ -106,8 +109,8 @@ def load_model(
 ) -> LoadedModel:
     """Load the folder at `path`. Raises KvasirError that says what is wrong with it.
 
-    `weights` is the format they are computed with, one of WEIGHT_FORMATS. `keeps_packed`: quantised
-    weights are kept beside the model for the next load. `progress` is called with
+    `weights` is the format they are computed with, one of WEIGHT_FORMATS. `keeps_packed`: packed
+    weights and their digest are kept beside the model for the next load. `progress` is called with
     ("digest" | "read" | "pack", done bytes, total bytes).
     """
     # 1. What it is, and whether this engine computes it.
@@ -116,16 +119,18 @@ def load_model(
         raise KvasirError(Reason.UNSUPPORTED, f"no weight format {weights!r}; there are: {known}")
     config, files = open_model(path)
     name = choose_path(isa)
-    # 2. Its digest; this also brings the files into the page cache.
+    # 2. Its digest; where it is taken now, this also brings the files into the page cache.
+    if keeps_packed:
+        source = remembered_digest(path, files, num_threads=num_threads, progress=progress)
+    else:
+        source = weights_digest(files, num_threads=num_threads, progress=progress)
     digest = hashlib.blake2b(
-        _numerics(config, weights).encode()
-        + weights_digest(files, num_threads=num_threads, progress=progress),
-        digest_size=DIGEST_BYTES,
+        _numerics(config, weights).encode() + source, digest_size=DIGEST_BYTES
     ).digest()
     # 3. Its weights, packed for the path, or as an earlier load has kept them.
     kept = None
-    if keeps_packed and weights != "bf16":
-        kept = packed_file(path, digest, weights)
+    if keeps_packed and name != CUDA_PATH:
+        kept = packed_file(path, digest, weights, weights_bytes(config, weights))
     how = PackOptions(isa=name, kv=kv, weights=weights, num_threads=num_threads)
     native = _pack(config, files, how, kept, progress)
     layout = config.layout(KV_DTYPES[_native.kv_element_bytes(name, kv)])
@@ -157,30 +162,25 @@ def _pack(
     kept: PackedFile | None,
     progress: Progress | None,
 ) -> _native.Model:
-    released, is_kept = 0, False
-
     def report(done: int, total: int) -> None:
-        nonlocal released
-        if done - released >= RELEASE_BYTES or done == total:
-            released = done
-            for file in files:
-                file.release()
+        for file in files:
+            file.release()
         if progress is not None:
             progress("pack", done, total)
 
-    def fill(packed: np.ndarray) -> bool:
-        nonlocal is_kept
-        if kept is not None:
-            is_kept = kept.read(packed, num_threads=how.num_threads, progress=progress)
-        return is_kept
-
-    tensors = native_tensors(config, all_tensors(files))
+    packed = None
+    if kept is not None:
+        packed = kept.map(num_threads=how.num_threads, progress=progress)
+    names = {EMBEDDINGS} if packed is not None else None
+    tensors = native_tensors(config, all_tensors(files, names))
     try:
         native = _native.Model(
-            config.native_shape(), tensors, progress=report, fill=fill, **asdict(how)
+            config.native_shape(), tensors, progress=report, kept=packed, **asdict(how)
         )
     except ValueError as error:
         raise malformed(str(error)) from error
-    if kept is not None and not is_kept:
-        kept.write(native.packed, num_threads=how.num_threads)
+    if packed is None:
+        report(native.weight_bytes, native.weight_bytes)
+        if kept is not None:
+            kept.write(native.packed, num_threads=how.num_threads)
     return native

@@ -1,22 +1,28 @@
-"""Quantised weights kept beside their model, so that the next load only reads them.
+"""Packed weights kept beside their model, so that the next load maps them.
 
-A file is a header (magic, key, checksum) and the packed bytes. Decides when one may be used: its
-key names the source weights, the format and the library that packed them, its size fits and its
-checksum holds; anything else is a miss, and the weights are packed again. It is replaced whole, by
-a rename, so readers see the old or the new one. A folder that cannot be written, or a full disk,
-costs only the time of packing.
+A file is a header (magic, key, checksum) and the packed bytes, which begin on the boundary of a
+huge page. Decides when one may be used: its key names the source weights, the format and the
+library that packed them, its size fits and the checksum of every byte holds; anything else is a
+miss, and the weights are packed again. It is replaced whole, by a rename, and never changed, so
+that readers see the old or the new one. A folder that cannot be written, or a disk with little
+room, costs only the time of packing.
 """
 
 import fcntl
 import hashlib
 import logging
+import mmap
 import os
+import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+from kvasir_kvstore._native import crc32c
 
 from kvasir_engine import _native
 from kvasir_engine.formats import WeightFormat
@@ -25,10 +31,13 @@ from kvasir_engine.weights import Progress
 log = logging.getLogger(__name__)
 
 FOLDER = ".kvasir"
-MAGIC = b"KVASIRPW"
+MAGIC = b"KVASIRP2"
 DIGEST_BYTES = 32
-HEADER_BYTES = 4096
-CHUNK_BYTES = 16 << 20
+HEADER_BYTES = 2 << 20
+"""One huge page: file systems that keep files in large pages map what follows by such."""
+CHUNK_BYTES = 8 << 20
+ROOM_FACTOR = 2
+"""A file is written where the disk has room for so many of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,43 +46,53 @@ class PackedFile:
 
     path: Path
     key: bytes
+    num_bytes: int
 
-    def read(self, into: np.ndarray, *, num_threads: int, progress: Progress | None = None) -> bool:
-        """Fills `into`, uint8 zeros; False, and zeros stay, where nothing fits.
+    def map(self, *, num_threads: int, progress: Progress | None = None) -> np.ndarray | None:
+        """The packed bytes, uint8, read-only, shared with all who map them; None: nothing fits.
 
         `progress` is called with ("read", done bytes, total bytes).
         """
         try:
             with self.path.open("rb", buffering=0) as file:
-                header = os.pread(file.fileno(), HEADER_BYTES, 0)
+                header = file.read(len(_header(self.key, b"")) + DIGEST_BYTES)
                 size = os.fstat(file.fileno()).st_size
-                if size != HEADER_BYTES + into.nbytes or not header.startswith(MAGIC + self.key):
-                    return False
-                checksum = _fill(file.fileno(), into, num_threads, progress)
-                if header == _header(self.key, checksum):
-                    return True
-                log.warning("packed weights in %s are damaged and will be replaced", self.path)
+                if not header.startswith(_header(self.key, b"")):
+                    log.info("packed weights in %s are not of this model and version", self.path)
+                    return None
+                if size == HEADER_BYTES + self.num_bytes:
+                    data = _mapped(file.fileno(), self.num_bytes)
+                    checksum = _checksum_of(data, num_threads, progress)
+                    if header == _header(self.key, checksum):
+                        return data
         except FileNotFoundError:
-            return False
+            return None
         except OSError as error:
             log.warning("packed weights in %s cannot be read: %s", self.path, error)
-        into[:] = 0
-        return False
+            return None
+        log.warning("packed weights in %s are damaged: packing them again", self.path)
+        return None
 
     def write(self, data: np.ndarray, *, num_threads: int) -> bool:
         """Keeps `data`, uint8; False where that is not possible now."""
         new = self.path.with_suffix(".new")
         try:
             self.path.parent.mkdir(exist_ok=True)
-            with new.open("ab", buffering=0) as file:
+            if shutil.disk_usage(self.path.parent).free < ROOM_FACTOR * data.nbytes:
+                log.info("packed weights are not kept in %s: the disk has little room", self.path)
+                return False
+            new.touch()
+            with new.open("r+b", buffering=0) as file:
                 if not _is_ours(file.fileno(), new):
                     log.info("another process keeps the packed weights in %s", self.path)
                     return False
                 try:
                     os.ftruncate(file.fileno(), 0)
-                    file.write(_header(self.key, _checksum_of(data, num_threads)))
-                    for chunk in _chunks(data):
-                        _write_all(file.fileno(), chunk)
+                    os.ftruncate(file.fileno(), HEADER_BYTES)
+                    for start, chunk in _chunks(data):
+                        _write_all(file.fileno(), chunk, HEADER_BYTES + start)
+                    header = _header(self.key, _checksum_of(data, num_threads, None))
+                    _write_all(file.fileno(), np.frombuffer(header, np.uint8), 0)
                     new.replace(self.path)
                 except OSError:
                     new.unlink()
@@ -84,10 +103,12 @@ class PackedFile:
         return True
 
 
-def packed_file(model_dir: Path | str, digest: bytes, weights: WeightFormat) -> PackedFile:
+def packed_file(
+    model_dir: Path | str, digest: bytes, weights: WeightFormat, num_bytes: int
+) -> PackedFile:
     """The file for a model whose weights, config and format have this digest."""
     key = hashlib.blake2b(digest + _library_digest(), digest_size=DIGEST_BYTES).digest()
-    return PackedFile(Path(model_dir) / FOLDER / f"{weights}.packed", key)
+    return PackedFile(Path(model_dir) / FOLDER / f"{weights}.packed", key, num_bytes)
 
 
 @cache
@@ -107,51 +128,34 @@ def _is_ours(descriptor: int, path: Path) -> bool:
 
 
 def _header(key: bytes, checksum: bytes) -> bytes:
-    return (MAGIC + key + checksum).ljust(HEADER_BYTES, b"\0")
+    return MAGIC + key + checksum
 
 
-def _chunks(data: np.ndarray) -> list[np.ndarray]:
-    return [data[start : start + CHUNK_BYTES] for start in range(0, data.nbytes, CHUNK_BYTES)]
+def _mapped(descriptor: int, num_bytes: int) -> np.ndarray:
+    mapping = mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=HEADER_BYTES)
+    with suppress(OSError):  # a hint: ordinary pages serve as well
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapping, np.uint8)
 
 
-def _chunk_digest(chunk: np.ndarray) -> bytes:
-    return hashlib.blake2b(chunk.data, digest_size=DIGEST_BYTES).digest()
+def _chunks(data: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    for start in range(0, data.nbytes, CHUNK_BYTES):
+        yield start, data[start : start + CHUNK_BYTES]
 
 
-def _checksum_of(data: np.ndarray, num_threads: int) -> bytes:
+def _checksum_of(data: np.ndarray, num_threads: int, progress: Progress | None) -> bytes:
+    """BLAKE2b over the checksums of the chunks, which all threads compute."""
+    whole = hashlib.blake2b(digest_size=DIGEST_BYTES)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="packed") as pool:
-        digests = pool.map(_chunk_digest, _chunks(data))
-        return hashlib.blake2b(b"".join(digests), digest_size=DIGEST_BYTES).digest()
-
-
-def _fill(descriptor: int, into: np.ndarray, num_threads: int, progress: Progress | None) -> bytes:
-    """Reads the bytes behind the header; returns their checksum."""
-    chunks = _chunks(into)
-
-    def fill(index: int) -> bytes:
-        _read_all(descriptor, chunks[index], HEADER_BYTES + index * CHUNK_BYTES)
-        return _chunk_digest(chunks[index])
-
-    whole, done = hashlib.blake2b(digest_size=DIGEST_BYTES), 0
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="packed") as pool:
-        for chunk, digest in zip(chunks, pool.map(fill, range(len(chunks))), strict=True):
-            whole.update(digest)
-            done += chunk.nbytes
+        checksums = pool.map(crc32c, (chunk for _, chunk in _chunks(data)))
+        for (start, chunk), checksum in zip(_chunks(data), checksums, strict=True):
+            whole.update(checksum.to_bytes(4, "little"))
             if progress is not None:
-                progress("read", done, into.nbytes)
+                progress("read", start + chunk.nbytes, data.nbytes)
     return whole.digest()
 
 
-def _read_all(descriptor: int, into: np.ndarray, offset: int) -> None:
-    done = 0
-    while done < into.nbytes:
-        count = os.preadv(descriptor, [into[done:].data], offset + done)
-        if count == 0:
-            raise OSError("the file ended")
-        done += count
-
-
-def _write_all(descriptor: int, data: np.ndarray) -> None:
+def _write_all(descriptor: int, data: np.ndarray, offset: int) -> None:
     done = 0
     while done < data.nbytes:
-        done += os.write(descriptor, data[done:].data)
+        done += os.pwrite(descriptor, data[done:].data, offset + done)

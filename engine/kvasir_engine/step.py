@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvasir_engine import _native
 from kvasir_engine.core.decisions import Slice, Step
 
 
@@ -35,6 +34,18 @@ class ForwardModel(Protocol):
     ) -> None:
         """Computes a mixed batch."""
 
+    def sample(
+        self,
+        *,
+        logits: NDArray[np.float32],
+        temperature: NDArray[np.float32],
+        top_k: NDArray[np.int32],
+        top_p: NDArray[np.float32],
+        seed: NDArray[np.uint64],
+        position: NDArray[np.int64],
+    ) -> NDArray[np.int32]:
+        """Draws a token for each row of logits."""
+
 
 class StepRunner:
     """The model, and a buffer for its logits."""
@@ -59,7 +70,20 @@ class StepRunner:
             completes=_completes(slices),
             arrived=np.array(step.arrived, dtype=np.int32),
         )
-        return _draw(step.sampled, logits) if len(logits) else []
+        return self._draw(step.sampled, logits) if len(logits) else []
+
+    def _draw(self, slices: tuple[Slice, ...], logits: NDArray[np.float32]) -> list[int]:
+        """Each token is drawn by its request's sampling at its absolute position."""
+        choices = [part.sampling for part in slices if part.sampling is not None]
+        drawn: list[int] = self._model.sample(
+            logits=logits,
+            temperature=np.array([choice.temperature for choice in choices], dtype=np.float32),
+            top_k=np.array([choice.top_k for choice in choices], dtype=np.int32),
+            top_p=np.array([choice.top_p for choice in choices], dtype=np.float32),
+            seed=np.array([choice.seed for choice in choices], dtype=np.uint64),
+            position=np.array([part.end for part in slices], dtype=np.int64),
+        ).tolist()
+        return drawn
 
 
 def _positions(part: Slice) -> NDArray[np.int32]:
@@ -77,17 +101,3 @@ def _block_tables(slices: tuple[Slice, ...]) -> NDArray[np.int32]:
 
 def _completes(slices: tuple[Slice, ...]) -> NDArray[np.int32]:
     return np.array([block for part in slices for block in part.completes], dtype=np.int32)
-
-
-def _draw(slices: tuple[Slice, ...], logits: NDArray[np.float32]) -> list[int]:
-    """Each token is drawn by its request's sampling at its absolute position."""
-    choices = [part.sampling for part in slices if part.sampling is not None]
-    token_ids = _native.sample(
-        logits=logits,
-        temperature=np.array([choice.temperature for choice in choices], dtype=np.float32),
-        top_k=np.array([choice.top_k for choice in choices], dtype=np.int32),
-        top_p=np.array([choice.top_p for choice in choices], dtype=np.float32),
-        seed=np.array([choice.seed for choice in choices], dtype=np.uint64),
-        position=np.array([part.end for part in slices], dtype=np.int64),
-    )
-    return [int(token_id) for token_id in token_ids]

@@ -8,7 +8,8 @@ mapping; f16 and f32 ones are rounded to bf16 once. Names and shapes are checked
 import hashlib
 import json
 import mmap
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ class WeightFile:
     path: Path
     mapping: mmap.mmap
     entries: dict[str, TensorEntry]
+    stamp: tuple[int, ...]
+    """Of the file as it was opened, see `stamp_of`."""
 
     @property
     def data(self) -> np.ndarray:
@@ -59,6 +62,18 @@ class WeightFile:
     def release(self) -> None:
         """Gives back the memory of what was read; it is read again where it is used again."""
         self.mapping.madvise(mmap.MADV_DONTNEED)
+
+    def chunk_digest(self, start: int) -> bytes:
+        """Of a chunk of the file, whose memory is given back at once."""
+        chunk = self.data[start : start + DIGEST_CHUNK_BYTES]
+        digest = hashlib.blake2b(chunk.data, digest_size=DIGEST_BYTES, person=b"kvasir-chunk")
+        self.mapping.madvise(mmap.MADV_DONTNEED, start, chunk.nbytes)
+        return digest.digest()
+
+    @property
+    def changed_s(self) -> float:
+        """When the file last changed, by the clock of the epoch."""
+        return self.stamp[-1] / 1e9
 
     def tensor(self, name: str) -> np.ndarray:
         """bf16 bits (uint16) of a tensor; a view of the mapping where the file holds bf16."""
@@ -96,14 +111,17 @@ def open_weights(model_dir: Path | str) -> list[WeightFile]:
     raise malformed(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
 
 
-def all_tensors(files: list[WeightFile]) -> dict[str, np.ndarray]:
-    """bf16 bits of every tensor by name. A name in two files is refused."""
+def all_tensors(
+    files: list[WeightFile], names: Container[str] | None = None
+) -> dict[str, np.ndarray]:
+    """bf16 bits of every tensor, or of those `names`. A name in two files is refused."""
     tensors: dict[str, np.ndarray] = {}
     for file in files:
         for name in file.entries:
             if name in tensors:
                 raise malformed(f"tensor {name} lies in two files of {file.path.parent}")
-            tensors[name] = file.tensor(name)
+            if names is None or name in names:
+                tensors[name] = file.tensor(name)
     return tensors
 
 
@@ -114,28 +132,28 @@ def weights_digest(
 
     Chunks make it a flat hash tree, so that all threads take part (hashlib releases the GIL).
     """
-    chunks = [chunk for file in sorted(files, key=lambda f: f.path.name) for chunk in _chunks(file)]
-    total = sum(chunk.nbytes for chunk in chunks)
+    by_name = sorted(files, key=lambda file: file.path.name)
+    chunks = [
+        (file, start)
+        for file in by_name
+        for start in range(0, len(file.mapping), DIGEST_CHUNK_BYTES)
+    ]
+    total = sum(len(file.mapping) for file in files)
     whole = hashlib.blake2b(digest_size=DIGEST_BYTES, person=b"kvasir-weights")
     done = 0
     with ThreadPoolExecutor(num_threads, thread_name_prefix="digest") as pool:
-        for chunk, digest in zip(chunks, pool.map(_chunk_digest, chunks), strict=True):
+        digests = pool.map(lambda chunk: chunk[0].chunk_digest(chunk[1]), chunks)
+        for (file, start), digest in zip(chunks, digests, strict=True):
             whole.update(digest)
-            done += chunk.nbytes
+            done += min(DIGEST_CHUNK_BYTES, len(file.mapping) - start)
             if progress is not None:
                 progress("digest", done, total)
-    for file in files:
-        file.release()
     return whole.digest()
 
 
-def _chunks(file: WeightFile) -> Iterator[np.ndarray]:
-    for start in range(0, file.data.nbytes, DIGEST_CHUNK_BYTES):
-        yield file.data[start : start + DIGEST_CHUNK_BYTES]
-
-
-def _chunk_digest(chunk: np.ndarray) -> bytes:
-    return hashlib.blake2b(chunk.data, digest_size=DIGEST_BYTES, person=b"kvasir-chunk").digest()
+def stamp_of(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a changed file from an unchanged one; last, the time of its last change in ns."""
+    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -154,7 +172,8 @@ def _shards(folder: Path) -> list[Path]:
 
 def _open_file(path: Path) -> WeightFile:
     with path.open("rb") as file:
-        size = path.stat().st_size
+        status = os.fstat(file.fileno())
+        size = status.st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(HEADER_BYTES_MAX, size - 8):
             raise malformed(f"{path} is no safetensors file: its header length is {length} bytes")
@@ -170,7 +189,7 @@ def _open_file(path: Path) -> WeightFile:
         name: _entry(path, name, value, base=8 + length, size=size)
         for name, value in header.items()
     }
-    return WeightFile(path, mapped, entries)
+    return WeightFile(path, mapped, entries, stamp_of(status))
 
 
 def _entry(path: Path, name: str, value: Any, *, base: int, size: int) -> TensorEntry:

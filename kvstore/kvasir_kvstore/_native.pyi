@@ -5,7 +5,7 @@ Wrong arguments raise ValueError or IndexError; what the network does never rais
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -251,8 +251,13 @@ class BlockClient:
     def close(self) -> None:
         """Cancel every pull, now and later, and close idle connections. Idempotent."""
 
+@overload
 def crc32c(data: bytes, seed: int = 0) -> int:
     """The checksum of frames (Castagnoli), by the fastest path of this CPU."""
+
+@overload
+def crc32c(data: NDArray[np.uint8]) -> int:
+    """The same of memory; other threads run meanwhile."""
 
 def crc32c_reference(data: bytes, seed: int = 0) -> int:
     """The same by table look-ups: what tests compare the fast path with."""

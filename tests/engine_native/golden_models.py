@@ -53,8 +53,10 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """uint16 arrays are written as BF16."""
+def write_safetensors(
+    path: Path, tensors: dict[str, np.ndarray], *, is_aligned: bool = False
+) -> None:
+    """uint16 arrays are written as BF16; `is_aligned` as the format's own writer does."""
     names = {"uint16": "BF16", "float16": "F16", "float32": "F32", "int8": "I8"}
     header, blobs, offset = {}, [], 0
     for name, values in tensors.items():
@@ -66,6 +68,8 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
         blobs.append(values.tobytes())
         offset += values.nbytes
     text = json.dumps(header).encode()
+    if is_aligned:
+        text = text.ljust(-(-len(text) // 8) * 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
 
 

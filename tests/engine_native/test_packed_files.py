@@ -10,11 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from golden_models import GOLDENS
+from kvasir_engine.digests import NAME as RECORD_NAME
 from kvasir_engine.logits import sequence_logits
 from kvasir_engine.model import load_model
 from kvasir_engine.packed import FOLDER, HEADER_BYTES
 
 IDS = np.arange(40, dtype=np.int32)
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files just copied count as old."""
+    monkeypatch.setattr("kvasir_engine.digests.SETTLED_S", 0.0)
 
 
 @pytest.fixture
@@ -41,19 +48,38 @@ def load(folder: Path, weights: str = "int8") -> tuple[np.ndarray, set[str]]:
     return sequence_logits(model, IDS, chunk=len(IDS)), stages
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_a_second_load_reads_what_the_first_has_packed(folder: Path, weights: str) -> None:
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_a_second_load_maps_what_the_first_has_packed(folder: Path, weights: str) -> None:
     first, stages = load(folder, weights)
     assert stages == {"digest", "pack"}
     second, stages = load(folder, weights)
-    assert stages == {"digest", "read"}
+    assert stages == {"read"}
     assert np.array_equal(first, second)
 
 
-def test_bf16_weights_and_plain_loads_keep_nothing(folder: Path) -> None:
-    load(folder, "bf16")
+def test_kept_weights_are_shared_memory_that_nobody_writes(folder: Path) -> None:
+    load(folder)
+    model = load_model(folder, num_threads=1, weights="int8", keeps_packed=True)
+    assert np.array_equal(model.native.packed, np.fromfile(kept(folder), np.uint8)[HEADER_BYTES:])
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    (line,) = (line for line in lines if line.endswith(str(kept(folder))))
+    assert line.split()[1] == "r--s"
+
+
+def test_plain_loads_keep_nothing_and_use_nothing(folder: Path) -> None:
     load_model(folder, num_threads=1, weights="int8")
     assert not (folder / FOLDER).exists()
+    load(folder)
+    kept(folder).write_bytes(b"not read")
+    load_model(folder, num_threads=1, weights="int8")
+    assert kept(folder).read_bytes() == b"not read"
+
+
+@pytest.mark.parametrize("model", ["llama-gqa-tied", "mixtral-moe", "qwen3-qknorm"])
+def test_every_family_computes_the_same_from_what_was_kept(tmp_path: Path, model: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDENS / model, folder)
+    assert np.array_equal(load(folder, "bf16")[0], load(folder, "bf16")[0])
 
 
 def cut(path: Path) -> None:
@@ -83,13 +109,15 @@ def flip(offset: int) -> Callable[[Path], None]:
     ids=["cut", "empty", "longer", "magic", "key", "checksum", "first byte", "a later byte"],
 )
 def test_a_damaged_file_is_packed_again_and_replaced(
-    folder: Path, damage: Callable[[Path], None]
+    folder: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     expected, _ = load(folder)
     whole = kept(folder).read_bytes()
     damage(kept(folder))
-    logits, stages = load(folder)
+    with caplog.at_level("INFO"):
+        logits, stages = load(folder)
     assert "pack" in stages
+    assert str(kept(folder)) in caplog.text
     assert np.array_equal(logits, expected)
     assert kept(folder).read_bytes() == whole
 
@@ -108,6 +136,46 @@ def test_other_weights_are_not_served_from_an_old_file(folder: Path) -> None:
     assert np.array_equal(changed, again)
 
 
+def test_a_file_written_again_has_its_digest_taken_again(folder: Path) -> None:
+    """Though size, contents and the time that programs set are as before."""
+    load(folder)
+    file = folder / "model.safetensors"
+    times = file.stat()
+    file.write_bytes(file.read_bytes())
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert load(folder)[1] == {"digest", "read"}
+    assert load(folder)[1] == {"read"}
+
+
+def test_a_digest_of_what_has_just_changed_is_not_remembered(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second change in the same tick of the file system's clock would not show."""
+    monkeypatch.setattr("kvasir_engine.digests.SETTLED_S", 3600.0)
+    load(folder)
+    assert load(folder)[1] == {"digest", "read"}
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    changed = file.with_suffix(".changed")
+    changed.write_bytes(file.read_bytes()[:-1000] + bytes(1000))
+
+    def replace(stage: str, _done: int, _total: int) -> None:
+        if stage == "digest" and changed.exists():
+            changed.replace(file)
+
+    load_model(folder, num_threads=1, weights="int8", keeps_packed=True, progress=replace)
+    assert "digest" in load(folder)[1]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": {}, "digest": "xyz"}', "\xff"])
+def test_a_broken_record_of_the_digest_is_a_miss(folder: Path, text: str) -> None:
+    load(folder)
+    (folder / FOLDER / RECORD_NAME).write_bytes(text.encode("latin1"))
+    assert load(folder)[1] == {"digest", "read"}
+
+
 def test_a_folder_that_cannot_be_written_serves_all_the_same(folder: Path) -> None:
     expected, _ = load(folder)
     shutil.rmtree(folder / FOLDER)
@@ -117,13 +185,24 @@ def test_a_folder_that_cannot_be_written_serves_all_the_same(folder: Path) -> No
 
 
 def test_a_full_disk_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_descriptor: int, _data: object) -> int:
+    def fail(_descriptor: int, _data: object, _offset: int) -> int:
         raise OSError(errno.ENOSPC, "no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvasir_engine.packed.os.write", fail)
+        patch.setattr("kvasir_engine.packed.os.pwrite", fail)
         load(folder)
-    assert not list((folder / FOLDER).iterdir())
+    assert [file.name for file in (folder / FOLDER).iterdir()] == [RECORD_NAME]
+
+
+def test_a_disk_with_little_room_is_left_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(
+        "kvasir_engine.packed.shutil.disk_usage", lambda _path: usage._replace(free=1000)
+    )
+    load(folder)
+    assert not kept(folder).exists()
 
 
 def test_one_process_at_a_time_writes(folder: Path) -> None:

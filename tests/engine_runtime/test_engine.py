@@ -45,6 +45,9 @@ class Gate:
             raise RuntimeError("no such luck")
         self.inner.native.forward(**arrays)
 
+    def sample(self, **arrays: np.ndarray) -> np.ndarray:
+        return self.inner.native.sample(**arrays)
+
     def open(self) -> None:
         self.is_open = True
         self.leave.release()
@@ -331,11 +334,13 @@ async def test_an_id_can_be_used_again_at_once() -> None:
         await served.engine.reserve(request)
         await served.engine.release(request.request_id)
         assert len(await served.tokens(request)) == 5
-        stream = served.engine.generate(request)
+        # Long enough to be there still when the next asks for its id.
+        long = make_request(prompt(40), max_tokens=800, request_id=request.request_id)
+        stream = served.engine.generate(long)
         with pytest.raises(KvasirError) as twice:
             served.engine.generate(request)
         assert twice.value.reason is Reason.INVALID_REQUEST
-        assert len((await collect(stream)).tokens) == 5
+        assert len((await collect(stream)).tokens) == 800
 
 
 async def test_closing_an_old_stream_leaves_a_new_request_of_the_same_id_alone() -> None:

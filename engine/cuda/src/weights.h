@@ -3,6 +3,7 @@
 
 #include "device.h"
 #include "memory.h"
+#include "weight_table.h"
 
 namespace kvasir::cuda {
 
@@ -13,17 +14,8 @@ struct Matrix {
   int k = 0;
 };
 
-struct Expert {
-  Matrix gate, up, down;
-};
-
-struct LayerWeights {
-  Buffer<float> attention_norm, feed_forward_norm;
-  Buffer<float> post_attention_norm, post_feed_forward_norm, q_norm, k_norm;  // empty: none
-  Matrix qkv, output;
-  Matrix router;                // n == 0: dense
-  std::vector<Expert> experts;  // one if dense
-};
+using Expert = ExpertOf<Matrix>;
+using LayerWeights = LayerOf<Matrix, Buffer<float>>;  // norms empty: none
 
 struct Weights {
   std::vector<LayerWeights> layers;

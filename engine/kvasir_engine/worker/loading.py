@@ -168,7 +168,7 @@ def _load_model(host: Host, num_threads: int) -> LoadedModel:
         isa=settings.isa,
         weights=settings.weights,
         kv=settings.kv,
-        keeps_packed=True,
+        keeps_packed=settings.keep_packed,
         num_threads=num_threads,
         progress=progress,
     )

@@ -36,6 +36,8 @@ class WorkerSettings(DataPeerSettings):
     """Of the engine; 0: one per core."""
     weights: WeightFormat = "bf16"
     """How weights are computed with: quantised at load."""
+    keep_packed: bool = True
+    """Keeps packed weights in MODEL/.kvasir, where the next load, and other workers, map them."""
     kv: KvFormat = "bf16"
     """How KV is kept; workers of one fleet must agree, since formats share no block."""
     kv_codec: KvCodec = "raw"

@@ -38,8 +38,8 @@ Mapping& Mapping::operator=(Mapping&& other) noexcept {
 void* Arena::take_bytes(size_t bytes) {
   const size_t start = used_;
   used_ += round_up(bytes, kCacheLineBytes);
-  if (used_ > mapping_.bytes()) throw std::logic_error("arena is smaller than what it must hold");
-  return static_cast<char*>(mapping_.data()) + start;
+  if (used_ > bytes_) throw std::logic_error("arena is smaller than what it must hold");
+  return data_ + start;
 }
 
 }  // namespace kvasir

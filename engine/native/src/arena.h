@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 namespace kvasir {
 
@@ -32,22 +33,30 @@ class Mapping {
   size_t bytes_ = 0;
 };
 
-// Hands out cache-line aligned pieces of one mapping whose size is known beforehand.
+// Hands out cache-line aligned pieces of memory whose size is known beforehand: a mapping of its
+// own, zeroed, or memory that somebody has filled, which is only read and must outlive the arena.
 class Arena {
  public:
-  explicit Arena(size_t bytes) : mapping_(bytes) {}
+  explicit Arena(size_t bytes)
+      : mapping_(bytes), data_(static_cast<uint8_t*>(mapping_.data())), bytes_(bytes) {}
+  explicit Arena(std::span<const uint8_t> filled)
+      : data_(const_cast<uint8_t*>(filled.data())), bytes_(filled.size()), is_filled_(true) {}
 
   template <class T>
   T* take(size_t count) {
     return static_cast<T*>(take_bytes(count * sizeof(T)));
   }
-  size_t bytes() const { return mapping_.bytes(); }
-  uint8_t* data() const { return static_cast<uint8_t*>(mapping_.data()); }
+  size_t bytes() const { return bytes_; }
+  const uint8_t* data() const { return data_; }
+  bool is_filled() const { return is_filled_; }
 
  private:
   void* take_bytes(size_t bytes);
 
   Mapping mapping_;
+  uint8_t* data_;
+  size_t bytes_;
+  bool is_filled_ = false;
   size_t used_ = 0;
 };
 

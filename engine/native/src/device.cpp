@@ -13,7 +13,26 @@ void require(bool condition, const char* text) {
   if (!condition) throw std::invalid_argument(text);
 }
 
+std::string dims_text(const std::vector<size_t>& dims) {
+  std::string text = "[";
+  for (const size_t dim : dims) text += (text.size() > 1 ? ", " : "") + std::to_string(dim);
+  return text + "]";
+}
+
 }  // namespace
+
+const uint16_t* find_tensor(const TensorMap& tensors, const std::string& name, size_t rows,
+                            size_t columns) {
+  const auto found = tensors.find(name);
+  if (found == tensors.end()) throw std::invalid_argument("weights lack the tensor " + name);
+  const std::vector<size_t> wanted =
+      columns == 0 ? std::vector<size_t>{rows} : std::vector<size_t>{rows, columns};
+  if (found->second.dims != wanted) {
+    throw std::invalid_argument("tensor " + name + " has shape " + dims_text(found->second.dims) +
+                                " where config.json implies " + dims_text(wanted));
+  }
+  return found->second.data;
+}
 
 void check_step(const Step& step, const ModelShape& shape, const KvPool& pool) {
   require(pool.data != nullptr, "no KV pool is attached");

@@ -25,6 +25,11 @@ struct Tensor {
 };
 using TensorMap = std::unordered_map<std::string, Tensor>;
 
+// The values of a tensor of these dimensions (columns 0: a vector). Throws std::invalid_argument
+// that names one which is missing or has other dimensions.
+const uint16_t* find_tensor(const TensorMap& tensors, const std::string& name, size_t rows,
+                            size_t columns);
+
 // KV memory of the process: [num_blocks][num_layers][K|V], see KvLayout.
 struct KvPool {
   uint8_t* data = nullptr;
@@ -53,10 +58,6 @@ struct Step {
   int num_arrived;
 };
 
-// Called with memory, all zeros, for packed weights; true if it has filled it with ones kept from
-// an earlier load, false if it left the zeros.
-using FillPacked = std::function<bool(std::span<uint8_t> packed)>;
-
 struct KvMove;
 struct KvSpan;
 
@@ -72,6 +73,11 @@ class Device {
   // Throws std::invalid_argument before anything is written if a value is out of range.
   virtual void forward(const Step& step) = 0;
 
+  // body(row) for every row, on the threads that steps are computed with; not while one is.
+  virtual void for_each_row(int count, const std::function<void(int)>& body) {
+    for (int row = 0; row < count; ++row) body(row);
+  }
+
   // KV between blocks of the pool, see kv_move.h. Throw std::invalid_argument for spans outside the
   // pool, and on devices that keep KV elsewhere.
   virtual void move_kv(const KvMove&) { throw std::invalid_argument("this device moves no KV"); }
@@ -83,8 +89,8 @@ class Device {
   virtual std::string path() const = 0;  // of kernels
   virtual int num_threads() const = 0;
   virtual size_t weight_bytes() const = 0;
-  virtual size_t layer_bytes() const = 0;                   // of one block in the pool
-  virtual std::span<uint8_t> packed() const { return {}; }  // weights, where they lie in memory
+  virtual size_t layer_bytes() const = 0;                         // of one block in the pool
+  virtual std::span<const uint8_t> packed() const { return {}; }  // weights as they lie
 };
 
 // Throws std::invalid_argument if a value of the step is out of range.

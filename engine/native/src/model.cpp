@@ -64,17 +64,19 @@ void Activations::reserve(const ModelShape& shape, const Kernels& kernels, int n
 }
 
 Model::Model(ModelShape shape, const TensorMap& tensors, const ModelOptions& options,
-             const Progress& progress, const FillPacked& fill)
+             const Progress& progress, std::span<const uint8_t> kept)
     : shape_((shape.check(), std::move(shape))),
       kernels_(kernels_of(options.path)),
       kv_format_(options.kv),
       pool_(options.num_threads),
-      weights_(packed_bytes(shape_, options.weights)) {
-  const bool is_filled = fill && fill(packed());
-  Loader loader(shape_, tensors, options.weights, is_filled, &weights_, &pool_, progress);
-  for (int i = 0; i < shape_.num_layers; ++i) layers_.push_back(loader.layer(i));
-  final_norm_ = loader.final_norm();
-  head_ = loader.head();
+      weights_(kept.empty() ? Arena(packed_bytes(shape_, options.weights)) : Arena(kept)) {
+  require(weights_.bytes() == packed_bytes(shape_, options.weights),
+          "the packed weights that were kept have another size");
+  Loader loader(shape_, tensors, options.weights, &weights_, &pool_, progress);
+  WeightTable table(shape_, &loader);
+  for (int i = 0; i < shape_.num_layers; ++i) layers_.push_back(table.layer(i));
+  final_norm_ = table.final_norm();
+  head_ = table.head();
   embeddings_ = loader.embeddings();
   const size_t stride = thread_scratch(shape_);
   scratch_ = Mapping(stride * options.num_threads * sizeof(float));
@@ -155,6 +157,12 @@ void Model::forward(const Step& step) {
   if (step.num_layers < shape_.num_layers) project_kv(step, step.num_layers);
   // 3. Logits of the requested rows.
   if (step.num_outputs > 0) write_logits(step);
+}
+
+void Model::for_each_row(int count, const std::function<void(int)>& body) {
+  const std::unique_lock guard(in_use_, std::try_to_lock);
+  require(guard.owns_lock(), "the model is already computing a step");
+  pool_.run(count, [&](int row, int) { body(row); });
 }
 
 void Model::move_kv(const KvMove& move) {

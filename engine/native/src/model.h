@@ -7,24 +7,12 @@
 
 #include "device.h"
 #include "packed_matrix.h"
+#include "weight_table.h"
 
 namespace kvasir {
 
-struct Expert {
-  PackedMatrix gate, up, down;
-};
-
-struct Layer {
-  const float* attention_norm = nullptr;
-  const float* feed_forward_norm = nullptr;
-  const float* post_attention_norm = nullptr;  // null: none
-  const float* post_feed_forward_norm = nullptr;
-  const float* q_norm = nullptr;
-  const float* k_norm = nullptr;
-  PackedMatrix qkv, output;
-  PackedMatrix router;          // n == 0: dense
-  std::vector<Expert> experts;  // one if dense
-};
+using Expert = ExpertOf<PackedMatrix>;
+using Layer = LayerOf<PackedMatrix, const float*>;  // norms null: none
 
 // Activations of one step, grown to the largest step seen. Strides are padded by a cache line so
 // that rows do not fall on one set of the cache.
@@ -67,11 +55,13 @@ class Model final : public Device {
  public:
   // Throws std::invalid_argument for missing tensors and wrong shapes. Embeddings stay where they
   // are, unless the head holds them as they are (tied, bf16): their tensor must outlive the model.
+  // kept: what `packed` was when these weights were packed before, or nothing; must outlive it too.
   Model(ModelShape shape, const TensorMap& tensors, const ModelOptions& options,
-        const Progress& progress, const FillPacked& fill);
+        const Progress& progress, std::span<const uint8_t> kept);
 
   void attach_pool(const KvPool& pool) override;
   void forward(const Step& step) override;
+  void for_each_row(int count, const std::function<void(int)>& body) override;
   void move_kv(const KvMove& move) override;
   void read_kv(int layer, const KvSpan& span, float* out) override;
 
@@ -80,7 +70,7 @@ class Model final : public Device {
   int num_threads() const override { return pool_.num_threads(); }
   size_t weight_bytes() const override { return weights_.bytes(); }
   size_t layer_bytes() const override;
-  std::span<uint8_t> packed() const override { return {weights_.data(), weights_.bytes()}; }
+  std::span<const uint8_t> packed() const override { return {weights_.data(), weights_.bytes()}; }
 
  private:
   void embed(const Step& step);

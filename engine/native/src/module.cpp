@@ -94,15 +94,45 @@ ModelShape shape_from(const nb::dict& config) {
   return shape;
 }
 
-using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
+using Bytes = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>;
 using Weight = nb::ndarray<const uint16_t, nb::c_contig, nb::device::cpu>;
+
+using Tokens = nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>;
+
+Tokens draw(const RunRows& run, Input<float, 2> logits, Input<float, 1> temperature,
+            Input<int32_t, 1> top_k, Input<float, 1> top_p, Input<uint64_t, 1> seed,
+            Input<int64_t, 1> position) {
+  const size_t rows = logits.shape(0);
+  require(temperature.shape(0) == rows && top_k.shape(0) == rows && top_p.shape(0) == rows &&
+              seed.shape(0) == rows && position.shape(0) == rows,
+          "sampling options must have one entry per row of logits");
+  require(rows <= INT32_MAX && logits.shape(1) > 0 && logits.shape(1) <= INT32_MAX,
+          "logits need columns");
+  const SampleBatch batch = {
+      logits.data(),      static_cast<int>(rows), static_cast<int>(logits.shape(1)),
+      temperature.data(), top_k.data(),           top_p.data(),
+      seed.data(),        position.data()};
+  auto ids = std::make_unique<int32_t[]>(rows);
+  {
+    const nb::gil_scoped_release no_gil;
+    sample(batch, run, ids.get());
+  }
+  int32_t* data = ids.release();
+  const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
+  return Tokens(data, {rows}, owner);
+}
+
+void run_here(int count, const std::function<void(int)>& body) {
+  for (int row = 0; row < count; ++row) body(row);
+}
 
 // The model with the Python objects whose memory it reads.
 class PyModel {
  public:
   PyModel(const nb::dict& config, const nb::dict& tensors, const std::string& isa,
           const std::string& kv, const std::string& weights, int num_threads,
-          const nb::object& progress, const nb::object& fill) {
+          const nb::object& progress, const std::optional<Input<uint8_t, 1>>& kept)
+      : kept_(kept) {
     TensorMap map;
     for (const auto& [name, value] : tensors) {
       const Weight weight = nb::cast<Weight>(value, false);
@@ -116,11 +146,6 @@ class PyModel {
       const nb::gil_scoped_acquire gil;
       progress(done, total);
     };
-    const FillPacked filled = [&](std::span<uint8_t> packed) {
-      const nb::gil_scoped_acquire gil;
-      const Bytes view(packed.data(), {packed.size()});
-      return nb::cast<bool>(fill(nb::cast(view, nb::rv_policy::reference)));
-    };
     const ModelShape shape = shape_from(config);
     const ModelOptions options = {isa, kv_format_from(kv), weight_format_of(weights), num_threads};
     {
@@ -131,8 +156,9 @@ class PyModel {
                 "CUDA devices keep weights and KV in bf16");
         model_ = load_cuda_model(shape, map, told);
       } else {
-        model_ = std::make_unique<Model>(shape, map, options, told,
-                                         fill.is_none() ? FillPacked() : filled);
+        const std::span<const uint8_t> packed =
+            kept ? std::span(kept->data(), kept->size()) : std::span<const uint8_t>();
+        model_ = std::make_unique<Model>(shape, map, options, told, packed);
       }
     }
     const bool is_in_head = shape.has_tied_embeddings && options.weights == WeightFormat::kBf16;
@@ -186,6 +212,14 @@ class PyModel {
     model_->forward(step);
   }
 
+  Tokens sample(Input<float, 2> logits, Input<float, 1> temperature, Input<int32_t, 1> top_k,
+                Input<float, 1> top_p, Input<uint64_t, 1> seed, Input<int64_t, 1> position) {
+    const RunRows run = [&](int count, const std::function<void(int)>& body) {
+      model_->for_each_row(count, body);
+    };
+    return draw(run, logits, temperature, top_k, top_p, seed, position);
+  }
+
   void move_kv(Input<int32_t, 1> source_blocks, int source_first, Input<int32_t, 1> target_blocks,
                int target_first, int count) {
     const KvMove move = {{source_blocks.data(), source_blocks.shape(0), source_first, count},
@@ -209,44 +243,16 @@ class PyModel {
   int num_threads() const { return model_->num_threads(); }
   size_t weight_bytes() const { return model_->weight_bytes(); }
   size_t layer_bytes() const { return model_->layer_bytes(); }
-  std::span<uint8_t> packed() const { return model_->packed(); }
+  std::span<const uint8_t> packed() const { return model_->packed(); }
 
  private:
   static constexpr size_t kStepTokensMax = size_t{1} << 16;
 
+  std::optional<Input<uint8_t, 1>> kept_;
   std::unique_ptr<Device> model_;
   nb::object embeddings_;
   nb::object pool_arrays_;
 };
-
-nb::ndarray<nb::numpy, int32_t, nb::ndim<1>> sample(Input<float, 2> logits,
-                                                    Input<float, 1> temperature,
-                                                    Input<int32_t, 1> top_k, Input<float, 1> top_p,
-                                                    Input<uint64_t, 1> seed,
-                                                    Input<int64_t, 1> position) {
-  const size_t rows = logits.shape(0);
-  require(temperature.shape(0) == rows && top_k.shape(0) == rows && top_p.shape(0) == rows &&
-              seed.shape(0) == rows && position.shape(0) == rows,
-          "sampling options must have one entry per row of logits");
-  require(logits.shape(1) > 0 && logits.shape(1) <= INT32_MAX, "logits need columns");
-  auto ids = std::make_unique<int32_t[]>(rows);
-  {
-    const nb::gil_scoped_release no_gil;
-    for (size_t i = 0; i < rows; ++i) {
-      const SampleOptions options = {temperature.data()[i], top_k.data()[i], top_p.data()[i],
-                                     seed.data()[i], position.data()[i]};
-      try {
-        ids[i] = sample_row(logits.data() + i * logits.shape(1), static_cast<int>(logits.shape(1)),
-                            options);
-      } catch (const std::invalid_argument& error) {
-        throw std::invalid_argument("row " + std::to_string(i) + ": " + error.what());
-      }
-    }
-  }
-  int32_t* data = ids.release();
-  const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
-  return nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>(data, {rows}, owner);
-}
 
 }  // namespace
 
@@ -276,22 +282,31 @@ NB_MODULE(_native, m) {
         return packed_bytes(shape_from(config), weight_format_of(weights));
       },
       "config"_a, nb::kw_only(), "weights"_a, "Bytes of a model's weights once packed.");
-  m.def("sample", sample, nb::kw_only(), "logits"_a.noconvert(), "temperature"_a.noconvert(),
-        "top_k"_a.noconvert(), "top_p"_a.noconvert(), "seed"_a.noconvert(),
-        "position"_a.noconvert());
+  m.def(
+      "sample",
+      [](Input<float, 2> logits, Input<float, 1> temperature, Input<int32_t, 1> top_k,
+         Input<float, 1> top_p, Input<uint64_t, 1> seed, Input<int64_t, 1> position) {
+        return draw(run_here, logits, temperature, top_k, top_p, seed, position);
+      },
+      nb::kw_only(), "logits"_a.noconvert(), "temperature"_a.noconvert(), "top_k"_a.noconvert(),
+      "top_p"_a.noconvert(), "seed"_a.noconvert(), "position"_a.noconvert());
   m.def("philox_uniform", philox_uniform, "seed"_a, "position"_a);
 
   nb::class_<PyModel>(m, "Model")
       .def(nb::init<const nb::dict&, const nb::dict&, const std::string&, const std::string&,
-                    const std::string&, int, const nb::object&, const nb::object&>(),
+                    const std::string&, int, const nb::object&,
+                    const std::optional<Input<uint8_t, 1>>&>(),
            "config"_a, "tensors"_a, nb::kw_only(), "isa"_a, "kv"_a = "bf16", "weights"_a = "bf16",
-           "num_threads"_a, "progress"_a = nb::none(), "fill"_a = nb::none())
+           "num_threads"_a, "progress"_a = nb::none(), "kept"_a = nb::none())
       .def("attach_pool", &PyModel::attach_pool, "data"_a.noconvert(), "ready"_a.noconvert(),
            "progress"_a.noconvert())
       .def("forward", &PyModel::forward, nb::kw_only(), "token_ids"_a.noconvert(),
            "positions"_a.noconvert(), "seq_token_counts"_a.noconvert(),
            "block_tables"_a.noconvert(), "output_rows"_a.noconvert(), "logits"_a.noconvert(),
            "completes"_a.noconvert(), "arrived"_a.noconvert(), "num_layers"_a = nb::none())
+      .def("sample", &PyModel::sample, nb::kw_only(), "logits"_a.noconvert(),
+           "temperature"_a.noconvert(), "top_k"_a.noconvert(), "top_p"_a.noconvert(),
+           "seed"_a.noconvert(), "position"_a.noconvert())
       .def("move_kv", &PyModel::move_kv, nb::kw_only(), "source_blocks"_a.noconvert(),
            "source_first"_a, "target_blocks"_a.noconvert(), "target_first"_a, "count"_a)
       .def("read_kv", &PyModel::read_kv, nb::kw_only(), "layer"_a, "blocks"_a.noconvert(),
@@ -301,7 +316,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("weight_bytes", &PyModel::weight_bytes)
       .def_prop_ro("layer_bytes", &PyModel::layer_bytes)
       .def_prop_ro("packed", [](nb::handle self) {
-        const std::span<uint8_t> packed = nb::cast<PyModel&>(self).packed();
+        const std::span<const uint8_t> packed = nb::cast<PyModel&>(self).packed();
         return Bytes(packed.data(), {packed.size()}, self);
       });
 

@@ -7,6 +7,7 @@
 
 #include "arena.h"
 #include "kernels.h"
+#include "shape.h"
 #include "thread_pool.h"
 
 namespace kvasir {
@@ -29,15 +30,6 @@ inline size_t matrix_bytes(WeightFormat format, int n, int k) {
   return round_up(static_cast<size_t>(n), kPanelColumns) / kPanelColumns * panel_bytes(format, k);
 }
 
-// Groups of `size` source elements, each to be followed by zeros up to `width`: heads as they lie
-// in whole vectors.
-struct Groups {
-  int size = 1;
-  int width = 1;
-
-  int stretched(int count) const { return count / size * width; }
-};
-
 // Rows [rows][columns] of one source matrix, bf16 bits.
 struct RowBlock {
   const uint16_t* data;
@@ -49,9 +41,9 @@ struct RowBlock {
 PackedMatrix place(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
                    WeightFormat format, Arena* arena);
 
-// Fills that place, all zeros so far.
+// Fills panels of that place, all zeros so far.
 void pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
-          const PackedMatrix& packed, ThreadPool* pool);
+          const PackedMatrix& packed, Range panels, ThreadPool* pool);
 
 struct Rows {
   float* data = nullptr;

@@ -93,7 +93,7 @@ PackedMatrix place(const std::vector<RowBlock>& sources, int num_columns, Groups
 }
 
 void pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
-          const PackedMatrix& packed, ThreadPool* pool) {
+          const PackedMatrix& packed, Range panels, ThreadPool* pool) {
   std::vector<const uint16_t*> rows;  // null: zeros
   for (const RowBlock& source : sources) {
     for (int row = 0; row < source.rows; ++row) {
@@ -102,7 +102,8 @@ void pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
       rows.insert(rows.end(), source.groups.width - source.groups.size, nullptr);
     }
   }
-  pool->run(packed.num_panels(), [&](int index, int) {
+  pool->run(panels.count(), [&](int item, int) {
+    const int index = panels.from + item;
     const int first = index * kPanelColumns;
     uint8_t* panel = packed.panels + index * panel_bytes(packed.format, packed.k);
     std::vector<uint16_t> stretched(packed.k);

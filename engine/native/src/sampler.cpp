@@ -5,12 +5,13 @@
 #include <functional>
 #include <limits>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 // Compiled for wider vectors as well and chosen at run time. Every operation is on one element or
 // in a written order, and contraction is off: all of them give the same bits.
 #ifdef KVASIR_X86
-#define KVASIR_WIDER [[gnu::target_clones("avx2", "default")]]
+#define KVASIR_WIDER [[gnu::target_clones("avx512f", "avx2", "default")]]
 #else
 #define KVASIR_WIDER
 #endif
@@ -19,8 +20,8 @@ namespace kvasir {
 
 namespace {
 
-constexpr int kFirstCandidates = 256;
-constexpr int kCandidateGrowth = 8;
+constexpr int kCandidates = 256;  // that are sorted where no top_k says how many
+constexpr int kRungs = 4096;
 constexpr int kBlock = 64;  // tokens that are looked at together
 constexpr int kLanes = 8;
 constexpr float kForbidden = -std::numeric_limits<float>::infinity();
@@ -55,9 +56,13 @@ struct Row {
 
 using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
 using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+// Twice as wide, for work on each element alone.
+using WideFloats = float __attribute__((vector_size(2 * kLanes * sizeof(float))));
+using WideInts = int32_t __attribute__((vector_size(2 * kLanes * sizeof(int32_t))));
 
-inline __attribute__((always_inline)) Floats load(const float* p) {
-  Floats value;
+template <class Vector = Floats>
+inline __attribute__((always_inline)) Vector load(const float* p) {
+  Vector value;
   __builtin_memcpy(&value, p, sizeof value);
   return value;
 }
@@ -103,38 +108,41 @@ int find_best(const Row& row, const std::vector<float>& maxima) {
 }
 
 // exp(x) for x <= 0, within 2 ulp. Cephes' polynomial.
-inline __attribute__((always_inline)) Floats exponential(Floats x) {
-  const Floats low = x < kExponentMin ? Floats{} + kExponentMin : x;
+inline __attribute__((always_inline)) WideFloats exponential(WideFloats x) {
+  const WideFloats low = x < kExponentMin ? WideFloats{} + kExponentMin : x;
   const float rounder = 12582912.0f;  // 1.5 * 2^23
-  const Floats n = (low * 1.44269504088896341f + rounder) - rounder;
-  const Floats r = (low - n * 0.693359375f) + n * 2.12194440e-4f;
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  const WideFloats n = (low * 1.44269504088896341f + rounder) - rounder;
+  const WideFloats r = (low - n * 0.693359375f) + n * 2.12194440e-4f;
+  WideFloats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + (r + 1.0f);
-  const Ints bits = (__builtin_convertvector(n, Ints) + 127) << 23;
-  Floats power;
+  const WideInts bits = (__builtin_convertvector(n, WideInts) + 127) << 23;
+  WideFloats power;
   __builtin_memcpy(&power, &bits, sizeof power);
-  return x < kExponentMin ? Floats{} : p * power;
+  return x < kExponentMin ? WideFloats{} : p * power;
 }
 
 // Tokens' shares before they are scaled to sum to 1.
-inline __attribute__((always_inline)) Floats weights_of(Floats logits, float largest,
-                                                        float temperature) {
+inline __attribute__((always_inline)) WideFloats weights_of(WideFloats logits, float largest,
+                                                            float temperature) {
   return exponential((logits - largest) / temperature);
 }
 float weight_of(float logit, float largest, float temperature) {
-  return weights_of(Floats{} + logit, largest, temperature)[0];
+  return weights_of(WideFloats{} + logit, largest, temperature)[0];
 }
 
 // The sum of each block's weights.
 KVASIR_WIDER void find_sums(const Row& row, float largest, float temperature, float* sums) {
   for (int index = 0; index < row.num_blocks; ++index) {
     Floats sum = {};
-    for (int i = 0; i < kBlock; i += kLanes) {
-      sum += weights_of(load(row.block(index) + i), largest, temperature);
+    for (int i = 0; i < kBlock; i += 2 * kLanes) {
+      const WideFloats weights =
+          weights_of(load<WideFloats>(row.block(index) + i), largest, temperature);
+      sum += __builtin_shufflevector(weights, weights, 0, 1, 2, 3, 4, 5, 6, 7);
+      sum += __builtin_shufflevector(weights, weights, 8, 9, 10, 11, 12, 13, 14, 15);
     }
     sums[index] = fold(sum, [](float x, float y) { return x + y; });
   }
@@ -170,6 +178,15 @@ int draw_from_all(const Row& row, float largest, float temperature, double unifo
   return last;
 }
 
+// Strongest first, lowest id first on ties.
+struct Stronger {
+  const float* logits;
+
+  bool operator()(int a, int b) const {
+    return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+  }
+};
+
 // The `count` strongest ids, strongest first, lowest id first on ties. That many blocks have a
 // token as strong as the weakest of their maxima: weaker tokens are not looked at.
 std::vector<int> strongest(const Row& row, std::vector<float> maxima, int count) {
@@ -187,10 +204,7 @@ std::vector<int> strongest(const Row& row, std::vector<float> maxima, int count)
       if (row.logits[id] >= bound) ids.push_back(id);
     }
   }
-  const auto is_stronger = [&](int a, int b) {
-    const float x = row.logits[a], y = row.logits[b];
-    return x != y ? x > y : a < b;
-  };
+  const Stronger is_stronger{row.logits};
   if (count < static_cast<int>(ids.size())) {
     std::nth_element(ids.begin(), ids.begin() + count, ids.end(), is_stronger);
     ids.resize(count);
@@ -199,16 +213,92 @@ std::vector<int> strongest(const Row& row, std::vector<float> maxima, int count)
   return ids;
 }
 
+// Tokens in classes of about equal strength, the strongest first: what lies in one class is told
+// from the logit alone, and no token is weaker than one of a later class.
+struct Rungs {
+  float largest;
+  float per_unit;
+
+  Rungs(const Row& row, float most, float temperature) : largest(most) {
+    float least = most;
+    for (int i = 0; i < row.size; ++i) {
+      const float logit = row.logits[i];
+      least = logit < least && logit > kForbidden ? logit : least;
+    }
+    const float range = std::min(most - least, -kExponentMin * temperature);
+    per_unit = range > 0 ? kRungs / range : 0;
+  }
+  template <class Vector>
+  inline __attribute__((always_inline)) Vector of(Vector logits) const {
+    const Vector place = (largest - logits) * per_unit;
+    return place < kRungs - 1.0f ? place : Vector{} + (kRungs - 1.0f);
+  }
+};
+
+// The sum of the weights of each class.
+KVASIR_WIDER void add_rungs(const Row& row, const Rungs& rungs, float temperature, double* sums) {
+  for (int index = 0; index < row.num_blocks; ++index) {
+    for (int i = 0; i < kBlock; i += 2 * kLanes) {
+      const WideFloats logits = load<WideFloats>(row.block(index) + i);
+      const WideFloats weights = weights_of(logits, rungs.largest, temperature);
+      const WideInts places = __builtin_convertvector(rungs.of(logits), WideInts);
+      for (int j = 0; j < 2 * kLanes; ++j) sums[places[j]] += weights[j];
+    }
+  }
+}
+
+// The ids of one class that have any weight, strongest first, lowest id first on ties.
+std::vector<int> ids_on(const Row& row, const Rungs& rungs, int rung, float temperature) {
+  std::vector<int> ids;
+  for (int id = 0; id < row.size; ++id) {
+    const float logit = row.logits[id];
+    if (static_cast<int>(rungs.of(logit)) != rung) continue;
+    if (weight_of(logit, rungs.largest, temperature) > 0) ids.push_back(id);
+  }
+  std::sort(ids.begin(), ids.end(), Stronger{row.logits});
+  return ids;
+}
+
+// Draws from the shortest run of strongest tokens whose weights reach `limit`: many tokens, of
+// which only those of two classes are sorted.
+int draw_from_rungs(const Row& row, float largest, float temperature, double limit,
+                    double uniform) {
+  const Rungs rungs(row, largest, temperature);
+  std::vector<double> sums(kRungs);
+  add_rungs(row, rungs, temperature, sums.data());
+  const auto weight = [&](int id) { return weight_of(row.logits[id], largest, temperature); };
+  // 1. The run: whole classes, then the front of the next.
+  int last = 0;
+  double sum = 0;
+  while (last < kRungs - 1 && sum + sums[last] < limit) sum += sums[last++];
+  std::vector<int> ids = ids_on(row, rungs, last, temperature);
+  size_t kept = 0;
+  while (kept < ids.size() && sum < limit) sum += weight(ids[kept++]);
+  // 2. The class that holds the target, and the token.
+  const double target = uniform * sum;
+  int chosen = 0;
+  sum = 0;
+  while (chosen < last && sum + sums[chosen] <= target) sum += sums[chosen++];
+  if (chosen < last) {
+    ids = ids_on(row, rungs, chosen, temperature);
+    kept = ids.size();
+  }
+  for (size_t i = 0; i < kept; ++i) {
+    sum += weight(ids[i]);
+    if (sum > target) return ids[i];
+  }
+  return ids[kept - 1];
+}
+
 // Draws from the shortest run of strongest tokens whose share reaches top_p, of the top_k
 // strongest.
 int draw_from_front(const Row& row, const std::vector<float>& maxima, float largest,
                     const SampleOptions& o, double uniform) {
   const bool has_top_k = o.top_k > 0 && o.top_k < row.size;
-  const int most = has_top_k ? o.top_k : row.size;
   const auto weight = [&](int id) { return weight_of(row.logits[id], largest, o.temperature); };
 
-  std::vector<int> ids =
-      strongest(row, maxima, has_top_k ? most : std::min(most, kFirstCandidates));
+  const int num_looked_at = has_top_k ? o.top_k : std::min(row.size, kCandidates);
+  const std::vector<int> ids = strongest(row, maxima, num_looked_at);
   double total = 0;
   if (has_top_k) {
     for (const int id : ids) total += weight(id);
@@ -217,17 +307,16 @@ int draw_from_front(const Row& row, const std::vector<float>& maxima, float larg
     find_sums(row, largest, o.temperature, sums.data());
     total = total_of(sums);
   }
+  const double limit = o.top_p * total;
   double sum = 0;
-  int kept = 0;
-  while (kept < most && (kept == 0 || sum < o.top_p * total)) {
-    if (kept == static_cast<int>(ids.size())) {
-      ids = strongest(row, maxima, std::min(most, kept * kCandidateGrowth));
-    }
-    sum += weight(ids[kept++]);
+  size_t kept = 0;
+  while (kept < ids.size() && (kept == 0 || sum < limit)) sum += weight(ids[kept++]);
+  if (sum < limit && !has_top_k && num_looked_at < row.size) {
+    return draw_from_rungs(row, largest, o.temperature, limit, uniform);
   }
   const double target = uniform * sum;
   sum = 0;
-  for (int i = 0; i < kept; ++i) {
+  for (size_t i = 0; i < kept; ++i) {
     sum += weight(ids[i]);
     if (sum > target) return ids[i];
   }
@@ -252,6 +341,8 @@ double philox_uniform(uint64_t seed, uint64_t position) {
   return static_cast<double>(bits >> 11) * 0x1.0p-53;
 }
 
+namespace {
+
 int32_t sample_row(const float* logits, int vocab_size, const SampleOptions& options) {
   check(options);
   const Row row(logits, vocab_size);
@@ -263,6 +354,26 @@ int32_t sample_row(const float* logits, int vocab_size, const SampleOptions& opt
   const bool takes_all = options.top_p == 1 && (options.top_k == 0 || options.top_k >= vocab_size);
   return takes_all ? draw_from_all(row, logits[best], options.temperature, uniform)
                    : draw_from_front(row, maxima, logits[best], options, uniform);
+}
+
+}  // namespace
+
+void sample(const SampleBatch& batch, const RunRows& run, int32_t* ids) {
+  std::vector<std::string> errors(batch.num_rows);
+  run(batch.num_rows, [&](int i) {
+    const SampleOptions options = {batch.temperature[i], batch.top_k[i], batch.top_p[i],
+                                   batch.seed[i], batch.position[i]};
+    try {
+      const float* logits = batch.logits + static_cast<size_t>(i) * batch.vocab_size;
+      ids[i] = sample_row(logits, batch.vocab_size, options);
+    } catch (const std::invalid_argument& error) {
+      errors[i] = error.what();
+    }
+  });
+  for (int i = 0; i < batch.num_rows; ++i) {
+    if (errors[i].empty()) continue;
+    throw std::invalid_argument("row " + std::to_string(i) + ": " + errors[i]);
+  }
 }
 
 }  // namespace kvasir

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 namespace kvasir {
 
@@ -13,8 +14,24 @@ struct SampleOptions {
   int64_t position;  // of the token that is drawn
 };
 
-// Throws std::invalid_argument for options out of range and for NaN or infinite logits.
-int32_t sample_row(const float* logits, int vocab_size, const SampleOptions& options);
+// Rows of logits, and options for each.
+struct SampleBatch {
+  const float* logits;  // [num_rows][vocab_size]
+  int num_rows;
+  int vocab_size;
+  const float* temperature;
+  const int32_t* top_k;
+  const float* top_p;
+  const uint64_t* seed;
+  const int64_t* position;
+};
+
+// Calls body(row) for every row, in any order and thread.
+using RunRows = std::function<void(int count, const std::function<void(int)>& body)>;
+
+// A token for each row. Throws std::invalid_argument for options out of range and for NaN or
+// infinite logits; the message names the first such row.
+void sample(const SampleBatch& batch, const RunRows& run, int32_t* ids);
 
 // Uniform in [0, 1), 53 bits: Philox4x32-10 (Salmon et al., SC 2011) at counter `position` under
 // key `seed`. Any position can be drawn without the ones before it.

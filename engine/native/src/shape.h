@@ -9,6 +9,16 @@
 
 namespace kvasir {
 
+// Groups of `size` source elements, each to be followed by zeros up to `width`: heads as they lie
+// in whole vectors.
+struct Groups {
+  int size = 1;
+  int width = 1;
+
+  int stretched(int count) const { return count / size * width; }
+  int place(int index) const { return index / size * width + index % size; }
+};
+
 enum class Activation { kSilu, kGeluTanh };
 
 // A rotary embedding: the angle of pair i at position p is p * inverse_frequencies[i].

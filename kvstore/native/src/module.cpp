@@ -277,6 +277,13 @@ void bind_checksums(nb::module_& m) {
         "data"_a, "seed"_a = 0);
   };
   bind("crc32c", crc32c);
+  m.def(
+      "crc32c",
+      [](const nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& data) {
+        const nb::gil_scoped_release no_gil;
+        return crc32c(data.data(), data.size());
+      },
+      "data"_a.noconvert());
   bind("crc32c_reference", crc32c_reference);
   m.def(
       "crc32c_copy",
