@@ -23,7 +23,9 @@ LOAD_INTERVAL_MS = 200
 LOAD_INTERVAL_MS_MIN = 20
 WATCHERS_MAX = 256
 REPLAY_NAMES_MAX = 100_000
-"""Names in the latest changes, which are kept for watchers that come back: some 5 MB."""
+"""Names in the latest changes, which are kept for watchers that come back."""
+REPLAY_EVENTS_MAX = 4096
+"""Changes that are kept, however few names they have: some 8 MB with so many names."""
 
 E = TypeVar("E", worker_pb2.WorkerEvent, kvnode_pb2.KvNodeEvent)
 """Events of one shape: sequence, snapshot, stored, removed, description, position."""
@@ -59,7 +61,7 @@ class _Latest(Generic[E]):
         event.position = self.position
         self._events.append(event)
         self._num_names += _num_names(event)
-        while self._num_names > REPLAY_NAMES_MAX:
+        while self._num_names > REPLAY_NAMES_MAX or len(self._events) > REPLAY_EVENTS_MAX:
             self._num_names -= _num_names(self._events.popleft())
 
     def since(self, position: int) -> list[E] | None:

@@ -179,6 +179,23 @@ async def test_changes_beyond_the_bound_are_told_as_a_snapshot(
     assert starts == ["snapshot", "snapshot", "replay", "snapshot"]
 
 
+async def test_changes_are_bounded_however_few_names_they_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(events, "REPLAY_EVENTS_MAX", 2)
+    starts: list[events.Start] = []
+    hub, within, beyond = make_hub(starts=starts), Returning(), Returning()
+    await beyond.look(hub)
+    hub.blocks_changed(stored=[name(1)], removed=[])
+    await within.look(hub)
+    for change in (2, 3):
+        hub.blocks_changed(stored=[name(change)], removed=[])
+    for watcher in (within, beyond):
+        await watcher.look(hub)
+        assert watcher.held == {name(1), name(2), name(3)}
+    assert starts == ["snapshot", "snapshot", "replay", "snapshot"]
+
+
 async def test_position_of_another_life_or_of_before_a_reset_is_unknown() -> None:
     starts: list[events.Start] = []
     hub, watcher = make_hub(starts=starts), Returning()

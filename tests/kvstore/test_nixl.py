@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kvasir_kvstore._native import BlockClient, BlockServer
-from kvasir_kvstore.nixl import NixlReads
+from kvasir_kvstore.nixl import STAGES, NixlReads
 from kvasir_kvstore.node.settings import KvNodeSettings
 from kvasir_proto.errors import KvasirError, Reason
 from kvstore_builders import EPOCH, UID, fill, make_pool, name_of
@@ -176,6 +176,29 @@ def test_without_nixl_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KvasirError, match=r"NIXL does not work here: no nixl\._api") as caught:
         NixlReads(make_pool())
     assert caught.value.reason == Reason.UNSUPPORTED
+
+
+class BrokenAgent:
+    """Of a library that raises errors of no kind that it names."""
+
+    name = "reader"
+
+    def register_memory(self, *_args: object) -> None:
+        pass
+
+    def get_agent_metadata(self) -> bytes:
+        return b"reader"
+
+    def get_xfer_descs(self, *_args: object) -> None:
+        raise RuntimeError("std::exception")
+
+
+def test_no_error_costs_staging_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvasir_kvstore.nixl.new_agent", BrokenAgent)
+    reads = NixlReads(make_pool())
+    for _ in range(2 * STAGES):
+        assert reads.read(b"reader", [(1, 1)], 10_000, lambda: False) == 0
+    assert len(reads._free) == STAGES
 
 
 def test_nixl_and_a_key_exclude_one_another(tmp_path: Path) -> None:
