@@ -41,6 +41,9 @@ WEIGHT_FORMATS = get_args(WeightFormat)
 CUDA_PATH = "cuda"
 EMBEDDINGS = "model.embed_tokens.weight"
 """All that is read of the source where packed weights were kept."""
+ARITHMETIC: dict[WeightFormat, str] = {"bf16": "", "int8": "int8 spread over rows", "int4": "int4"}
+"""Part of the fingerprint: another name once a format's numbers are rounded in another way, as KV
+of the two may still be in KV nodes, or in workers of the version before."""
 KV_DTYPES = {1: "int8", 2: "bfloat16", 4: "float32"}
 
 
@@ -152,7 +155,8 @@ def new_kv_arrays(model: LoadedModel, num_blocks: int) -> KvArrays:
 
 def _numerics(config: ModelConfig, weights: WeightFormat) -> str:
     """What computed numbers depend on besides the weights' bytes."""
-    return config.numerics() if weights == "bf16" else f"{config.numerics()} weights={weights}"
+    how = ARITHMETIC[weights]
+    return f"{config.numerics()} weights={how}" if how else config.numerics()
 
 
 def _pack(

@@ -7,7 +7,7 @@ import pytest
 from golden_models import GOLDENS, PATHS, RUNNABLE, read_golden
 from kvasir_engine import _native
 from kvasir_engine.logits import sequence_logits
-from kvasir_engine.model import load_model
+from kvasir_engine.model import ARITHMETIC, load_model
 from kvasir_proto.errors import KvasirError
 from step_builders import make_odd_model
 
@@ -71,6 +71,21 @@ def test_formats_have_fingerprints_of_their_own() -> None:
         for weights in ("bf16", "int8", "int4")
     }
     assert len(prints) == 3
+
+
+def test_a_format_that_rounds_in_another_way_has_another_fingerprint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def prints() -> list[bytes]:
+        return [
+            load_model(GOLDENS / "qwen2-bias", num_threads=1, weights=weights).fingerprint
+            for weights in ARITHMETIC
+        ]
+
+    before = prints()
+    monkeypatch.setitem(ARITHMETIC, "int8", "int8 as it was before")
+    after = prints()
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
 def test_an_unknown_format_is_refused_with_those_there_are() -> None:
