@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/kvasir_proto/v1/*.proto)
 NATIVE := $(shell find engine/native kvstore/native router/native -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 PACKAGES := operator router kvstore engine proto sim cli
-SANITIZED := $(addprefix tests/engine_native/test_,$(addsuffix .py,attention batch_invariance families kv_move native_step parity products rope sampler)) \
+SANITIZED := $(addprefix tests/engine_native/test_,$(addsuffix .py,kv_move native_step products rope sampler weight_formats)) \
   $(addprefix tests/kvstore/test_,$(addsuffix .py,arena block_names codec codec_transfer encryption pool shared_memory transfer wire_faults)) \
   tests/router/test_core_prefix.py
 GENERATED := proto/kvasir_proto/v1 crds helm/kvasir docs/api.md
