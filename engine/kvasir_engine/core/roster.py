@@ -161,10 +161,12 @@ class Roster:
     def name_blocks(self, sequence: SequenceState) -> None:
         """Blocks that are whole now may be reused and pulled by name."""
         num_whole = sequence.num_computed // BLOCK_TOKENS
+        if num_whole <= sequence.num_named:
+            return
         names = sequence.names()
         for index in range(sequence.num_named, num_whole):
             self.blocks.name_block(int(sequence.blocks.view()[index]), names[index])
-        sequence.num_named = max(sequence.num_named, num_whole)
+        sequence.num_named = num_whole
 
     def reserved(self, request_id: str) -> SequenceState:
         """The reservation of this id.
