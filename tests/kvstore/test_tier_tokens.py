@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import random
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,17 @@ def torn(folder: Path) -> None:
     blocks.write_bytes(content[: 2 * len(content) // 3])
 
 
+async def until_told(metric: Callable[[str], float], name: str) -> None:
+    """Until what was done to a node has come to light."""
+
+    async def value() -> float:
+        return await asyncio.to_thread(metric, name)
+
+    await eventually(value, lambda now: now > 0, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 async def test_no_token_changes_while_a_kv_node_and_redis_die_and_a_disk_is_full(
     model: Path, own_redis: RedisServer, tmp_path: Path
 ) -> None:
@@ -127,6 +139,8 @@ async def test_no_token_changes_while_a_kv_node_and_redis_die_and_a_disk_is_full
             await load.more(clients, fetched=400)
             await asyncio.to_thread(own_redis.start)
             await load.more(clients, fetched=400)
+            await until_told(nodes[0].metric, 'kvasir_kvnode_tier_blocks_bad_total{tier="disk"}')
+            assert "disk: File too large" in nodes[1].get("/readyz")[1]
             for client in clients:
                 client.cancel()
             await asyncio.gather(*clients, return_exceptions=True)
@@ -160,6 +174,8 @@ class Corruption:
         return bytes(changed)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 async def test_corrupted_transfers_change_no_token(model: Path) -> None:
     expected = await undisturbed(model)
     corruption = Corruption()
