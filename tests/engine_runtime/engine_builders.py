@@ -24,9 +24,9 @@ VOCAB_SIZE = 512
 _ids = itertools.count(1)
 
 
-def golden_model(name: str = MODELS[0]) -> LoadedModel:
+def golden_model(name: str = MODELS[0], *, num_threads: int = 1) -> LoadedModel:
     """Loaded anew: a model writes to one pool."""
-    return load_model(GOLDENS / name, num_threads=1)
+    return load_model(GOLDENS / name, num_threads=num_threads)
 
 
 @cache

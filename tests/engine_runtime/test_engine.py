@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import time
 from contextlib import aclosing
 
 import numpy as np
@@ -389,6 +390,16 @@ async def test_an_idle_engine_does_not_spin(monkeypatch: pytest.MonkeyPatch) -> 
         )
         await asyncio.sleep(0.1)
         assert len(calls) <= 1
+
+
+async def test_an_idle_engine_takes_no_processor_time() -> None:
+    """Neither its own thread nor those of the kernels."""
+    async with serving(golden_model(num_threads=3)) as served:
+        await served.tokens(make_request(prompt(40)))
+        await asyncio.sleep(0.05)  # helpers look for work a moment longer
+        started = time.process_time()
+        await asyncio.sleep(0.4)
+        assert time.process_time() - started < 0.1
 
 
 async def test_stopping_ends_what_is_open() -> None:
