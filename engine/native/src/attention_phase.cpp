@@ -10,6 +10,12 @@ namespace {
 constexpr int kTokenGrain = 4;
 constexpr int kItemsPerThread = 4;  // enough that threads finish together
 
+// The first block that a call reads.
+const uint8_t* first_keys(const AttentionArgs& args) {
+  const int block = first_seen(args, args.first_position) / kBlockTokens;
+  return args.keys + args.block_table[block] * args.block_bytes;
+}
+
 }  // namespace
 
 // Normalises and rotates one token's heads in place and writes its K and V to their block.
@@ -82,9 +88,12 @@ void Model::attend(const Step& step, int index) {
   const int num_items = static_cast<int>(spans_.size()) * shape_.num_kv_heads;
   pool_.run(num_items, [&](int item, int thread) {
     // Later spans of a prompt see more of it: they go first.
-    const int left = num_items - 1 - item;
-    AttentionArgs args =
-        attention_args(step, index, {left / shape_.num_kv_heads, left % shape_.num_kv_heads});
+    const auto nth = [&](int i) {
+      const int left = num_items - 1 - i;
+      return attention_args(step, index, {left / shape_.num_kv_heads, left % shape_.num_kv_heads});
+    };
+    AttentionArgs args = nth(item);
+    if (item + 1 < num_items) args.next_keys = first_keys(nth(item + 1));
     args.scratch = compute_.scratch_of(thread);
     kv_kernels().attend(args);
   });

@@ -14,6 +14,7 @@ struct Avx2 {
   using F = __m256;
   using I = __m256i;
   static constexpr int kWidth = 8;
+  static constexpr int kRegisters = 16;
   static constexpr int kRows = 6;
   static constexpr int kColumns = 2;
 

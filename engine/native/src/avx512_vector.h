@@ -14,6 +14,7 @@ struct Avx512 {
   using F = __m512;
   using I = __m512i;
   static constexpr int kWidth = 16;
+  static constexpr int kRegisters = 32;
   static constexpr int kRows = 12;
   static constexpr int kColumns = 2;
 
@@ -35,6 +36,11 @@ struct Avx512 {
   }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  // The same of a number in memory, without an instruction of its own for the broadcast.
+  static F fma_at(const float* a, F b, F c) {
+    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+    return c;
+  }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
   static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }

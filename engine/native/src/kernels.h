@@ -56,8 +56,8 @@ struct GemmKernel {
   void (*multiply)(const GemmArgs& args);
   // Does nothing but the path's multiply-adds, in registers; returns the operations done.
   double (*exercise)(int rounds);
-  // Lays up to kRowGroup prepared rows side by side: word 0 of each, word 1 of each, ...; null: the
-  // kernel does not want that.
+  // Lays up to kRowGroup rows (prepared, or as they are) side by side: word 0 of each, word 1 of
+  // each, ...; null: the kernel does not want that.
   void (*interleave)(const uint8_t* rows, size_t stride, int count, int k,
                      uint8_t* words) = nullptr;
 };
@@ -78,6 +78,7 @@ struct AttentionArgs {
   const uint8_t* values;       // the same of V
   size_t block_bytes;          // from one block of the pool to the next
   const int32_t* block_table;  // pool block of each 32 positions
+  const uint8_t* next_keys;    // first K of the work that follows this, to fetch it; or null
   float* scratch;              // attention_scratch() floats
 };
 

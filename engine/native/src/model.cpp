@@ -6,6 +6,7 @@
 #include "bf16.h"
 #include "kv_move.h"
 #include "loader.h"
+#include "topology.h"
 
 namespace kvasir {
 
@@ -16,6 +17,13 @@ constexpr size_t kStridePad = 16;
 
 void require(bool condition, const char* text) {
   if (!condition) throw std::invalid_argument(text);
+}
+
+// Helpers stay where the memory of their share of the weights is likely to be.
+std::function<void(int)> binding(int num_threads) {
+  return [cpus = thread_cpus(num_threads)](int thread) {
+    if (!cpus.empty()) keep_to(cpus[thread]);
+  };
 }
 
 int widest_input(const ModelShape& shape) {
@@ -68,7 +76,7 @@ Model::Model(ModelShape shape, const TensorMap& tensors, const ModelOptions& opt
     : shape_((shape.check(), std::move(shape))),
       kernels_(kernels_of(options.path)),
       kv_format_(options.kv),
-      pool_(options.num_threads),
+      pool_(options.num_threads, binding(options.num_threads)),
       weights_(kept.empty() ? Arena(packed_bytes(shape_, options.weights)) : Arena(kept)) {
   require(weights_.bytes() == packed_bytes(shape_, options.weights),
           "the packed weights that were kept have another size");

@@ -52,6 +52,7 @@ struct Operand {
   const uint8_t* data;
   size_t stride;                   // bytes
   const uint8_t* words = nullptr;  // the same interleaved, or null
+  size_t words_stride = 0;         // of kRowGroup rows
 };
 
 // Kernels may read past the last row, to whole tiles.
@@ -59,26 +60,29 @@ size_t operand_rows(int m) { return round_up(m, kOperandRowsUnit) + kOperandRows
 
 Operand prepare(const Compute& compute, const PackedMatrix& weights, Rows a, int m) {
   const GemmKernel& kernel = compute.kernels->gemm[static_cast<int>(weights.format)];
-  if (kernel.prepare == nullptr) {
-    return {&kernel, reinterpret_cast<const uint8_t*>(a.data), a.stride * sizeof(float)};
-  }
+  const bool is_prepared = kernel.prepare != nullptr, is_interleaved = kernel.interleave != nullptr;
+  Operand operand = {&kernel, reinterpret_cast<const uint8_t*>(a.data), a.stride * sizeof(float)};
+  if (!is_prepared && !is_interleaved) return operand;
   const size_t stride = kernel.row_bytes(weights.k);
+  uint8_t* prepared = compute.operand;
+  uint8_t* words = compute.operand + (is_prepared ? operand_rows(m) * stride : 0);
+  if (is_prepared) operand = {&kernel, prepared, stride};
+  if (is_interleaved) operand.words = words, operand.words_stride = kRowGroup * stride;
   const int num_groups = (m + kRowGroup - 1) / kRowGroup;
   const int grain = std::max(1, kPrepareGrain / kRowGroup / weights.k);  // groups of an item
-  uint8_t* words = compute.operand + operand_rows(m) * stride;
   compute.pool->run((num_groups + grain - 1) / grain, [&](int item, int thread) {
     for (int group = item * grain; group < std::min(num_groups, (item + 1) * grain); ++group) {
       const int first = group * kRowGroup;
       const int count = std::min(kRowGroup, m - first);
-      uint8_t* rows = compute.operand + first * stride;
-      for (int r = 0; r < count; ++r) {
-        kernel.prepare(a[first + r], weights.k, compute.scratch_of(thread), rows + r * stride);
+      for (int r = first; is_prepared && r < first + count; ++r) {
+        kernel.prepare(a[r], weights.k, compute.scratch_of(thread), prepared + r * stride);
       }
-      if (kernel.interleave == nullptr) continue;
-      kernel.interleave(rows, stride, count, weights.k, words + first * stride);
+      if (!is_interleaved) continue;
+      kernel.interleave(operand.data + first * operand.stride, operand.stride, count, weights.k,
+                        words + group * operand.words_stride);
     }
   });
-  return {&kernel, compute.operand, stride, kernel.interleave == nullptr ? nullptr : words};
+  return operand;
 }
 
 GemmArgs args_of(const PackedMatrix& weights, const Operand& operand, const Cut& cut, int item,
@@ -87,9 +91,10 @@ GemmArgs args_of(const PackedMatrix& weights, const Operand& operand, const Cut&
   GemmArgs args{};
   args.a = operand.data + cut.first_row(item) * operand.stride;
   args.a_stride = operand.stride;
-  args.words =
-      operand.words == nullptr ? nullptr : operand.words + cut.first_row(item) * operand.stride;
-  args.words_stride = kRowGroup * operand.stride;
+  if (operand.words != nullptr) {
+    args.words = operand.words + cut.first_row(item) / kRowGroup * operand.words_stride;
+  }
+  args.words_stride = operand.words_stride;
   args.m = cut.rows(item);
   args.k = weights.k;
   args.panels = weights.panel(first_panel);
@@ -111,8 +116,8 @@ void PackedMatrix::read_row(int row, float* out) const {
 size_t operand_bytes(const Kernels& kernels, int m, int k) {
   size_t most = 0;
   for (const GemmKernel& kernel : kernels.gemm) {
-    if (kernel.prepare == nullptr) continue;
-    most = std::max(most, kernel.row_bytes(k) * (kernel.interleave == nullptr ? 1 : 2));
+    const int copies = (kernel.prepare != nullptr) + (kernel.interleave != nullptr);
+    most = std::max(most, kernel.row_bytes(k) * copies);
   }
   return most * operand_rows(m);
 }

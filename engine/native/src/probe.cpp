@@ -1,5 +1,6 @@
 #include "probe.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -12,6 +13,7 @@ namespace {
 constexpr size_t kItemBytes = size_t{1} << 20;
 constexpr int kRounds = 20'000;
 constexpr int kItemsPerThread = 16;
+constexpr int kPeakRuns = 5;
 }  // namespace
 
 MemoryProbe::MemoryProbe(size_t bytes, int num_threads)
@@ -41,12 +43,19 @@ PeakProbe::PeakProbe(const std::string& path, const std::string& weights, int nu
     : exercise_(kernels_of(path).gemm[static_cast<int>(weight_format_of(weights))].exercise),
       pool_(num_threads) {}
 
+// A helper that has just woken may share the caller's processor for a while: the best of a few
+// runs.
 double PeakProbe::run() {
-  std::atomic<double> total{0};
-  const auto start = std::chrono::steady_clock::now();
-  pool_.run(pool_.num_threads() * kItemsPerThread, [&](int, int) { total += exercise_(kRounds); });
-  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  return total / seconds.count();
+  double best = 0;
+  for (int run = 0; run < kPeakRuns; ++run) {
+    std::atomic<double> total{0};
+    const auto start = std::chrono::steady_clock::now();
+    pool_.run(pool_.num_threads() * kItemsPerThread,
+              [&](int, int) { total += exercise_(kRounds); });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, total / seconds.count());
+  }
+  return best;
 }
 
 }  // namespace kvasir

@@ -1,11 +1,14 @@
-// Binding of one product by itself, for tests: weights are packed, multiplied and dropped.
+// Bindings for tests: one product by itself, weights packed, multiplied and dropped; the cut of
+// threads over memory nodes.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 
 #include "packed_matrix.h"
+#include "topology.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -49,6 +52,13 @@ void bind_products(nb::module_& m) {
   m.def("multiply", multiply, nb::kw_only(), "tensor"_a.noconvert(), "a"_a.noconvert(),
         "c"_a.noconvert(), "isa"_a, "weights"_a, "num_threads"_a,
         "c += a tensor^T, with the tensor packed in a weight format; for tests.");
+  m.def(
+      "spread_threads",
+      [](const std::string& folder, const Cpus& allowed, int num_threads) {
+        return spread_threads(node_cpus(folder), allowed, num_threads);
+      },
+      nb::kw_only(), "folder"_a, "allowed"_a, "num_threads"_a,
+      "The processors of each thread of a pool, none on one node; for tests.");
 }
 
 }  // namespace kvasir

@@ -16,7 +16,7 @@ constexpr auto kSpin = std::chrono::microseconds(50);
 constexpr int kPollsPerClockRead = 64;
 
 uint64_t epoch_of(uint64_t ticket) { return ticket >> (2 * kItemBits); }
-int num_items_of(uint64_t ticket) { return static_cast<int>((ticket >> kItemBits) & kItemMask); }
+int end_of(uint64_t ticket) { return static_cast<int>((ticket >> kItemBits) & kItemMask); }
 int item_of(uint64_t ticket) { return static_cast<int>(ticket & kItemMask); }
 
 void pause() {
@@ -40,10 +40,14 @@ bool spin_until(const Condition& condition) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) {
+ThreadPool::ThreadPool(int num_threads, std::function<void(int thread)> start) {
   if (num_threads < 1) throw std::invalid_argument("num_threads must be at least 1");
+  tickets_ = std::make_unique<Ticket[]>(num_threads);
   for (int thread = 1; thread < num_threads; ++thread) {
-    workers_.emplace_back([this, thread] { work(thread); });
+    workers_.emplace_back([this, thread, start] {
+      if (start) start(thread);
+      work(thread);
+    });
   }
 }
 
@@ -64,10 +68,14 @@ void ThreadPool::run_erased(int num_items, Call call, const void* context) {
   call_ = call;
   context_ = context;
   num_done_.store(0, std::memory_order_relaxed);
-  const uint64_t epoch = epoch_of(ticket_.load(std::memory_order_relaxed)) + 1;
-  const uint64_t fresh =
-      (epoch << (2 * kItemBits)) | (static_cast<uint64_t>(num_items) << kItemBits);
-  ticket_.store(fresh, std::memory_order_seq_cst);
+  num_items_ = num_items;
+  const uint64_t epoch = epoch_of(tickets_[0].word.load(std::memory_order_relaxed)) + 1;
+  for (int thread = 0; thread < num_threads(); ++thread) {
+    const uint64_t first = int64_t{num_items} * thread / num_threads();
+    const uint64_t end = int64_t{num_items} * (thread + 1) / num_threads();
+    tickets_[thread].word.store((epoch << (2 * kItemBits)) | (end << kItemBits) | first,
+                                std::memory_order_seq_cst);
+  }
   // 2. Wake helpers that sleep.
   if (num_parked_.load(std::memory_order_seq_cst) > 0) {
     wake_word_.fetch_add(1);
@@ -88,22 +96,26 @@ void ThreadPool::run_erased(int num_items, Call call, const void* context) {
 }
 
 void ThreadPool::claim_items(int thread) {
+  for (int i = 0; i < num_threads(); ++i) claim_items_of((thread + i) % num_threads(), thread);
+}
+
+void ThreadPool::claim_items_of(int owner, int thread) {
+  std::atomic<uint64_t>& word = tickets_[owner].word;
   while (true) {
-    const uint64_t ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
-    const int num_items = num_items_of(ticket);
-    if (item_of(ticket) >= num_items) return;
-    // This item is unfinished, so its job cannot end before the call returns: call_ is its own.
+    const uint64_t ticket = word.fetch_add(1, std::memory_order_acq_rel);
+    if (item_of(ticket) >= end_of(ticket)) return;
+    // This item is unfinished, so its job cannot end: what is read until it is done is its own.
     call_(context_, item_of(ticket), thread);
+    const uint32_t num_items = num_items_;
     const uint32_t done = num_done_.fetch_add(1, std::memory_order_seq_cst) + 1;
-    if (done == static_cast<uint32_t>(num_items) && thread != 0 && is_caller_parked_.load()) {
-      futex_wake_all(&num_done_);
-    }
+    if (done == num_items && thread != 0 && is_caller_parked_.load()) futex_wake_all(&num_done_);
   }
 }
 
-void ThreadPool::wait_for_ticket(uint64_t seen) {
+void ThreadPool::wait_for_ticket(int thread, uint64_t seen) {
   const auto has_job = [&] {
-    return epoch_of(ticket_.load(std::memory_order_seq_cst)) != seen || is_stopping_.load();
+    return epoch_of(tickets_[thread].word.load(std::memory_order_seq_cst)) != seen ||
+           is_stopping_.load();
   };
   if (spin_until(has_job)) return;
   num_parked_.fetch_add(1, std::memory_order_seq_cst);
@@ -116,9 +128,9 @@ void ThreadPool::wait_for_ticket(uint64_t seen) {
 void ThreadPool::work(int thread) {
   uint64_t seen = 0;
   while (true) {
-    wait_for_ticket(seen);
+    wait_for_ticket(thread, seen);
     if (is_stopping_.load()) return;
-    seen = epoch_of(ticket_.load(std::memory_order_acquire));
+    seen = epoch_of(tickets_[thread].word.load(std::memory_order_acquire));
     claim_items(thread);
   }
 }

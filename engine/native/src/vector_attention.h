@@ -21,6 +21,7 @@ inline const E* elements_of(const AttentionArgs& a, const uint8_t* first_block, 
 
 template <class E>
 inline constexpr bool kHasScales = sizeof(E) == 1;
+inline constexpr size_t kScalesOfBlock = kBlockTokens * sizeof(float);
 
 // What a segment adds, see part_floats().
 struct Part {
@@ -146,10 +147,37 @@ struct Segment {
   bool expands() const { return a.num_tokens * a.group > V::kRows; }
   Range positions(int block) const { return {block * kBlockTokens, (block + 1) * kBlockTokens}; }
 
-  Ahead fetch(const uint8_t* first_block, int block) const {
-    if (block >= blocks.to) return {};
-    return {elements_of<E>(a, first_block, block), a.head_dim,
-            kBlockTokens * static_cast<int>(sizeof(E))};
+  // What is read `i`-th of this segment, K of each block and then V, then what follows it: K of the
+  // next segment, or of the caller's next work; may be null.
+  const E* nth_read(int i) const {
+    const int count = blocks.count();
+    if (i < count) return elements_of<E>(a, a.keys, blocks.from + i);
+    if (i < 2 * count) return elements_of<E>(a, a.values, blocks.from + i - count);
+    const int next = blocks.to + i - 2 * count;
+    const int last = (a.first_position + a.num_tokens - 1) / kBlockTokens;
+    if (next <= last) return elements_of<E>(a, a.keys, next);
+    return reinterpret_cast<const E*>(a.next_keys);
+  }
+
+  size_t head_bytes() const {
+    const size_t scales = kHasScales<E> ? kBlockTokens * sizeof(float) : 0;
+    return static_cast<size_t>(kBlockTokens) * a.head_dim * sizeof(E) + scales;
+  }
+
+  // Two reads further on than the i-th, each at half the length.
+  Ahead fetch(int i) const {
+    const char* next = reinterpret_cast<const char*>(nth_read(i + 2));
+    if (next == nullptr) return {};
+    const int half = static_cast<int>(head_bytes() / 2);
+    return {next, next + half, half};
+  }
+
+  // The same of the i-th and the one after it.
+  Ahead fetch_pair(int i) const {
+    const E* first = nth_read(i + 2);
+    const E* second = nth_read(i + 3);
+    if (first == nullptr || second == nullptr) return {};
+    return {first, second, static_cast<int>(head_bytes())};
   }
 
   // Scales of what is seen, zero elsewhere: codes are finite whatever they are, scales need not be.
@@ -160,8 +188,14 @@ struct Segment {
           reinterpret_cast<const float*>(elements_of<E>(a, a.keys, block) + num_codes);
       const float* values =
           reinterpret_cast<const float*>(elements_of<E>(a, a.values, block) + num_codes);
+      const Range whole = positions(block);
+      if (whole.from >= seen.from && whole.to <= seen.to) {
+        __builtin_memcpy(work.key_scales + whole.from - start, keys, kScalesOfBlock);
+        __builtin_memcpy(work.value_scales + whole.from - start, values, kScalesOfBlock);
+        continue;
+      }
       for (int slot = 0; slot < kBlockTokens; ++slot) {
-        const int position = block * kBlockTokens + slot;
+        const int position = whole.from + slot;
         const bool is_seen = position >= seen.from && position < seen.to;
         work.key_scales[position - start] = is_seen ? keys[slot] : 0;
         work.value_scales[position - start] = is_seen ? values[slot] : 0;
@@ -169,29 +203,49 @@ struct Segment {
     }
   }
 
+  // V's scales are wanted before V.
+  void fetch_value_scales(int block) const {
+    const E* codes = elements_of<E>(a, a.values, block);
+    const char* scales = reinterpret_cast<const char*>(codes + kBlockTokens * a.head_dim);
+    for (size_t i = 0; i < kScalesOfBlock; i += kCacheLineBytes) __builtin_prefetch(scales + i);
+  }
+
+  // Scores of one block, or of two side by side where few rows leave registers for it.
   void score() const {
-    for (int block = blocks.from; block < blocks.to; ++block) {
+    for (int block = blocks.from; block < blocks.to;) {
       const Range tokens = tokens_that_see(a, positions(block));
+      const Range next_tokens = tokens_that_see(a, positions(block + 1));
+      const bool is_pair = !expands() && block + 1 < blocks.to && next_tokens.from == tokens.from &&
+                           next_tokens.to == tokens.to;
+      const int count = is_pair ? 2 : 1;
+      const int read = block - blocks.from;
       const size_t row = static_cast<size_t>(tokens.from) * a.group;
       const E* keys = elements_of<E>(a, a.keys, block);
-      Ahead ahead = fetch(a.keys, block + 1);
-      if (block + 1 == blocks.to) ahead = fetch(a.values, blocks.from);
-      const auto multiply = [&](const auto* k) {
-        product<V>(work.q + row * work.q_stride, work.q_stride, tokens.count() * a.group,
-                   a.head_dim, k, kBlockTokens, kBlockTokens,
-                   work.scores + row * work.score_stride + (block * kBlockTokens - start),
-                   work.score_stride, true, ahead);
+      const E* more = is_pair ? elements_of<E>(a, a.keys, block + 1) : nullptr;
+      const auto multiply = [&](const auto* k, const auto* k2) {
+        product<V>(
+            Product{work.q + row * work.q_stride, static_cast<size_t>(work.q_stride), a.head_dim,
+                    Columns{k, size_t{kBlockTokens}, k2, kBlockTokens}, count * kBlockTokens,
+                    work.scores + row * work.score_stride + (block * kBlockTokens - start),
+                    static_cast<size_t>(work.score_stride), true},
+            tokens.count() * a.group, is_pair ? fetch_pair(read) : fetch(read));
       };
-      if (!expands()) {
-        multiply(keys);
-        continue;
+      if constexpr (kHasScales<E>) {
+        for (int i = 0; i < count; ++i) fetch_value_scales(block + i);
       }
-      expand<V>(keys, static_cast<size_t>(kBlockTokens) * a.head_dim, work.expanded);
-      multiply(static_cast<const float*>(work.expanded));
+      if (expands()) {
+        expand<V>(keys, static_cast<size_t>(kBlockTokens) * a.head_dim, work.expanded,
+                  nth_read(read + 1));
+        multiply(static_cast<const float*>(work.expanded), static_cast<const float*>(nullptr));
+      } else {
+        multiply(keys, more);
+      }
+      block += count;
     }
   }
 
   void soften() const {
+    if constexpr (kHasScales<E>) read_scales();
     const Range tokens = tokens_that_see(a, {start, start + kSegmentTokens});
     for (int row = 0; row < a.num_tokens * a.group; ++row) {
       const int token = row / a.group;
@@ -217,21 +271,22 @@ struct Segment {
       const E* values = elements_of<E>(a, a.values, block) +
                         static_cast<size_t>(slots.from % kBlockTokens) * width;
       const auto multiply = [&](const auto* v) {
-        product<V>(work.scores + row * work.score_stride + (slots.from - start), work.score_stride,
-                   tokens.count() * a.group, slots.count(), v, width, a.head_dim,
-                   part.sums + row * width, width, false, fetch(a.values, block + 1));
+        product<V>(Product{work.scores + row * work.score_stride + (slots.from - start),
+                           static_cast<size_t>(work.score_stride), slots.count(), Columns{v, width},
+                           a.head_dim, part.sums + row * width, width, false},
+                   tokens.count() * a.group, fetch(blocks.count() + block - blocks.from));
       };
       if (!expands()) {
         multiply(values);
         continue;
       }
-      expand<V>(values, slots.count() * width, work.expanded);
+      expand<V>(values, slots.count() * width, work.expanded,
+                nth_read(blocks.count() + block - blocks.from + 1));
       multiply(static_cast<const float*>(work.expanded));
     }
   }
 
   void attend() const {
-    if constexpr (kHasScales<E>) read_scales();
     score();
     soften();
     weigh_values();
@@ -334,9 +389,11 @@ void quantise(const float* x, int head_dim, int8_t* codes, size_t stride, float*
   for (int i = 1; i < V::kWidth; ++i) most = lanes[i] > most ? lanes[i] : most;
   *scale = most * (1.0f / 127.0f);
   const typename V::F inverse = V::broadcast(most > 0 ? 127.0f / most : 0);
+  const typename V::F low = V::broadcast(-127.0f), high = V::broadcast(127.0f);
   for (int i = 0; i < head_dim; i += V::kWidth) {
-    V::store(lanes, V::round(V::multiply(V::load(x + i), inverse)));
-    for (int j = 0; j < V::kWidth; ++j) codes[(i + j) * stride] = code_of(lanes[j]);
+    const typename V::F rounded = V::round(V::multiply(V::load(x + i), inverse));
+    V::store(lanes, V::min(V::max(rounded, low), high));  // as code_of() does, NaN included
+    for (int j = 0; j < V::kWidth; ++j) codes[(i + j) * stride] = static_cast<int8_t>(lanes[j]);
   }
 }
 

@@ -7,77 +7,61 @@
 
 namespace kvasir::vec {
 
-// Two rows of a panel (k = 2 unit and 2 unit + 1): bf16 pairs, or float32 rows of kPanelColumns.
+// Whole groups of rows lie interleaved where that suits the tile.
 template <class V>
-inline __attribute__((always_inline)) void load_pair(const uint16_t* weights, int unit, int column,
-                                                     typename V::F* even, typename V::F* odd) {
-  V::load_pair(weights + (static_cast<size_t>(unit) * kPanelColumns + column) * 2, even, odd);
-}
-template <class V>
-inline __attribute__((always_inline)) void load_pair(const float* weights, int unit, int column,
-                                                     typename V::F* even, typename V::F* odd) {
-  const float* row = weights + static_cast<size_t>(unit) * 2 * kPanelColumns + column;
-  *even = V::load(row);
-  *odd = V::load(row + kPanelColumns);
-}
+inline constexpr bool kInterleavesFloats = V::kRows % kRowGroup == 0;
 
-// sums[r][j] += a[r][0..k) * weights
-template <class V, int kR, class B>
-inline __attribute__((always_inline)) void add_products(const float* a, size_t a_stride, int k,
-                                                        const B* weights, int column, Fetch ahead,
-                                                        typename V::F (*sums)[V::kColumns]) {
-  constexpr int kC = V::kColumns;
-  typename V::F even[kC], odd[kC];
-  for (int unit = 0; unit < k / 2; ++unit) {
-    ahead.fetch(unit);
-#pragma GCC unroll 4
-    for (int j = 0; j < kC; ++j) {
-      load_pair<V>(weights, unit, column + j * V::kWidth, &even[j], &odd[j]);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) {
-      const typename V::F x = V::broadcast(a[r * a_stride + unit * 2]);
-#pragma GCC unroll 4
-      for (int j = 0; j < kC; ++j) sums[r][j] = V::fma(x, even[j], sums[r][j]);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) {
-      const typename V::F x = V::broadcast(a[r * a_stride + unit * 2 + 1]);
-#pragma GCC unroll 4
-      for (int j = 0; j < kC; ++j) sums[r][j] = V::fma(x, odd[j], sums[r][j]);
-    }
-  }
-  if (k % 2 == 0) return;
-#pragma GCC unroll 4
-  for (int j = 0; j < kC; ++j) {
-    load_pair<V>(weights, k / 2, column + j * V::kWidth, &even[j], &odd[j]);
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kR; ++r) {
-    const typename V::F x = V::broadcast(a[r * a_stride + k - 1]);
-#pragma GCC unroll 4
-    for (int j = 0; j < kC; ++j) sums[r][j] = V::fma(x, even[j], sums[r][j]);
-  }
-}
-
-// Weights widened in registers: for rows that fit few tiles.
+// Weights are widened in registers.
 template <class V>
 struct Bf16Tile {
   static constexpr int kRows = V::kRows;
-  static constexpr int kRowUnit = 1;
+  static constexpr int kRowUnit = kInterleavesFloats<V> ? kRowGroup : 1;
+  static constexpr int kC = V::kColumns;
+
+  // `a` is row 0 at this k; `stride` leads from one unit of rows to the next.
+  template <int kR>
+  static inline __attribute__((always_inline)) void add_one(const float* a, size_t stride,
+                                                            const typename V::F* weights,
+                                                            typename V::F (*sums)[kC]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+      const float* place = a + r / kRowUnit * stride + r % kRowUnit;
+      if constexpr (kInterleavesFloats<V>) {
+        if (r % 2 == 1) {
+#pragma GCC unroll 4
+          for (int j = 0; j < kC; ++j) sums[r][j] = V::fma_at(place, weights[j], sums[r][j]);
+          continue;
+        }
+      }
+      const typename V::F x = V::broadcast(*place);
+#pragma GCC unroll 4
+      for (int j = 0; j < kC; ++j) sums[r][j] = V::fma(x, weights[j], sums[r][j]);
+    }
+  }
 
   template <int kR>
   static void run(const GemmArgs& g, int row, const uint8_t* panel, int column, Fetch ahead) {
-    const float* a = reinterpret_cast<const float*>(g.a + row * g.a_stride);
-    typename V::F sums[kR][V::kColumns];
+    const size_t stride = (kRowUnit > 1 ? g.words_stride : g.a_stride) / sizeof(float);
+    const float* a =
+        reinterpret_cast<const float*>(kRowUnit > 1 ? g.words : g.a) + row / kRowUnit * stride;
+    const uint16_t* weights = reinterpret_cast<const uint16_t*>(panel) + column % kPanelColumns * 2;
+    typename V::F sums[kR][kC], even[kC], odd[kC];
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 4
-      for (int j = 0; j < V::kColumns; ++j) sums[r][j] = V::zero();
+      for (int j = 0; j < kC; ++j) sums[r][j] = V::zero();
     }
-    add_products<V, kR>(a, g.a_stride / sizeof(float), g.k,
-                        reinterpret_cast<const uint16_t*>(panel), column % kPanelColumns, ahead,
-                        sums);
+    for (int left = g.k; left > 0; left -= 2) {
+      ahead.fetch(0);
+      ahead.data += ahead.stride;
+#pragma GCC unroll 4
+      for (int j = 0; j < kC; ++j) V::load_pair(weights + j * V::kWidth * 2, &even[j], &odd[j]);
+      add_one<kR>(a, stride, even, sums);
+      if (left == 1) break;
+      add_one<kR>(a + kRowUnit, stride, odd, sums);
+      weights += 2 * kPanelColumns;
+      a += 2 * kRowUnit;
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) store_columns<V>(g, row + r, column, sums[r]);
   }
@@ -95,7 +79,8 @@ static inline size_t float_row_bytes(int k) {
 template <class V>
 GemmKernel gemm_of(WeightFormat format) {
   if (format != WeightFormat::kBf16) return integer_gemm_of<V>(format);
-  return {float_row_bytes, nullptr, multiply_bf16<V>, exercise_floats<V>};
+  return {float_row_bytes, nullptr, multiply_bf16<V>, exercise_floats<V>,
+          kInterleavesFloats<V> ? interleave_words<1> : nullptr};
 }
 
 }  // namespace kvasir::vec

@@ -1,15 +1,17 @@
 // The fast kernels, written once over a vector type V and compiled for each instruction set.
 //
-// V gives: F (a register of kWidth floats), kRows and kColumns (the register tile, columns in
-// registers), and load, load_bf16, load_pair, store, broadcast, zero, fma, add, multiply, divide,
-// max, min, round, power_of_two, less. Lanes never mix except in sum_lanes, whose order is fixed at
-// 16 lanes: so paths of different width agree bit for bit. No std:: function templates here: what
-// one of these translation units emits must not be linked into code for lesser processors.
+// V gives: F (a register of kWidth floats), kRegisters (how many there are), kRows and kColumns
+// (the tallest register tile, columns in registers), and load, load_bf16, load_pair, store,
+// broadcast, zero, fma, add, multiply, divide, max, min, round, power_of_two, less. Lanes never mix
+// except in sum_lanes, whose order is fixed at 16 lanes: so paths of different width agree bit for
+// bit. No std:: function templates here: what one of these translation units emits must not be
+// linked into code for lesser processors.
 #pragma once
 
 #include "arena.h"
 #include "bf16.h"
 #include "kernels.h"
+#include "tile_rows.h"
 
 namespace kvasir::vec {
 
@@ -28,107 +30,149 @@ inline typename V::F load_as_float(const int8_t* p) {
   return V::load_int8(p);
 }
 
-// Memory to fetch while computing: `bytes` further on with each step of a product's sum.
+// Memory to fetch while computing: `bytes` from each of two places.
 struct Ahead {
-  const void* data = nullptr;
-  int steps = 0;
-  int bytes = kCacheLineBytes;
+  const void* first = nullptr;
+  const void* second = nullptr;
+  int bytes = 0;
 };
 
-// c[kR][kC * width] = (is_first ? 0 : c) + a[kR][k] * b[k][kC * width], summed in the order of k.
-template <class V, int kR, int kC, bool kFetches, class B>
-void product_tile(const float* a, size_t a_stride, int k, const B* b, size_t b_stride, float* c,
-                  size_t c_stride, bool is_first, const char* ahead, int ahead_bytes) {
+// The columns of a product's right operand; from `split` on they lie elsewhere.
+template <class B>
+struct Columns {
+  const B* first;
+  size_t stride;  // from one row to the next
+  const B* second = nullptr;
+  int split = 1 << 30;
+
+  inline __attribute__((always_inline)) const B* at(int column) const {
+    return column < split ? first + column : second + (column - split);
+  }
+};
+
+// c[m][n] = (is_first ? 0 : c) + a[m][k] * columns[k][n], summed in the order of k.
+template <class B>
+struct Product {
+  const float* a;
+  size_t a_stride;
+  int k;
+  Columns<B> columns;
+  int n;  // a multiple of 16
+  float* c;
+  size_t c_stride;
+  bool is_first;
+};
+
+// What a tile fetches with each step of k: the same lines again and again without `step`.
+struct Fetches {
+  const char* first;
+  const char* second;
+  int step;  // bytes
+};
+
+// What is expanded comes from the cache.
+template <class B>
+inline constexpr bool kFetches = sizeof(B) < sizeof(float);
+
+template <class V, int kR, int kC, class B>
+void product_tile(const Product<B>& p, int row, int column, Fetches ahead) {
+  constexpr int kLow = (kC + 1) / 2;  // registers of columns that surely lie together
+  const size_t a_stride = p.a_stride, b_stride = p.columns.stride, c_stride = p.c_stride;
+  const float* a = p.a + row * a_stride;
+  const B* low = p.columns.at(column);
+  const B* high = p.columns.at(column + kC / 2 * V::kWidth);
+  float* c = p.c + row * c_stride + column;
   typename V::F sums[kR][kC];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kC; ++j) {
-      sums[r][j] = is_first ? V::zero() : V::load(c + r * c_stride + j * V::kWidth);
+      sums[r][j] = p.is_first ? V::zero() : V::load(c + r * c_stride + j * V::kWidth);
     }
   }
-  for (int i = 0; i < k; ++i) {
-    if constexpr (kFetches) __builtin_prefetch(ahead + i * ahead_bytes);
-    typename V::F columns[kC];
-#pragma GCC unroll 4
-    for (int j = 0; j < kC; ++j) {
-      columns[j] = load_as_float<V>(b + i * b_stride + j * V::kWidth);
+  for (int i = 0; i < p.k; ++i) {
+    if constexpr (kFetches<B>) {
+      __builtin_prefetch(ahead.first);
+      __builtin_prefetch(ahead.second);
+      ahead.first += ahead.step;
+      ahead.second += ahead.step;
     }
+    typename V::F columns[kC];
+#pragma GCC unroll 8
+    for (int j = 0; j < kC; ++j) {
+      columns[j] = load_as_float<V>(j < kLow ? low + j * V::kWidth : high + (j - kLow) * V::kWidth);
+    }
+    low += b_stride;
+    high += b_stride;
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
       const typename V::F x = V::broadcast(a[r * a_stride + i]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < kC; ++j) sums[r][j] = V::fma(x, columns[j], sums[r][j]);
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kC; ++j) V::store(c + r * c_stride + j * V::kWidth, sums[r][j]);
   }
 }
 
-template <class V, int kC, bool kFetches, class B>
-void product_rows(int rows, const float* a, size_t a_stride, int k, const B* b, size_t b_stride,
-                  float* c, size_t c_stride, bool is_first, const char* ahead, int ahead_bytes) {
-#define KVASIR_ROWS(R)                                                                            \
-  case R:                                                                                         \
-    if constexpr (R <= V::kRows) {                                                                \
-      return product_tile<V, R, kC, kFetches>(a, a_stride, k, b, b_stride, c, c_stride, is_first, \
-                                              ahead, ahead_bytes);                                \
-    }                                                                                             \
-    break;
-  switch (rows) {
-    KVASIR_ROWS(1)
-    KVASIR_ROWS(2)
-    KVASIR_ROWS(3)
-    KVASIR_ROWS(4)
-    KVASIR_ROWS(5)
-    KVASIR_ROWS(6)
-    KVASIR_ROWS(7)
-    KVASIR_ROWS(8)
-    KVASIR_ROWS(9)
-    KVASIR_ROWS(10)
-    KVASIR_ROWS(11)
-    KVASIR_ROWS(12)
-  }
-#undef KVASIR_ROWS
+// Registers of columns of the widest tile of so many rows: sums, columns and a broadcast fit the
+// registers. Few rows need wide tiles, or too few sums are on their way at a time.
+template <class V>
+constexpr int widest_tile(int rows) {
+  int columns = 8;
+  while ((rows + 1) * columns + 1 > V::kRegisters) columns /= 2;
+  return columns;
 }
 
-// Any m; n a multiple of 16. Rows are spread evenly over tiles: 16 rows are 8 + 8, not 12 + 4.
+// The widest tile that still fits; returns its columns.
+template <class V, int kR, int kC, class B>
+int product_columns(const Product<B>& p, int row, int column, Fetches ahead) {
+  if constexpr (kC > 1) {
+    if (column + kC * V::kWidth > p.n) {
+      return product_columns<V, kR, kC / 2>(p, row, column, ahead);
+    }
+  }
+  product_tile<V, kR, kC>(p, row, column, ahead);
+  return kC * V::kWidth;
+}
+
+// Rows are spread evenly over tiles: 16 rows are 8 + 8, not 12 + 4. The first tiles' rows fetch.
 template <class V, class B>
-void product(const float* a, size_t a_stride, int m, int k, const B* b, size_t b_stride, int n,
-             float* c, size_t c_stride, bool is_first, Ahead ahead) {
-  constexpr int kWide = V::kColumns * V::kWidth;
-  int num_tiles = (m + V::kRows - 1) / V::kRows;
-  int step = 0;
+void product(const Product<B>& p, int m, Ahead ahead) {
+  constexpr int kSquareRows = 6;  // fewer broadcasts than a tall tile, where columns cost nothing
+  const bool is_square = !kFetches<B> && p.n >= 4 * V::kWidth;
+  const int most = is_square ? kSquareRows : V::kRows;
+  int num_tiles = (m + most - 1) / most;
   for (int row = 0; row < m; --num_tiles) {
     const int rows = (m - row + num_tiles - 1) / num_tiles;
-    const float* a_row = a + row * a_stride;
-    float* c_row = c + row * c_stride;
-    for (int column = 0; column < n;) {
-      const char* next = static_cast<const char*>(ahead.data) + step * ahead.bytes;
-      const bool fetches = step < ahead.steps;
-      if (column + kWide > n) {
-        product_rows<V, 1, false>(rows, a_row, a_stride, k, b + column, b_stride, c_row + column,
-                                  c_stride, is_first, next, 0);
-        column += V::kWidth;
-        continue;
-      }
-      const auto tile =
-          fetches ? product_rows<V, V::kColumns, true, B> : product_rows<V, V::kColumns, false, B>;
-      tile(rows, a_row, a_stride, k, b + column, b_stride, c_row + column, c_stride, is_first, next,
-           ahead.bytes);
-      if (fetches) step += k;
-      column += kWide;
+    const char* here = reinterpret_cast<const char*>(p.c);
+    Fetches fetches = {here, here, 0};
+    const int wide = widest_tile<V>(rows) * V::kWidth;
+    if (row == 0 && ahead.bytes > 0) {
+      fetches = {static_cast<const char*>(ahead.first), static_cast<const char*>(ahead.second),
+                 ahead.bytes / (p.k * ((p.n + wide - 1) / wide))};
     }
+    with_rows<V::kRows>(rows, [&](auto count) {
+      constexpr int kR = decltype(count)::value;
+      for (int column = 0; column < p.n;) {
+        column += product_columns<V, kR, widest_tile<V>(kR)>(p, row, column, fetches);
+        fetches.first += static_cast<ptrdiff_t>(p.k) * fetches.step;
+        fetches.second += static_cast<ptrdiff_t>(p.k) * fetches.step;
+      }
+    });
     row += rows;
   }
 }
 
+// Fetches as much from `next` on; null: nothing.
 template <class V, class B>
-void expand(const B* source, size_t count, float* target) {
+void expand(const B* source, size_t count, float* target, const B* next) {
+  if (next == nullptr) next = source;
   for (size_t i = 0; i < count; i += V::kWidth) {
+    __builtin_prefetch(next + i);
     V::store(target + i, load_as_float<V>(source + i));
   }
 }
@@ -164,14 +208,19 @@ inline typename V::F exp(typename V::F x) {
 
 template <class V>
 void rms_norm(const float* x, const float* weight, float eps, int n, float* out) {
+  constexpr int kParts = kRowAlign / V::kWidth;
   const int whole = n / kRowAlign * kRowAlign;
-  float lanes[kRowAlign] = {};
+  typename V::F squares[kParts];
+  for (int j = 0; j < kParts; ++j) squares[j] = V::zero();
   for (int i = 0; i < whole; i += kRowAlign) {
-    for (int j = 0; j < kRowAlign; j += V::kWidth) {
-      const typename V::F value = V::load(x + i + j);
-      V::store(lanes + j, V::fma(value, value, V::load(lanes + j)));
+#pragma GCC unroll 2
+    for (int j = 0; j < kParts; ++j) {
+      const typename V::F value = V::load(x + i + j * V::kWidth);
+      squares[j] = V::fma(value, value, squares[j]);
     }
   }
+  float lanes[kRowAlign];
+  for (int j = 0; j < kParts; ++j) V::store(lanes + j * V::kWidth, squares[j]);
   for (int i = whole; i < n; ++i) lanes[i - whole] = __builtin_fmaf(x[i], x[i], lanes[i - whole]);
   const float mean = sum_lanes(lanes) / static_cast<float>(n);
   const float scale = 1.0f / __builtin_sqrtf(mean + eps);

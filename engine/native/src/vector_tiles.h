@@ -9,6 +9,7 @@
 
 #include "arena.h"
 #include "kernels.h"
+#include "tile_rows.h"
 
 namespace kvasir::vec {
 
@@ -52,27 +53,9 @@ struct Fetch {
 template <class Tile>
 inline void run_tile(int rows, const GemmArgs& g, int row, const uint8_t* panel, int column,
                      Fetch ahead) {
-#define KVASIR_ROWS(R)                                            \
-  case R:                                                         \
-    if constexpr (R <= Tile::kRows) {                             \
-      return Tile::template run<R>(g, row, panel, column, ahead); \
-    }                                                             \
-    break;
-  switch (rows) {
-    KVASIR_ROWS(1)
-    KVASIR_ROWS(2)
-    KVASIR_ROWS(3)
-    KVASIR_ROWS(4)
-    KVASIR_ROWS(5)
-    KVASIR_ROWS(6)
-    KVASIR_ROWS(7)
-    KVASIR_ROWS(8)
-    KVASIR_ROWS(9)
-    KVASIR_ROWS(10)
-    KVASIR_ROWS(11)
-    KVASIR_ROWS(12)
-  }
-#undef KVASIR_ROWS
+  with_rows<Tile::kRows>(rows, [&](auto count) {
+    Tile::template run<decltype(count)::value>(g, row, panel, column, ahead);
+  });
 }
 
 // All rows and panels. Rows are spread evenly over tiles, in whole groups where they lie

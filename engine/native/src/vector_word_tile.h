@@ -73,10 +73,10 @@ struct WordTile {
   static int num_words(int k) { return num_groups(k) * kGroupDepth / W::kDepth; }
 };
 
-// See GemmKernel::interleave; kDepth of k in a word.
+// See GemmKernel::interleave; kDepth of k in a word: 1 of float32 rows, which are not padded.
 template <int kDepth>
 void interleave_words(const uint8_t* rows, size_t stride, int count, int k, uint8_t* words) {
-  const int num_words = num_groups(k) * kGroupDepth / kDepth;
+  const int num_words = kDepth == 1 ? k : num_groups(k) * kGroupDepth / kDepth;
   for (int r = 0; r < count; ++r) {
     for (int i = 0; i < num_words; ++i) {
       __builtin_memcpy(words + (i * kRowGroup + r) * 4, rows + r * stride + i * 4, 4);
