@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -184,9 +185,7 @@ def test_missing_model_is_refused(runtime: Path, tmp_path: Path) -> None:
 
 def test_unsupported_architecture_is_refused(model: Path, runtime: Path, tmp_path: Path) -> None:
     folder = tmp_path / "other"
-    folder.mkdir()
-    for path in model.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(model, folder)
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"llama"', '"mamba"'))
     result = kvasir(runtime, "up", "--model", str(folder), "--port", str(free_port()))
