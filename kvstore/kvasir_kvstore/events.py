@@ -147,6 +147,7 @@ class EventHub(Generic[E]):
         self._queue_max = queue_max
         self._latest: _Latest[E] = _Latest()
         self._watchers: set[Watcher[E]] = set()
+        self._is_closed = False
         self.held: dict[bytes, None] = {}
         """Names in the order in which they were stored: parents before children."""
 
@@ -183,7 +184,8 @@ class EventHub(Generic[E]):
             self._send(event)
 
     def close(self) -> None:
-        """Ends every stream."""
+        """Ends every stream, those that would begin later, too."""
+        self._is_closed = True
         for watcher in self._watchers:
             watcher.close()
 
@@ -191,8 +193,10 @@ class EventHub(Generic[E]):
         """One watcher's events, numbered from 1; `after`: the last position that it heard of.
 
         Raises:
-            KvasirError: OVERLOADED: too many watchers, or this one fell behind.
+            KvasirError: OVERLOADED: too many watchers, or this one fell behind. DRAINING: closed.
         """
+        if self._is_closed:
+            raise KvasirError(Reason.DRAINING, "no more events come: the process stops")
         if len(self._watchers) >= WATCHERS_MAX:
             raise KvasirError(Reason.OVERLOADED, f"{WATCHERS_MAX} watchers are connected")
         interval_s = max(load_interval_ms or LOAD_INTERVAL_MS, LOAD_INTERVAL_MS_MIN) / 1000

@@ -107,6 +107,12 @@ class NodeMetrics:
             "Event streams closed because their reader fell behind",
             registry=self.registry,
         )
+        self.work_failed = Counter(
+            "kvasir_kvnode_work_failed",
+            "Background work that failed unexpectedly and was begun again, by what it is",
+            ["work"],
+            registry=self.registry,
+        )
         self.transport_bytes = Counter(
             "kvasir_kvnode_transport_bytes",
             "KV bytes pulled from workers, by transport",

@@ -9,8 +9,9 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc
 import grpc.aio
@@ -36,6 +37,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
+Answer = TypeVar("Answer")
 _NODE_IS_AWAY = frozenset({Reason.NO_WORKER, Reason.TIMEOUT, Reason.CANCELLED, Reason.DRAINING})
 
 
@@ -124,11 +126,9 @@ class NodeSet:
             KvasirError: the node does not answer.
         """
         request = kvnode_pb2.LocateRequest(names=names)
-        node = self._node(target)
-        try:
-            answer = await node.stub.Locate(request, timeout=timeout_ms / 1000)
-        except grpc.aio.AioRpcError as error:
-            raise self._failed(node, target, error) from error
+        answer = await self._ask(
+            target, lambda stub: stub.Locate(request, timeout=timeout_ms / 1000)
+        )
         return [Run(found.holder, found.first, found.count) for found in answer.locations]
 
     async def offer(
@@ -139,11 +139,8 @@ class NodeSet:
         Raises:
             KvasirError: the node does not answer or refuses.
         """
-        node = self._node(target)
-        try:
-            return await node.stub.Offer(request, timeout=request.timeout_ms / 1000 + 1)
-        except grpc.aio.AioRpcError as error:
-            raise self._failed(node, target, error) from error
+        timeout_s = request.timeout_ms / 1000 + 1
+        return await self._ask(target, lambda stub: stub.Offer(request, timeout=timeout_s))
 
     async def load(self, target: str, names: Sequence[bytes], *, timeout_ms: int) -> int:
         """Lets the node bring these blocks into memory; how many leading ones are there then.
@@ -152,18 +149,28 @@ class NodeSet:
             KvasirError: the node is not known or does not answer.
         """
         request = kvnode_pb2.LoadRequest(names=names, timeout_ms=timeout_ms)
-        node = self._node(target)
-        try:
-            answer = await node.stub.Load(request, timeout=timeout_ms / 1000 + LOAD_GRACE_S)
-        except grpc.aio.AioRpcError as error:
-            raise self._failed(node, target, error) from error
+        timeout_s = timeout_ms / 1000 + LOAD_GRACE_S
+        answer = await self._ask(target, lambda stub: stub.Load(request, timeout=timeout_s))
         return answer.num_leading
 
-    def _node(self, target: str) -> _Node:
+    async def _ask(
+        self,
+        target: str,
+        call: Callable[["kvnode_pb2_grpc.KvNodeAsyncStub"], Awaitable[Answer]],
+    ) -> Answer:
         node = self._nodes.get(target)
         if node is None:
             raise KvasirError(Reason.NO_WORKER, f"KV node {target} is gone")
-        return node
+        try:
+            return await call(node.stub)
+        except grpc.aio.AioRpcError as error:
+            raise self._failed(node, target, error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # The channel was closed: that cancels its calls, not whoever waits for them.
+            raise KvasirError(Reason.NO_WORKER, f"KV node {target} is gone") from None
 
     def _failed(self, node: _Node, target: str, error: grpc.aio.AioRpcError) -> KvasirError:
         failure = error_from_rpc(error)

@@ -4,15 +4,18 @@ import asyncio
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from kv_fleet import LAYOUT, PROTO_LAYOUT
 from kvasir_kvstore.core.cache import BlockCache, Held, Limits, Origin
 from kvasir_kvstore.node import moves, object_store
+from kvasir_kvstore.node import upkeep as upkeep_module
 from kvasir_kvstore.node.arena import Arena
 from kvasir_kvstore.node.block_file import BlockFile
 from kvasir_kvstore.node.object_store import ObjectTier
 from kvasir_kvstore.node.settings import KvNodeSettings
+from kvasir_kvstore.node.upkeep import Upkeep
 from kvasir_kvstore.nodes import NodeSet
 from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2, kvnode_pb2
@@ -20,6 +23,7 @@ from kvstore_builders import eventually, fill, free_port, make_pool, random_uid
 from obstore.store import MemoryStore
 
 NAME = os.urandom(16)
+T = TypeVar("T")
 
 
 class Elsewhere(ObjectTier):
@@ -45,10 +49,28 @@ class Elsewhere(ObjectTier):
         """Nothing to do."""
 
 
-def make_arena() -> Arena:
+def make_arena(failed: list[str] | None = None) -> Arena:
+    """`failed` gets the names of background work that failed."""
     address = common_pb2.PeerAddress(uid=random_uid(), epoch=1, data_port=free_port())
-    settings = KvNodeSettings(name="n", host="127.0.0.1", memory_mb=1)
-    return Arena(PROTO_LAYOUT, settings, address, now_ms=lambda: 1, on_change=lambda *_: None)
+    return Arena(
+        PROTO_LAYOUT,
+        KvNodeSettings(name="n", host="127.0.0.1", memory_mb=1),
+        address,
+        upkeep=Upkeep((failed if failed is not None else []).append),
+        now_ms=lambda: 1,
+        on_change=lambda *_: None,
+    )
+
+
+async def store_in(arena: Arena, names: list[bytes]) -> None:
+    """As if they had been offered."""
+    slots = arena.cache.reserve(names, Origin(), now_ms=1).slots
+    for name, slot in zip(names, slots, strict=True):
+        fill(arena.pool, slot, seed=slot)
+        arena.pool.publish(name, slot)
+        arena.cache.commit(name)
+    for tier in arena.below:
+        tier.put(names)
 
 
 async def test_a_disk_that_has_nothing_to_write_holds_up_no_stop(tmp_path: Path) -> None:
@@ -90,6 +112,7 @@ async def test_of_many_blocks_in_the_object_store_the_last_are_known(
         pool,
         memory=memory,
         ttl_ms=0,
+        upkeep=Upkeep(lambda _: None),
         now_ms=lambda: 1,
         on_change=lambda _, removed: gone.extend(removed),
     )
@@ -104,6 +127,82 @@ async def test_of_many_blocks_in_the_object_store_the_last_are_known(
         await eventually(num_written, lambda count, expected=expected: count == expected)
     assert (tier.names(), gone) == (names[3:], names[:3])
     await tier.close(timeout_ms=0)
+
+
+async def test_a_disk_writer_that_fails_is_told_of_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failed: list[str] = []
+    arena = make_arena(failed)
+    file = BlockFile(tmp_path)
+    arena.attach_disk(file, file.begin(PROTO_LAYOUT, num_slots=8))
+    (disk,) = arena.below
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file, "write", broken)
+        await store_in(arena, [os.urandom(16) for _ in range(2)])
+        await eventually(lambda: _now(failed), lambda names: names == ["writing to disk"])
+    assert disk.describe().blocks_dropped == 2
+    assert "ZeroDivisionError" in caplog.text
+    await store_in(arena, [NAME])
+    await eventually(lambda: _now(disk.names()), lambda names: names == [NAME])
+    assert arena.cache.num_reserved == 0
+    await arena.close(timeout_ms=0)
+    file.close()
+
+
+async def test_a_load_that_fails_is_a_miss_and_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: list[str] = []
+    arena = make_arena(failed)
+    tier = Elsewhere()
+    arena.below.append(tier)
+
+    async def broken(name: bytes, target: int) -> bool:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(tier, "read", broken)
+    assert await arena.load([NAME], timeout_ms=10_000) == 0
+    assert (failed, arena.cache.num_reserved) == (["loading"], 0)
+    await arena.close(timeout_ms=0)
+
+
+async def test_work_that_fails_begins_again_later_each_time_and_is_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[float] = []
+    now_s = 0.0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+        waits.append(seconds)
+        if len(waits) == 12:
+            raise asyncio.CancelledError
+
+    async def work() -> None:
+        nonlocal now_s
+        if len(waits) == 10:
+            now_s += 2 * upkeep_module.SHOWN_S  # it works for long
+            problems.append(upkeep.problems)
+        raise ValueError
+
+    problems: list[list[str]] = []
+    monkeypatch.setattr(upkeep_module.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(upkeep_module.asyncio, "sleep", sleep)
+    upkeep = Upkeep(lambda _: None)
+    with pytest.raises(asyncio.CancelledError):
+        await upkeep.start(work, name="work")
+    low, high = upkeep_module.BACKOFF_S_MIN, upkeep_module.BACKOFF_S_MAX
+    assert waits == [*(min(low * 2**i, high) for i in range(10)), low, 2 * low]
+    assert problems == [[]]
+    assert upkeep.problems == ["work failed: ValueError"]
+
+
+async def _now(value: T) -> T:
+    return value
 
 
 class Refusing(NodeSet):

@@ -51,6 +51,15 @@ async def test_stream_begins_with_a_snapshot_then_follows_changes() -> None:
         assert not stored.HasField("description")
 
 
+async def test_who_comes_when_all_streams_have_ended_is_sent_away() -> None:
+    hub = make_hub()
+    hub.close()
+    async with aclosing(hub.watch(load_interval_ms=NEVER_MS)) as stream:
+        with pytest.raises(KvasirError) as caught:
+            await anext(stream)
+    assert caught.value.reason is Reason.DRAINING
+
+
 async def test_name_stored_again_after_removal_is_told_in_order() -> None:
     hub = make_hub()
     hub.blocks_changed(stored=[name(1)], removed=[])

@@ -11,7 +11,9 @@ from conftest import RedisServer
 from kv_fleet import PROTO_LAYOUT, make_holder
 from kvasir_kvstore.client import KvTier
 from kvasir_kvstore.index import RedisIndex
+from kvasir_kvstore.nodes import NodeSet
 from kvasir_kvstore.peers import PeerSpec, parse_spec
+from kvasir_proto.errors import KvasirError
 from kvasir_proto.v1 import common_pb2, kvnode_pb2, kvnode_pb2_grpc
 from kvstore_builders import free_port, make_pool
 from prometheus_client import CollectorRegistry
@@ -127,12 +129,33 @@ async def test_a_dead_holder_is_a_miss_and_says_why(shared_redis: RedisServer) -
     await index.close()
 
 
+async def test_a_node_that_is_given_up_while_it_is_asked_is_an_error_not_a_cancellation() -> None:
+    server, node = grpc.aio.server(), _Busy()
+    kvnode_pb2_grpc.add_KvNodeServicer_to_server(node, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    target = f"127.0.0.1:{port}"
+    nodes = NodeSet([target])
+    await nodes.start()
+    asking = asyncio.create_task(nodes.load(target, [os.urandom(16)], timeout_ms=60_000))
+    async with asyncio.timeout(30):
+        await node.is_asked.wait()
+        await nodes.close()
+        with pytest.raises(KvasirError, match="is gone"):
+            await asking
+    await server.stop(0)
+
+
 class _Busy(kvnode_pb2_grpc.KvNodeServicer):
     """A KV node that never comes to load blocks."""
+
+    def __init__(self) -> None:
+        self.is_asked = asyncio.Event()
 
     async def Load(
         self, request: kvnode_pb2.LoadRequest, context: object
     ) -> kvnode_pb2.LoadResponse:
+        self.is_asked.set()
         await asyncio.Event().wait()
         raise AssertionError
 

@@ -21,6 +21,7 @@ from kvasir_kvstore.node.block_file import BlockFile, StoredBlock
 from kvasir_kvstore.node.disk import DiskTier
 from kvasir_kvstore.node.object_store import ObjectTier
 from kvasir_kvstore.node.settings import KvNodeSettings
+from kvasir_kvstore.node.upkeep import Upkeep
 from kvasir_kvstore.peers import DataPlane
 from kvasir_kvstore.pulls import NamedPuller
 
@@ -55,6 +56,7 @@ class Arena:
         settings: KvNodeSettings,
         address: common_pb2.PeerAddress,
         *,
+        upkeep: Upkeep,
         now_ms: Callable[[], int],
         on_change: Callable[[Sequence[bytes], Sequence[bytes]], None],
     ) -> None:
@@ -62,6 +64,7 @@ class Arena:
 
         Args:
             layout: checked (check_layout).
+            upkeep: of the node.
             on_change: told of all names that come and go, whatever becomes of the call.
 
         Raises:
@@ -70,6 +73,7 @@ class Arena:
         """
         self.layout = layout
         self._settings, self._now_ms, self._on_change = settings, now_ms, on_change
+        self._upkeep = upkeep
         num_slots = settings.memory_mb * MIB // layout.block_bytes
         if num_slots < 1 or layout.block_bytes // layout.num_layers > LAYER_BYTES_MAX:
             raise KvasirError(
@@ -100,7 +104,7 @@ class Arena:
         self.num_trimmed = 0
         """Blocks that the memory gave up before that, above its high watermark."""
         self._is_crowded = asyncio.Event()
-        self._trimmer = asyncio.create_task(self._keep_room())
+        self._trimmer = upkeep.start(self._keep_room, name="making room")
 
     def _make_server(self, plane: DataPlane, address: common_pb2.PeerAddress) -> BlockServer:
         return BlockServer(
@@ -123,6 +127,7 @@ class Arena:
             self.pool,
             memory=self.cache,
             limits=self._limits(num_slots),
+            upkeep=self._upkeep,
             now_ms=self._now_ms,
             on_gone=self._gone_from_below,
         )
@@ -137,6 +142,7 @@ class Arena:
             self.pool,
             memory=self.cache,
             ttl_ms=self._settings.block_ttl_ms,
+            upkeep=self._upkeep,
             now_ms=self._now_ms,
             on_change=self._changed_in_store,
         )
@@ -273,6 +279,8 @@ class Arena:
         try:
             for tier in self.below:
                 is_whole = is_whole or await tier.read(name, slot)
+        except Exception as error:  # noqa: BLE001 - logged; it is a miss, and the node goes on
+            self._upkeep.failed("loading", error)
         finally:
             del self._loads[name]
             if is_whole:

@@ -21,6 +21,7 @@ from kvasir_proto.v1 import kvnode_pb2
 from kvasir_kvstore._native import BlockPool
 from kvasir_kvstore.core.cache import BlockCache, Held, Limits
 from kvasir_kvstore.node.block_file import BlockFile, StoredBlock
+from kvasir_kvstore.node.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class DiskTier:
         *,
         memory: BlockCache,
         limits: Limits,
+        upkeep: Upkeep,
         now_ms: Callable[[], int],
         on_gone: Callable[[Sequence[bytes]], None],
     ) -> None:
@@ -71,7 +73,7 @@ class DiskTier:
         self._is_broken = False
         self.problem = ""
         self._executor = ThreadPoolExecutor(1 + READERS_MAX, thread_name_prefix="kv-disk")
-        self._writer = asyncio.create_task(self._write_behind())
+        self._writer = upkeep.start(self._write_behind, name="writing to disk")
 
     def restore(self, blocks: Sequence[StoredBlock]) -> None:
         """Takes over what an earlier life of the node left, in slots of their own."""
@@ -169,7 +171,11 @@ class DiskTier:
                 continue
             for name in batch:
                 del self._waiting[name]
-            await self._write(batch)
+            try:
+                await self._write(batch)
+            except Exception:
+                self._counts.blocks_dropped += len(batch)
+                raise
 
     async def _write(self, names: Sequence[bytes]) -> None:
         """Writes the blocks that are still in memory: reserve, write, commit."""

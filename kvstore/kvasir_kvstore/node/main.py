@@ -60,12 +60,12 @@ async def _run(settings: KvNodeSettings) -> None:
         stack.push_async_callback(server.stop, settings.stop_timeout_ms / 1000)
         store.address.http_port = await _start_http(store, settings, stack)
         await store.restore()
-        tasks = [asyncio.create_task(store.keep_leases())]
+        tasks = [store.upkeep.start(store.keep_leases, name="keeping leases")]
         if settings.kv_nodes:
             nodes = NodeSet(settings.kv_nodes, links=links, asks_live=True)
             stack.push_async_callback(nodes.close)
             await nodes.start()
-            tasks.append(asyncio.create_task(store.move(nodes)))
+            tasks.append(store.upkeep.start(lambda: store.move(nodes), name="moving blocks"))
         stack.push_async_callback(_cancel, tasks)
         await _set_health(health_servicer, health_pb2.HealthCheckResponse.SERVING)
         log.info(
@@ -76,13 +76,8 @@ async def _run(settings: KvNodeSettings) -> None:
             store.address.http_port,
             store.address.data_port,
         )
-        # 3. Until told to stop, or until a task of its own ends, which is a bug.
-        waiting = asyncio.create_task(stop.wait())
-        await asyncio.wait({waiting, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
-        for task in tasks:
-            if task.done():
-                task.result()
+        # 3. Until told to stop.
+        await stop.wait()
         log.info("KV node %s stops", settings.name)
         store.is_draining = True
         store.hub.close()

@@ -22,6 +22,7 @@ from kvasir_proto.v1 import kvnode_pb2
 
 from kvasir_kvstore._native import BlockPool, crc32c
 from kvasir_kvstore.core.cache import BlockCache, Held, Origin
+from kvasir_kvstore.node.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -89,6 +90,7 @@ class ObjectTier:
         *,
         memory: BlockCache,
         ttl_ms: int,
+        upkeep: Upkeep,
         now_ms: Callable[[], int],
         on_change: Callable[[Sequence[bytes], Sequence[bytes]], None],
     ) -> None:
@@ -101,8 +103,9 @@ class ObjectTier:
         self._counts = _Counts()
         self._retry_at_ms = 0
         self.problem = ""
-        self._tasks = [asyncio.create_task(self._write_behind()) for _ in range(WRITERS)]
-        self._tasks.append(asyncio.create_task(self._learn()))
+        name = "writing to the object store"
+        self._tasks = [upkeep.start(self._write_behind, name=name) for _ in range(WRITERS)]
+        self._tasks.append(upkeep.start(self._learn, name="listing the object store"))
 
     def names(self) -> list[bytes]:
         """Names known to be in the store."""
@@ -187,10 +190,11 @@ class ObjectTier:
         while True:
             name = await self._waiting.get()
             self._queued.discard(name)
+            is_written = False
             try:
-                if not await self._write(name):
-                    self._counts.blocks_dropped += 1
+                is_written = await self._write(name)
             finally:
+                self._counts.blocks_dropped += not is_written
                 self._waiting.task_done()
 
     async def _write(self, name: bytes) -> bool:

@@ -27,6 +27,7 @@ from kvasir_kvstore.node.block_file import BlockFile
 from kvasir_kvstore.node.moves import Mover
 from kvasir_kvstore.node.object_store import open_store
 from kvasir_kvstore.node.settings import KvNodeSettings
+from kvasir_kvstore.node.upkeep import Upkeep
 from kvasir_kvstore.nodes import NodeSet
 from kvasir_kvstore.pulls import can_pull_from
 
@@ -80,6 +81,7 @@ class NodeStore:
             data_port=self._port_holder.getsockname()[1],
         )
         self.metrics = NodeMetrics(self._scrape, self._tiers)
+        self.upkeep = Upkeep(lambda work: self.metrics.work_failed.labels(work).inc())
         self.counts = Counts()
         self.hub = EventHub(
             kvnode_pb2.KvNodeEvent,
@@ -191,12 +193,14 @@ class NodeStore:
         """What does not work though the node serves."""
         problems = [] if self._index.healthy else [f"index: {self._index.problem}"]
         problems += [tier.problem for tier in self._tiers() if tier.problem]
+        problems += self.upkeep.problems
         return [*problems, self._disk_problem] if self._disk_problem else problems
 
     async def move(self, nodes: NodeSet) -> None:
         """Keeps chains on the nodes they belong to, until cancelled."""
 
-        self._mover = Mover(self._settings, nodes, self.address, source=self)
+        if self._mover is None:
+            self._mover = Mover(self._settings, nodes, self.address, source=self)
         await self._mover.run()
 
     def layout(self) -> common_pb2.KvLayout | None:
@@ -341,7 +345,14 @@ class NodeStore:
 
     async def _make_arena(self, layout: common_pb2.KvLayout) -> Arena:
         self._port_holder.close()
-        arena = Arena(layout, self._settings, self.address, now_ms=_now_ms, on_change=self._changed)
+        arena = Arena(
+            layout,
+            self._settings,
+            self.address,
+            upkeep=self.upkeep,
+            now_ms=_now_ms,
+            on_change=self._changed,
+        )
         log.info("holds up to %d blocks", arena.cache.num_slots)
         if self._file is not None:
             num_slots = arena.disk_slots(self._settings, layout)
