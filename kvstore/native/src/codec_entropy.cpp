@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
-#include <cstdlib>
+#include <bit>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "codec_rans.h"
@@ -20,8 +20,6 @@ constexpr float kFineLevels = 2047.0F;   // of the section's largest magnitude: 
 constexpr int kShiftMax = 11;            // a channel's step: so many times doubled
 constexpr float kMagnitudeMin = 1e-30F;  // a section below is all zeros
 constexpr int kCentreMax = 2047;
-constexpr int kLanesLog2 = 5;
-constexpr int kHalf = 1 << (kLanesLog2 - 1);
 constexpr size_t kStatesBytes = kLanes * sizeof(uint32_t);
 
 size_t params_bytes(const CodecShape& shape) {
@@ -36,6 +34,8 @@ size_t num_sections(const CodecShape& shape, uint32_t num_layers) {
 struct Scratch {
   std::vector<uint8_t> symbols;
   std::vector<uint8_t> tables;  // of rows
+  std::vector<uint8_t> shifts;
+  std::vector<int16_t> centres;
   std::vector<uint16_t> words;
   std::vector<int16_t> levels;
   std::vector<int16_t> turned;
@@ -43,11 +43,17 @@ struct Scratch {
   void fit(size_t num_rows, size_t head_dim) {
     if (tables.size() < num_rows) {
       tables.resize(num_rows);
+      shifts.resize(num_rows);
+      centres.resize(num_rows);
       symbols.resize(num_rows * kLanes);
       words.resize(num_rows * kLanes + kWordsAhead);
     }
     levels.resize(std::max(levels.size(), head_dim * kLanes));
     turned.resize(levels.size());
+  }
+
+  SymbolRows rows(size_t first) {
+    return {&symbols[first * kLanes], &tables[first], &shifts[first], &centres[first]};
   }
 };
 
@@ -69,14 +75,16 @@ class Encoder {
     const float step = widen(most) < kMagnitudeMin ? 0.0F : widen(most) / kFineLevels;
     std::memcpy(params, &step, sizeof step);
     quantise(section, is_key, step);
+    Scratch& area = scratch();
+    const SymbolRows rows = area.rows(num_rows_);
+    choose_shifts(is_key, coarseness, rows.shifts);
+    kernels_.to_symbols(area.levels.data(), head_dim_, rows);
     uint8_t* const packed = params + sizeof step;
-    uint8_t* const shifts = packed + head_dim_ * sizeof(uint16_t);
-    const float usual = is_key ? usual_deviation() : 0.0F;
     for (size_t c = 0; c < head_dim_; ++c) {
-      float deviation = channel_deviation(c);
-      if (is_key) deviation = std::sqrt(deviation * usual);
-      take_row(c, coarseness * deviation, packed, shifts);
+      const auto both = static_cast<uint16_t>((rows.centres[c] + kCentreMax) << 4 | rows.tables[c]);
+      std::memcpy(packed + c * sizeof both, &both, sizeof both);
     }
+    std::memcpy(packed + head_dim_ * sizeof(uint16_t), rows.shifts, head_dim_);
     num_rows_ += head_dim_;
     return true;
   }
@@ -86,7 +94,7 @@ class Encoder {
     Scratch& area = scratch();
     uint32_t states[kLanes];
     std::fill_n(states, kLanes, kStateMin);
-    uint16_t* const end = area.words.data() + num_rows_ * kLanes;
+    uint16_t* const end = area.words.data() + kWordsAhead + num_rows_ * kLanes;
     uint16_t* words = end;
     kernels_.rans_encode(area.symbols.data(), area.tables.data(), num_rows_, states, words);
     const size_t words_bytes = static_cast<size_t>(end - words) * sizeof(uint16_t);
@@ -107,45 +115,20 @@ class Encoder {
     }
   }
 
-  // The symbols of one channel, at a step that suits its spread.
-  void take_row(size_t c, float wanted, uint8_t* packed, uint8_t* shifts) const {
-    Scratch& area = scratch();
-    const int16_t* const row = area.levels.data() + c * kLanes;
-    uint8_t* const symbols = area.symbols.data() + (num_rows_ + c) * kLanes;
-    int shift = wanted <= 1.0F ? 0 : std::min<int>(kShiftMax, std::lround(std::log2(wanted)));
-    for (;; ++shift) {  // 64 levels at 6: all fits
-      int16_t coarse[kLanes];
-      for (size_t i = 0; i < kLanes; ++i) {
-        coarse[i] = static_cast<int16_t>((row[i] + (1 << shift >> 1)) >> shift);
-      }
-      const int centre = (kernels_.row_sums(coarse).sum + kHalf) >> kLanesLog2;
-      const auto found = kernels_.to_symbols(coarse, static_cast<int16_t>(centre), symbols);
-      if (found.magnitude > kSymbolMax) continue;
-      const uint8_t table = table_for(found.squares, found.magnitude);
-      area.tables[num_rows_ + c] = table;
-      const auto both = static_cast<uint16_t>((centre + kCentreMax) << 4 | table);
-      std::memcpy(packed + c * sizeof both, &both, sizeof both);
-      shifts[c] = static_cast<uint8_t>(shift);
-      return;
-    }
-  }
-
-  // In levels, over the tokens.
-  float channel_deviation(size_t c) const {
-    const RowSums sums = kernels_.row_sums(scratch().levels.data() + c * kLanes);
-    const float mean = static_cast<float>(sums.sum) / kLanes;
-    const float variance = static_cast<float>(sums.squares) / kLanes - mean * mean;
-    return std::sqrt(std::max(0.0F, variance));
-  }
-
-  // The root of the mean square of the channels' deviations.
-  float usual_deviation() const {
-    float squares = 0.0F;
+  // The powers of two nearest to the steps that suit the channels' spreads, by the exponents of
+  // their squares (of V) and fourth powers (of K).
+  void choose_shifts(bool is_key, float coarseness, uint8_t* shifts) const {
+    uint32_t spreads[kGroupsMax];
+    kernels_.spreads(scratch().levels.data(), head_dim_, spreads);
+    const float usual = static_cast<float>(std::accumulate(spreads, spreads + head_dim_, 0ULL)) /
+                        static_cast<float>(head_dim_);
+    const float square = coarseness * coarseness / 1024.0F;
+    const float factor = is_key ? 4.0F * square * square * usual : 2.0F * square;
     for (size_t c = 0; c < head_dim_; ++c) {
-      const float deviation = channel_deviation(c);
-      squares += deviation * deviation;
+      const auto bits = std::bit_cast<uint32_t>(factor * static_cast<float>(spreads[c]));
+      const int exponent = std::max(0, static_cast<int>(bits >> 23) - 127);
+      shifts[c] = static_cast<uint8_t>(std::min(kShiftMax, exponent >> (is_key ? 2 : 1)));
     }
-    return std::sqrt(squares / static_cast<float>(head_dim_));
   }
 
   const CodecKernels& kernels_;
@@ -155,28 +138,33 @@ class Encoder {
 };
 
 void decode_section(const CodecKernels& kernels, const CodecShape& shape, bool is_key,
-                    const uint8_t* params, const uint8_t* symbols, uint16_t* target) {
+                    const SymbolRows& rows, const uint8_t* params, uint16_t* target) {
   Scratch& area = scratch();
   float step;
   std::memcpy(&step, params, sizeof step);
-  const uint8_t* const shifts = params + sizeof step + shape.head_dim * sizeof(uint16_t);
-  for (size_t c = 0; c < shape.head_dim; ++c) {
-    uint16_t packed;
-    std::memcpy(&packed, params + sizeof step + c * sizeof packed, sizeof packed);
-    const int offset = (packed >> 4) - kCentreMax - 128;
-    kernels.from_symbols(symbols + c * kLanes, static_cast<int16_t>(offset),
-                         area.levels.data() + c * kLanes);
-    const uint32_t shift = shifts[c];
-    int16_t* const row = area.levels.data() + c * kLanes;
-    for (size_t i = 0; i < kLanes; ++i) {
-      row[i] = static_cast<int16_t>(static_cast<uint32_t>(row[i]) << shift);
-    }
-  }
+  kernels.from_symbols(rows, shape.head_dim, area.levels.data());
   if (!is_key) {
     kernels.transpose(area.levels.data(), shape.head_dim, kLanes, area.turned.data());
     area.levels.swap(area.turned);
   }
   kernels.from_levels(area.levels.data(), shape.section_values(), step, target);
+}
+
+// False: a parameter is out of bounds.
+bool read_params(const CodecShape& shape, const uint8_t* params, const SymbolRows& rows) {
+  float step;
+  std::memcpy(&step, params, sizeof step);
+  if (!(step >= 0.0F && step <= widen(kMagnitudeMax))) return false;
+  params += sizeof step;
+  for (size_t c = 0; c < shape.head_dim; ++c) {
+    uint16_t both;
+    std::memcpy(&both, params + c * sizeof both, sizeof both);
+    rows.tables[c] = both & 0xf;
+    rows.centres[c] = static_cast<int16_t>((both >> 4) - kCentreMax);
+  }
+  std::memcpy(rows.shifts, params + shape.head_dim * sizeof(uint16_t), shape.head_dim);
+  return std::all_of(rows.shifts, rows.shifts + shape.head_dim,
+                     [](uint8_t shift) { return shift <= kShiftMax; });
 }
 
 }  // namespace
@@ -207,18 +195,12 @@ bool entropy_decode(const CodecKernels& kernels, const CodecShape& shape, uint32
   const size_t sections = num_sections(shape, num_layers);
   const size_t all_params = sections * params_bytes(shape);
   if (source.size() < all_params + kStatesBytes || source.size() % 2 != 0) return false;
-  // 1. The rows' tables.
+  // 1. What is told of the rows.
   Scratch& area = scratch();
   area.fit(sections * shape.head_dim, shape.head_dim);
   for (size_t i = 0; i < sections; ++i) {
     const uint8_t* const params = source.data() + i * params_bytes(shape);
-    float step;
-    std::memcpy(&step, params, sizeof step);
-    if (!(step >= 0.0F && step <= widen(kMagnitudeMax))) return false;
-    for (size_t c = 0; c < shape.head_dim; ++c) {
-      area.tables[i * shape.head_dim + c] = params[sizeof step + 2 * c] & 0xf;
-      if (params[sizeof step + 2 * shape.head_dim + c] > kShiftMax) return false;
-    }
+    if (!read_params(shape, params, area.rows(i * shape.head_dim))) return false;
   }
   // 2. All symbols; a stream that is what was written ends where it began, with all words read.
   const std::span<const uint8_t> stream = source.subspan(all_params);
@@ -237,9 +219,8 @@ bool entropy_decode(const CodecKernels& kernels, const CodecShape& shape, uint32
   }
   // 3. The values.
   for (size_t i = 0; i < sections; ++i) {
-    decode_section(
-        kernels, shape, i / shape.num_heads % 2 == 0, source.data() + i * params_bytes(shape),
-        area.symbols.data() + i * shape.section_values(), target + i * shape.section_values());
+    decode_section(kernels, shape, i / shape.num_heads % 2 == 0, area.rows(i * shape.head_dim),
+                   source.data() + i * params_bytes(shape), target + i * shape.section_values());
   }
   return true;
 }

@@ -31,14 +31,13 @@ inline float inverse_of(uint16_t step) {
 inline constexpr size_t kGroupsMax = 1024;  // of a section: channels of a head
 inline constexpr size_t kLanes = 32;  // values of one group, one row of K, or a part of a row of V
 
-struct RowSums {
-  int32_t sum = 0;
-  uint32_t squares = 0;
-};
-
-struct RowSymbols {
-  uint32_t squares = 0;
-  uint16_t magnitude = 0;
+// Rows of 32 symbols and what the decoder must know of each: level = (symbol - 128 + centre) <<
+// shift.
+struct SymbolRows {
+  uint8_t* symbols;
+  uint8_t* tables;  // of codec_rans.h
+  uint8_t* shifts;  // as wanted, then as it had to be
+  int16_t* centres;
 };
 
 struct CodecKernels {
@@ -53,12 +52,10 @@ struct CodecKernels {
   void (*to_levels)(const uint16_t* source, size_t count, float inverse, int16_t* levels);
   void (*from_levels)(const int16_t* levels, size_t count, float step, uint16_t* target);
   void (*transpose)(const int16_t* source, size_t num_rows, size_t num_columns, int16_t* target);
-  // Of one row of 32 levels, of magnitudes up to 2047.
-  RowSums (*row_sums)(const int16_t* row);
-  // symbols[i] = row[i] - centre + 128, modulo 256; tells of row[i] - centre.
-  RowSymbols (*to_symbols)(const int16_t* row, int16_t centre, uint8_t* symbols);
-  // row[i] = symbols[i] + offset.
-  void (*from_symbols)(const uint8_t* symbols, int16_t offset, int16_t* row);
+  // Of rows of 32 levels, of magnitudes up to 2047: 1024 times the variance of each.
+  void (*spreads)(const int16_t* levels, size_t num_rows, uint32_t* spreads);
+  void (*to_symbols)(const int16_t* levels, size_t num_rows, const SymbolRows& rows);
+  void (*from_symbols)(const SymbolRows& rows, size_t num_rows, int16_t* levels);
   // See codec_rans.h.
   void (*rans_encode)(const uint8_t* symbols, const uint8_t* tables, size_t num_rows,
                       uint32_t* states, uint16_t*& words);

@@ -11,33 +11,23 @@ constexpr std::array<uint64_t, kTables> kFalls{
     1440801,    95603092,   703066689,  1816086926, 2852071873, 3535038563, 3915059443, 4109883769,
     4205920083, 4252381596, 4274659582, 4285296452, 4290364889, 4292777664, 4293925715, 4294471863,
 };
-// Symbols of a larger magnitude are not in the table: 5 sigma + 3.
-constexpr std::array<int, kTables> kMagnitudes{
-    5, 5, 6, 7, 9, 12, 15, 20, 28, 39, 55, 78, 111, 127, 127, 127,
-};
-// 32 * 1.45 * sigma^2: half-way, in the logarithm, to the next table.
-constexpr std::array<uint32_t, kTables> kSquares{
-    3, 6, 13, 27, 57, 119, 251, 527, 1107, 2328, 4895, 10292, 21639, 45495, 95654, 201112,
-};
 
 void fill_symbol(RansTables& tables, size_t table, int symbol, uint32_t first, uint32_t frequency) {
   const auto place = static_cast<uint32_t>(symbol + 128);
   for (uint32_t i = 0; i < frequency; ++i) {
     tables.decode[table * kSlots + first + i] = place | frequency << 8 | i << 19;
   }
-  uint32_t& entry = tables.encode[table * 256 + place];
-  uint32_t& reciprocal = tables.reciprocal[table * 256 + place];
+  uint64_t& entry = tables.encode[table * 256 + place];
   if (frequency == 1) {  // x * (2^32 - 1) >> 32 is x - 1: what is missing is in the addend
-    reciprocal = ~uint32_t{0};
-    entry = frequency | (first + kSlots - 1) << 11;
+    entry = ~uint32_t{0} | uint64_t{frequency | (first + kSlots - 1) << 11} << 32;
     return;
   }
   uint32_t shift = 0;
   while (frequency > uint32_t{1} << shift) ++shift;
   // Rounded up: exact for x < 2^31 (T. Granlund, P. Montgomery, 1994).
   const uint64_t dividend = uint64_t{1} << (shift + 31);
-  reciprocal = static_cast<uint32_t>((dividend + frequency - 1) / frequency);
-  entry = frequency | first << 11 | (shift - 1) << 23;
+  const uint64_t reciprocal = (dividend + frequency - 1) / frequency;
+  entry = reciprocal | uint64_t{frequency | first << 11 | (shift - 1) << 23} << 32;
 }
 
 void fill_table(RansTables& tables, size_t table) {
@@ -80,29 +70,21 @@ const RansTables& rans_tables() {
   return *tables;
 }
 
-uint8_t table_for(uint32_t squares, int magnitude) {
-  size_t table = 0;
-  while (table + 1 < kTables && (squares > kSquares[table] || magnitude > kMagnitudes[table])) {
-    ++table;
-  }
-  return static_cast<uint8_t>(table);
-}
-
 void rans_encode(const uint8_t* symbols, const uint8_t* tables, size_t num_rows, uint32_t* states,
                  uint16_t*& words) {
   const RansTables& all = rans_tables();
   uint16_t* out = words;
   for (size_t i = num_rows * kLanes; i-- > 0;) {
     uint32_t& state = states[i % kLanes];
-    const size_t place = size_t{tables[i / kLanes]} * 256 + symbols[i];
-    const uint32_t entry = all.encode[place];
+    const uint64_t both = all.encode[size_t{tables[i / kLanes]} * 256 + symbols[i]];
+    const auto entry = static_cast<uint32_t>(both >> 32);
     const uint32_t frequency = entry & (kSlots - 1);
     uint32_t x = state;
     if (x >= frequency << 20) {
       *--out = static_cast<uint16_t>(x);
       x >>= 16;
     }
-    const auto high = static_cast<uint32_t>(uint64_t{x} * all.reciprocal[place] >> 32);
+    const auto high = static_cast<uint32_t>(uint64_t{x} * static_cast<uint32_t>(both) >> 32);
     const uint32_t quotient = high >> (entry >> 23);
     state = x + quotient * (kSlots - frequency) + (entry >> 11 & (2 * kSlots - 1));
   }

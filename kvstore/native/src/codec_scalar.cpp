@@ -129,28 +129,61 @@ void transpose(const int16_t* source, size_t num_rows, size_t num_columns, int16
   }
 }
 
-RowSums row_sums(const int16_t* row) {
-  RowSums sums;
-  for (size_t i = 0; i < kLanes; ++i) {
-    sums.sum += row[i];
-    sums.squares += static_cast<uint32_t>(row[i] * row[i]);
+void spreads(const int16_t* levels, size_t num_rows, uint32_t* found) {
+  for (size_t r = 0; r < num_rows; ++r) {
+    int64_t sum = 0;
+    int64_t squares = 0;
+    for (size_t i = r * kLanes; i < (r + 1) * kLanes; ++i) {
+      sum += levels[i];
+      squares += levels[i] * levels[i];
+    }
+    found[r] = static_cast<uint32_t>(kLanes * squares - sum * sum);
   }
-  return sums;
 }
 
-RowSymbols to_symbols(const int16_t* row, int16_t centre, uint8_t* symbols) {
-  RowSymbols found;
-  for (size_t i = 0; i < kLanes; ++i) {
-    const int around = row[i] - centre;
-    found.squares += static_cast<uint32_t>(around * around);
-    found.magnitude = std::max(found.magnitude, static_cast<uint16_t>(std::abs(around)));
-    symbols[i] = static_cast<uint8_t>(around + 128);
+// The narrowest table for 32 symbols of this sum of squares, none of a larger magnitude.
+uint8_t table_for(uint32_t squares, int magnitude) {
+  size_t table = 0;
+  while (table + 1 < kTables && (squares > kSquares[table] || magnitude > kMagnitudes[table])) {
+    ++table;
   }
-  return found;
+  return static_cast<uint8_t>(table);
 }
 
-void from_symbols(const uint8_t* symbols, int16_t offset, int16_t* row) {
-  for (size_t i = 0; i < kLanes; ++i) row[i] = static_cast<int16_t>(symbols[i] + offset);
+bool row_to_symbols(const int16_t* levels, size_t row, int shift, const SymbolRows& rows) {
+  int coarse[kLanes];
+  int sum = 0;
+  for (size_t i = 0; i < kLanes; ++i) {
+    coarse[i] = (levels[row * kLanes + i] + (1 << shift >> 1)) >> shift;
+    sum += coarse[i];
+  }
+  const int centre = (sum + static_cast<int>(kLanes / 2)) >> 5;
+  uint32_t squares = 0;
+  int magnitude = 0;
+  for (size_t i = 0; i < kLanes; ++i) {
+    const int around = coarse[i] - centre;
+    squares += static_cast<uint32_t>(around * around);
+    magnitude = std::max(magnitude, std::abs(around));
+    rows.symbols[row * kLanes + i] = static_cast<uint8_t>(around + 128);
+  }
+  rows.tables[row] = table_for(squares, magnitude);
+  rows.shifts[row] = static_cast<uint8_t>(shift);
+  rows.centres[row] = static_cast<int16_t>(centre);
+  return magnitude <= kSymbolMax;
+}
+
+void to_symbols(const int16_t* levels, size_t num_rows, const SymbolRows& rows) {
+  for (size_t r = 0; r < num_rows; ++r) {
+    int shift = rows.shifts[r];
+    while (!row_to_symbols(levels, r, shift, rows)) ++shift;  // 64 levels at 6: all fits
+  }
+}
+
+void from_symbols(const SymbolRows& rows, size_t num_rows, int16_t* levels) {
+  for (size_t i = 0; i < num_rows * kLanes; ++i) {
+    const int coarse = rows.symbols[i] - 128 + rows.centres[i / kLanes];
+    levels[i] = static_cast<int16_t>(static_cast<uint32_t>(coarse) << rows.shifts[i / kLanes]);
+  }
 }
 
 }  // namespace
@@ -165,7 +198,7 @@ const CodecKernels& scalar_codec_kernels() {
       .to_levels = to_levels,
       .from_levels = from_levels,
       .transpose = transpose,
-      .row_sums = row_sums,
+      .spreads = spreads,
       .to_symbols = to_symbols,
       .from_symbols = from_symbols,
       .rans_encode = rans_encode,

@@ -1,4 +1,5 @@
-// The paths with vectors, written once: `kBytes` is the width of a vector.
+// The paths with vectors, written once: `kBytes` is the width of a vector. Here: int8 and int4; the
+// entropy codec's part is in codec_rows.h.
 //
 // A bfloat16 is the upper half of a float, so a vector of them is two of floats, the even and the
 // odd values, without a shuffle. Adding 1.5 * 2^23 leaves a rounded integer in a float's low bits.
@@ -23,7 +24,6 @@ struct VectorTypes<32> {
   using Dwords [[gnu::vector_size(32)]] = uint32_t;
   using SignedDwords [[gnu::vector_size(32)]] = int32_t;
   using Floats [[gnu::vector_size(32)]] = float;
-  using Bytes [[gnu::vector_size(16)]] = uint8_t;
 };
 template <>
 struct VectorTypes<64> {
@@ -32,7 +32,6 @@ struct VectorTypes<64> {
   using Dwords [[gnu::vector_size(64)]] = uint32_t;
   using SignedDwords [[gnu::vector_size(64)]] = int32_t;
   using Floats [[gnu::vector_size(64)]] = float;
-  using Bytes [[gnu::vector_size(32)]] = uint8_t;
 };
 
 template <size_t kBytes>
@@ -42,7 +41,6 @@ struct VectorCodec {
   using Dwords = typename VectorTypes<kBytes>::Dwords;
   using SignedDwords = typename VectorTypes<kBytes>::SignedDwords;
   using Floats = typename VectorTypes<kBytes>::Floats;
-  using Bytes = typename VectorTypes<kBytes>::Bytes;  // as many as there are words
 
   static constexpr size_t kWords = kBytes / 2;
   static constexpr size_t kParts = kLanes / kWords;  // vectors of one group of 32
@@ -328,110 +326,6 @@ struct VectorCodec {
       }
     }
     return true;
-  }
-
-  // ---- entropy: to and from integers, and to and from symbols, by rows of 32
-
-  static void to_levels(const uint16_t* source, size_t count, float inverse, int16_t* target) {
-    const Pair factor = both(inverse);
-    for (size_t i = 0; i < count; i += kWords) {
-      store(target + i, levels(load(source + i), factor));
-    }
-  }
-
-  static void from_levels(const int16_t* source, size_t count, float step, uint16_t* target) {
-    const Pair factor = both(step);
-    for (size_t i = 0; i < count; i += kWords) {
-      store(target + i, from_words((SignedWords)load(source + i), factor));
-    }
-  }
-
-  static SignedDwords squares_of(SignedWords words) {  // added up by two
-    const SignedDwords wide = (SignedDwords)words;
-    const SignedDwords low = wide << 16 >> 16;
-    const SignedDwords high = wide >> 16;
-    return low * low + high * high;
-  }
-
-  static SignedDwords sums_of(SignedWords words) {
-    const SignedDwords wide = (SignedDwords)words;
-    return (wide << 16 >> 16) + (wide >> 16);
-  }
-
-  static int32_t total(SignedDwords dwords) {
-    __m128i parts[kBytes / 16];
-    std::memcpy(parts, &dwords, kBytes);
-    for (size_t n = kBytes / 32; n > 0; n /= 2) {
-      for (size_t i = 0; i < n; ++i) parts[i] = _mm_add_epi32(parts[i], parts[i + n]);
-    }
-    const __m128i two = _mm_add_epi32(parts[0], _mm_unpackhi_epi64(parts[0], parts[0]));
-    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
-  }
-
-  static RowSums row_sums(const int16_t* row) {
-    SignedDwords sums{};
-    SignedDwords squares{};
-    for (size_t p = 0; p < kParts; ++p) {
-      const SignedWords words = (SignedWords)load(row + p * kWords);
-      sums += sums_of(words);
-      squares += squares_of(words);
-    }
-    return {total(sums), static_cast<uint32_t>(total(squares))};
-  }
-
-  static RowSymbols to_symbols(const int16_t* row, int16_t centre, uint8_t* symbols) {
-    SignedDwords squares{};
-    Words largest{};
-    for (size_t p = 0; p < kParts; ++p) {
-      const SignedWords around = (SignedWords)load(row + p * kWords) - centre;
-      const SignedWords magnitudes = around > -around ? around : -around;
-      squares += squares_of(around);
-      largest = max(largest, (Words)magnitudes);
-      const Words raised = (Words)(around + 128);
-      const Bytes bytes = __builtin_convertvector(raised, Bytes);
-      std::memcpy(symbols + p * kWords, &bytes, sizeof bytes);
-    }
-    return {static_cast<uint32_t>(total(squares)), most(largest)};
-  }
-
-  static void from_symbols(const uint8_t* symbols, int16_t offset, int16_t* row) {
-    for (size_t p = 0; p < kParts; ++p) {
-      Bytes bytes;
-      std::memcpy(&bytes, symbols + p * kWords, sizeof bytes);
-      const Words words = __builtin_convertvector(bytes, Words);
-      store(row + p * kWords, words + static_cast<uint16_t>(offset));
-    }
-  }
-
-  // [num_rows][num_columns] to [num_columns][num_rows], in tiles of 8 by 8.
-  static void transpose(const int16_t* source, size_t num_rows, size_t num_columns,
-                        int16_t* target) {
-    for (size_t r = 0; r < num_rows; r += 8) {
-      for (size_t c = 0; c < num_columns; c += 8) {
-        transpose_tile(source + r * num_columns + c, num_columns, target + c * num_rows + r,
-                       num_rows);
-      }
-    }
-  }
-
-  static void transpose_tile(const int16_t* source, size_t source_stride, int16_t* target,
-                             size_t target_stride) {
-    __m128i rows[8];
-    __m128i next[8];
-    for (size_t i = 0; i < 8; ++i) std::memcpy(&rows[i], source + i * source_stride, 16);
-    for (size_t i = 0; i < 4; ++i) {
-      next[2 * i] = _mm_unpacklo_epi16(rows[i], rows[i + 4]);
-      next[2 * i + 1] = _mm_unpackhi_epi16(rows[i], rows[i + 4]);
-    }
-    for (size_t i = 0; i < 4; ++i) {
-      rows[2 * i] = _mm_unpacklo_epi16(next[i], next[i + 4]);
-      rows[2 * i + 1] = _mm_unpackhi_epi16(next[i], next[i + 4]);
-    }
-    for (size_t i = 0; i < 4; ++i) {
-      next[2 * i] = _mm_unpacklo_epi16(rows[i], rows[i + 4]);
-      next[2 * i + 1] = _mm_unpackhi_epi16(rows[i], rows[i + 4]);
-    }
-    for (size_t i = 0; i < 8; ++i) std::memcpy(target + i * target_stride, &next[i], 16);
   }
 };
 
