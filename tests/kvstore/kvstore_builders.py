@@ -187,7 +187,7 @@ class Wire:
     """A TCP proxy that may change, cut or stall what the server sends.
 
     `change(offset, data)` gets each piece of the stream from the server, with its offset in the
-    connection, and returns what to pass on; None cuts the connection.
+    connection, and returns what to pass on; None cuts the connection. New ones go to `target`.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Wire:
         *,
         at: tuple[str, int] = ("127.0.0.1", 0),
     ) -> None:
-        self._target = port
+        self.target = port
         self._change = change
         self._listener = socket.create_server(at)
         self.port: int = self._listener.getsockname()[1]
@@ -223,7 +223,7 @@ class Wire:
                 near = self._listener.accept()[0]
             except OSError:
                 return
-            far = socket.create_connection(("127.0.0.1", self._target))
+            far = socket.create_connection(("127.0.0.1", self.target))
             self._sockets += [near, far]
             for args in ((near, far, None), (far, near, self._change)):
                 thread = threading.Thread(target=self._pump, args=args, daemon=True)

@@ -1,8 +1,10 @@
 #include "client.h"
 
 #include <algorithm>
+#include <exception>
 #include <optional>
 #include <stdexcept>
+#include <system_error>
 #include <unordered_set>
 
 #include "crc32c.h"
@@ -16,6 +18,8 @@ constexpr int64_t kConnectMs = 3'000;  // a peer that does not answer so long is
 constexpr int64_t kHelloMs = 5'000;
 constexpr int64_t kIdleMs = 30'000;  // below the server's limit, so that it rarely closes first
 constexpr auto kWatchEvery = std::chrono::seconds(1);
+constexpr int64_t kMoreLinksMs = 200;     // a pull that has one connection waits no longer for more
+constexpr size_t kStripeBytes = 2 << 20;  // so much of a pull is worth a connection of its own
 constexpr size_t kIdlePeersMax = 256;
 constexpr size_t kCancelledEarlyMax = 1024;
 
@@ -27,6 +31,7 @@ Code send_request(const Pull& pull, const Stream& stream, Request request, Deadl
   request.session_id = pull.session_id;
   request.count = static_cast<uint32_t>(pull.blocks.size());
   request.timeout_ms = static_cast<uint32_t>(deadline.left_ms());
+  request.num_stripes = std::max<uint16_t>(request.num_stripes, 1);
   request.body_crc = crc32c(pull.names.data(), body_bytes);
   seal(request);
   std::vector<Name> names(is_named ? pull.names : std::vector<Name>());
@@ -42,6 +47,24 @@ Code send_request(const Pull& pull, const Stream& stream, Request request, Deadl
       {.iov_base = &tag, .iov_len = secure != nullptr ? sizeof tag : 0},
   };
   return stream.send_all(parts, 3, deadline, ended);
+}
+
+// What the stripes of a pull brought together. A block is whole if it is for each of them.
+PullResult join_stripes(std::vector<PullResult>& stripes, Code failure) {
+  PullResult joined = std::move(stripes[0]);
+  for (size_t k = 1; k < stripes.size(); ++k) {
+    const PullResult& one = stripes[k];
+    for (size_t i = 0; i < joined.blocks_ok.size(); ++i) {
+      joined.blocks_ok[i] = joined.blocks_ok[i] && one.blocks_ok[i];
+    }
+    joined.bytes_moved += one.bytes_moved;
+    joined.frames_bad += one.frames_bad;
+    joined.bytes_wire += one.bytes_wire;
+    joined.wire_ns = std::max(joined.wire_ns, one.wire_ns);
+    joined.is_lossy = joined.is_lossy || one.is_lossy;
+  }
+  joined.error = joined.frames_bad > 0 ? Code::kBadFrame : failure;
+  return joined;
 }
 
 }  // namespace
@@ -67,7 +90,7 @@ class BlockClient::Registration {
   }
   Registration(const Registration&) = delete;
   Registration& operator=(const Registration&) = delete;
-  const Signal* ended() const { return &ended_; }
+  Signal& ended() { return ended_; }
 
  private:
   BlockClient& client_;
@@ -77,8 +100,9 @@ class BlockClient::Registration {
 };
 
 // Named pulls wait for one of the peer's connections, of which background pulls have some of their
-// own. Sessions do not wait: one that waits for its turn to be computed must not hold back one that
-// is being computed, or both sides could wait for ever.
+// own. Large ones take more, but no more than half of those that are free, so that others need not
+// wait. Sessions do not wait: one that waits for its turn to be computed must not hold back one
+// that is being computed, or both sides could wait for ever.
 class BlockClient::Turn {
  public:
   Turn(BlockClient& client, const Pull& pull, Deadline deadline, const Signal* ended)
@@ -94,18 +118,24 @@ class BlockClient::Turn {
       if (num_running() < running_max) break;
       client.changed_.wait_for(lock, std::chrono::milliseconds(deadline.left_ms()));
     }
-    ++num_running();
-    holds_ = true;
+    const uint32_t num_free = running_max - num_running() - 1;
+    num_held_ = 1 + std::min(client.num_stripes(pull) - 1, num_free / 2);
+    num_running() += num_held_;
   }
-  ~Turn() {
-    if (!holds_) return;
-    const std::lock_guard lock(client_.mutex_);
-    --num_running();
-    client_.changed_.notify_all();
-  }
+  ~Turn() { keep(0); }
   Turn(const Turn&) = delete;
   Turn& operator=(const Turn&) = delete;
+
   Code code() const { return code_; }
+  uint32_t num_held() const { return num_held_; }
+  // Gives back those that are not needed.
+  void keep(uint32_t num) {
+    if (num >= num_held_) return;
+    const std::lock_guard lock(client_.mutex_);
+    num_running() -= num_held_ - num;
+    num_held_ = num;
+    client_.changed_.notify_all();
+  }
 
  private:
   uint32_t& num_running() {
@@ -116,7 +146,7 @@ class BlockClient::Turn {
   BlockClient& client_;
   const Pull& pull_;
   Code code_ = Code::kOk;
-  bool holds_ = false;
+  uint32_t num_held_ = 0;
 };
 
 BlockClient::BlockClient(BlockPool& pool, Options options)
@@ -163,40 +193,120 @@ void BlockClient::claim_blocks(const std::vector<uint32_t>& blocks) {
   for (const uint32_t block : blocks) pool_.reset(block);  // throws if it may not be written
 }
 
-PullResult BlockClient::pull(const Pull& pull) {
-  claim_blocks(pull.blocks);
-  const Registration registration(*this, pull.cancel_id);
-  const Deadline deadline = Deadline::in(pull.timeout_ms);
+Receiver BlockClient::make_receiver(const Pull& pull) {
   Receiver receiver(pool_, pull.blocks, pull.names, pull.session_id);
   receiver.accept(pull.codec, options_.codecs);
   if (pull.is_background) receiver.set_background();
-  const Turn turn(*this, pull, deadline, registration.ended());
+  return receiver;
+}
+
+// Over so many connections at most.
+uint32_t BlockClient::num_stripes(const Pull& pull) const {
+  if (pull.is_session() || options_.remote) return 1;
+  const size_t num_blocks = pull.blocks.size();
+  const size_t by_size = num_blocks * pool_.shape().block_bytes() / kStripeBytes;
+  const size_t num_frames = num_blocks * frames_per_block(pool_.shape());
+  return static_cast<uint32_t>(std::clamp<size_t>(std::min(by_size, num_frames), 1, kStripesMax));
+}
+
+PullResult BlockClient::pull(const Pull& pull) {
+  claim_blocks(pull.blocks);
+  Registration registration(*this, pull.cancel_id);
+  Signal& ended = registration.ended();
+  const Deadline deadline = Deadline::in(pull.timeout_ms);
+  Turn turn(*this, pull, deadline, &ended);
+  Link link;
   Code code = turn.code();
-  if (code == Code::kOk) code = attempt(pull, receiver, deadline, registration.ended());
+  if (code == Code::kOk) code = find_link(pull.peer, deadline, &ended, link);
+  if (code != Code::kOk) return make_receiver(pull).take_result(code);
+  std::vector<Link> links;
+  while (!link.view && links.size() + 1 < turn.num_held()) {
+    Link more;
+    const Deadline soon = deadline.at_most(kMoreLinksMs);
+    if (find_link(pull.peer, soon, &ended, more) != Code::kOk) break;
+    links.push_back(std::move(more));
+  }
+  turn.keep(static_cast<uint32_t>(links.size()) + 1);
+  if (links.empty()) return pull_alone(pull, std::move(link), deadline, &ended);
+  links.push_back(std::move(link));
+  return pull_striped(pull, std::move(links), deadline, ended);
+}
+
+PullResult BlockClient::pull_alone(const Pull& pull, Link link, Deadline deadline,
+                                   const Signal* ended) {
+  Receiver receiver = make_receiver(pull);
+  const Code code = attempt(pull, std::move(link), receiver, deadline, ended);
   return receiver.take_result(code);
 }
 
+// Each connection carries a part of every block, on a thread of its own. Where one fails, no more
+// blocks would become whole, so all end; those that are whole stay.
+PullResult BlockClient::pull_striped(const Pull& pull, std::vector<Link> links, Deadline deadline,
+                                     Signal& ended) {
+  const auto count = static_cast<uint32_t>(links.size());
+  std::vector<std::atomic<uint32_t>> landed(pull.blocks.size());
+  std::vector<PullResult> results(count);
+  std::mutex mutex;
+  Code failure = Code::kOk;
+  std::exception_ptr fault;
+  const auto take_stripe = [&](uint32_t index) {
+    Code code = Code::kAborted;
+    std::exception_ptr caught;
+    try {
+      Receiver receiver = make_receiver(pull);
+      receiver.set_stripe({.index = index, .count = count}, landed);
+      code = attempt(pull, std::move(links[index]), receiver, deadline, &ended);
+      results[index] = receiver.take_result(code);
+    } catch (...) {
+      caught = std::current_exception();
+    }
+    if (code == Code::kOk) return;
+    const std::lock_guard lock(mutex);
+    if (failure == Code::kOk) failure = code;
+    if (caught) fault = caught;
+    ended.raise();
+  };
+  std::vector<std::thread> threads;
+  threads.reserve(count);
+  for (uint32_t index = 1; index < count; ++index) {
+    try {
+      threads.emplace_back(take_stripe, index);
+    } catch (const std::system_error&) {  // the process may have no more threads
+      take_stripe(index);
+    }
+  }
+  take_stripe(0);
+  for (std::thread& thread : threads) thread.join();
+  if (fault) std::rethrow_exception(fault);
+  PullResult result = join_stripes(results, failure);
+  for (size_t i = 0; i < pull.blocks.size(); ++i) {
+    if (!result.blocks_ok[i]) pool_.raise_ready(pull.blocks[i], 0);
+  }
+  return result;
+}
+
+Code BlockClient::find_link(const Peer& peer, Deadline deadline, const Signal* ended, Link& link) {
+  link = take_idle(peer);
+  return link.stream ? Code::kOk : connect(peer, deadline, ended, link);
+}
+
 // A connection kept from earlier may have been closed by the peer: then once more on a new one.
-Code BlockClient::attempt(const Pull& pull, Receiver& receiver, Deadline deadline,
+Code BlockClient::attempt(const Pull& pull, Link link, Receiver& receiver, Deadline deadline,
                           const Signal* ended) {
   for (;;) {
-    Link link = take_idle(pull.peer);
-    const bool kept = static_cast<bool>(link.stream);
-    if (!kept) {
-      const Code code = connect(pull.peer, deadline, ended, link);
-      if (code != Code::kOk) return code;
-    }
-    if (receiver.has_landed() && link.view == nullptr) return Code::kUnreachable;
+    const bool is_shared = link.view != nullptr;
+    if (is_shared ? receiver.stripe().count > 1 : receiver.has_landed()) return Code::kUnreachable;
     receiver.read_from(link.view.get(), link.transport());
     if (link.remote) receiver.read_from(*options_.remote, *link.remote);
     std::optional<Traffic::Urgent> urgent;
     if (!pull.is_session() && !pull.is_background) urgent.emplace(pool_.traffic());
-    const bool in_place = link.view != nullptr && !pull.is_session();
-    const Code code = in_place ? read_shared(pull, link, receiver, deadline, ended)
-                               : run(pull, link, receiver, deadline, ended);
-    if (code == Code::kUnreachable && kept && !receiver.has_received()) continue;
+    Code code = is_shared && !pull.is_session() ? read_shared(pull, link, receiver, deadline, ended)
+                                                : run(pull, link, receiver, deadline, ended);
     if (code == Code::kOk) keep(pull.peer, std::move(link));
-    return code;
+    if (code != Code::kUnreachable || !link.is_kept || receiver.has_received()) return code;
+    urgent.reset();
+    code = find_link(pull.peer, deadline, ended, link);
+    if (code != Code::kOk) return code;
   }
 }
 
@@ -220,6 +330,8 @@ Code BlockClient::run(const Pull& pull, const Link& link, Receiver& receiver, De
   request.type = pull.is_session() ? RequestType::kSession : by_name;
   request.codec = link.view || link.remote ? Codec::kRaw : pull.codec;
   request.request_id = next_request_id_++;
+  request.stripe = static_cast<uint16_t>(receiver.stripe().index);
+  request.num_stripes = static_cast<uint16_t>(receiver.stripe().count);
   Code code = send_request(pull, link.stream, request, deadline, ended);
   if (code == Code::kOk) code = receiver.run(link.stream, request.request_id, deadline, ended);
   if (code != Code::kOk || !(pull.is_session() || link.remote)) return code;
@@ -307,7 +419,9 @@ BlockClient::Link BlockClient::take_idle(const Peer& peer) {
   while (!it->second.idle.empty()) {
     Idle idle = std::move(it->second.idle.back());
     it->second.idle.pop_back();
-    if (idle.since_ms >= oldest_ms && !idle.link.stream.is_disturbed()) return std::move(idle.link);
+    if (idle.since_ms < oldest_ms || idle.link.stream.is_disturbed()) continue;
+    idle.link.is_kept = true;
+    return std::move(idle.link);
   }
   return {};
 }

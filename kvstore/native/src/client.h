@@ -80,6 +80,7 @@ class BlockClient {
     Stream stream;
     std::shared_ptr<const SharedView> view;
     std::optional<RemotePool> remote;
+    bool is_kept = false;  // from an earlier pull: the peer may have closed it meanwhile
 
     Transport transport() const {
       if (view) return Transport::kShared;
@@ -93,18 +94,26 @@ class BlockClient {
   struct PeerState {
     std::vector<Idle> idle;
     std::weak_ptr<const SharedView> view;  // one for all connections
-    uint32_t num_urgent = 0;               // named pulls that hold one of the peer's connections
+    uint32_t num_urgent = 0;               // connections to the peer that named pulls hold
     uint32_t num_background = 0;           // those in the background: they have their own
   };
   class Registration;
   class Turn;
 
   void claim_blocks(const std::vector<uint32_t>& blocks);
-  Code attempt(const Pull& pull, Receiver& receiver, Deadline deadline, const Signal* ended);
+  uint32_t num_stripes(const Pull& pull) const;
+  PullResult pull_alone(const Pull& pull, Link link, Deadline deadline, const Signal* ended);
+  PullResult pull_striped(const Pull& pull, std::vector<Link> links, Deadline deadline,
+                          Signal& ended);
+  Receiver make_receiver(const Pull& pull);
+  Code attempt(const Pull& pull, Link link, Receiver& receiver, Deadline deadline,
+               const Signal* ended);
   Code run(const Pull& pull, const Link& link, Receiver& receiver, Deadline deadline,
            const Signal* ended);
   Code read_shared(const Pull& pull, const Link& link, Receiver& receiver, Deadline deadline,
                    const Signal* ended);
+  // One that is kept, or a new one.
+  Code find_link(const Peer& peer, Deadline deadline, const Signal* ended, Link& link);
   Code connect(const Peer& peer, Deadline deadline, const Signal* ended, Link& link);
   Code greet(const Peer& peer, Stream& stream, bool is_remote, Deadline deadline,
              const Signal* ended) const;

@@ -31,7 +31,7 @@ struct Library {
   int (*update)(Context*, uint8_t* target, int* written, const uint8_t* source, int size);
   int (*finish)(Context*, uint8_t* target, int* written);
   int (*control)(Context*, int type, int size, void* data);
-  Cipher* (*aes_256_gcm)();
+  Cipher* (*aes_128_gcm)();
   Digest* (*sha256)();
   uint8_t* (*hmac)(Digest*, const void* key, int key_size, const uint8_t* data, size_t size,
                    uint8_t* result, unsigned int* result_size);
@@ -60,7 +60,7 @@ Library load() {
   find(handle, "EVP_CipherUpdate", library.update);
   find(handle, "EVP_CipherFinal_ex", library.finish);
   find(handle, "EVP_CIPHER_CTX_ctrl", library.control);
-  find(handle, "EVP_aes_256_gcm", library.aes_256_gcm);
+  find(handle, "EVP_aes_128_gcm", library.aes_128_gcm);
   find(handle, "EVP_sha256", library.sha256);
   find(handle, "HMAC", library.hmac);
   return library;
@@ -123,17 +123,20 @@ SessionKeys derive_keys(const std::string& secret, const Key& client_nonce, cons
     info.push_back(1);  // the first and only block of the expansion
     return hmac(extracted, info);
   };
-  return {.client_proof = expand("kvasir kv 1 client proof"),
-          .server_proof = expand("kvasir kv 1 server proof"),
-          .client_key = expand("kvasir kv 1 client key"),
-          .server_key = expand("kvasir kv 1 server key")};
+  return {.client_proof = expand("kvasir kv 2 client proof"),
+          .server_proof = expand("kvasir kv 2 server proof"),
+          .client_key = expand("kvasir kv 2 client key"),
+          .server_key = expand("kvasir kv 2 server key")};
 }
 
-Aead::Aead(const Key& key, bool seals) : seals_(seals), context_(library().context_new()) {
+Aead::Aead(const Key& derived, bool seals) : seals_(seals), context_(library().context_new()) {
+  constexpr size_t kKeyBytes = 16;
+  static_assert(kKeyBytes + sizeof mask_ <= sizeof derived);
+  std::memcpy(mask_.data(), derived.data() + kKeyBytes, sizeof mask_);
   const Library& crypto = library();
   if (context_ == nullptr ||
-      crypto.init(context_, crypto.aes_256_gcm(), nullptr, key.data(), nullptr, seals) != 1) {
-    throw std::runtime_error("libcrypto: AES-256-GCM is not available");
+      crypto.init(context_, crypto.aes_128_gcm(), nullptr, derived.data(), nullptr, seals) != 1) {
+    throw std::runtime_error("libcrypto: AES-128-GCM is not available");
   }
 }
 
@@ -141,33 +144,49 @@ Aead::~Aead() { library().context_free(context_); }
 
 bool Aead::is_worn() const { return num_bytes_ > kWornBytes || num_messages_ > kWornMessages; }
 
-bool Aead::run(std::span<const uint8_t> header, const uint8_t* source, uint8_t* target, size_t size,
-               Tag& tag) {
-  const Library& crypto = library();
+bool Aead::begin(std::span<const uint8_t> header) {
   if (num_bytes_ > 2 * kWornBytes || num_messages_ > 2 * kWornMessages) return false;
-  std::array<uint8_t, 12> nonce{};  // the length that GCM takes unasked
-  std::memcpy(nonce.data(), &num_messages_, sizeof num_messages_);
-  num_messages_ += 1;
-  num_bytes_ += size;
+  std::array<uint8_t, 12> nonce = mask_;
+  uint64_t counter;
+  std::memcpy(&counter, nonce.data(), sizeof counter);
+  counter ^= num_messages_++;
+  std::memcpy(nonce.data(), &counter, sizeof counter);
+  const Library& crypto = library();
   int written = 0;
-  bool good = crypto.init(context_, nullptr, nullptr, nullptr, nonce.data(), -1) == 1 &&
-              crypto.update(context_, nullptr, &written, header.data(),
-                            static_cast<int>(header.size())) == 1;
-  while (good && size > 0) {
+  return crypto.init(context_, nullptr, nullptr, nullptr, nonce.data(), -1) == 1 &&
+         crypto.update(context_, nullptr, &written, header.data(),
+                       static_cast<int>(header.size())) == 1;
+}
+
+bool Aead::update(const uint8_t* source, uint8_t* target, size_t size) {
+  num_bytes_ += size;
+  while (size > 0) {
     const int step = static_cast<int>(std::min<size_t>(size, INT_MAX / 2));
-    good = crypto.update(context_, target, &written, source, step) == 1;
+    int written = 0;
+    if (library().update(context_, target, &written, source, step) != 1) return false;
     source += step;
     target += step;
     size -= static_cast<size_t>(step);
   }
+  return true;
+}
+
+bool Aead::finish(Tag& tag) {
+  const Library& crypto = library();
   const int tag_bytes = static_cast<int>(tag.size());
+  const auto exchange = [&](int type) {
+    return crypto.control(context_, type, tag_bytes, tag.data()) == 1;
+  };
   uint8_t rest[16];  // GCM leaves none
-  if (good && !seals_) {
-    good = crypto.control(context_, Library::kSetTag, tag_bytes, tag.data()) == 1;
-  }
-  good = good && crypto.finish(context_, rest, &written) == 1;
-  return good &&
-         (!seals_ || crypto.control(context_, Library::kGetTag, tag_bytes, tag.data()) == 1);
+  int written = 0;
+  if (!seals_ && !exchange(Library::kSetTag)) return false;
+  if (crypto.finish(context_, rest, &written) != 1) return false;
+  return !seals_ || exchange(Library::kGetTag);
+}
+
+bool Aead::run(std::span<const uint8_t> header, const uint8_t* source, uint8_t* target, size_t size,
+               Tag& tag) {
+  return begin(header) && update(source, target, size) && finish(tag);
 }
 
 }  // namespace kvasir

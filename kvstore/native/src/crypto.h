@@ -1,6 +1,6 @@
 // Authenticated encryption of a connection whose two ends hold the same key.
 //
-// AES-256-GCM, HMAC and HKDF come from OpenSSL's libcrypto, which is loaded when a key is first
+// AES-128-GCM, HMAC and HKDF come from OpenSSL's libcrypto, which is loaded when a key is first
 // used: building and running without a key needs neither its headers nor the library.
 #pragma once
 
@@ -37,17 +37,22 @@ struct SessionKeys {
 SessionKeys derive_keys(const std::string& secret, const Key& client_nonce, const Key& server_nonce,
                         const Hello& hello, const HelloReply& reply);
 
-// One direction of one connection. The nonce is a counter: a message that is lost, repeated or
-// moved fails like one that was changed.
+// One direction of one connection. The nonce is a counter, masked with bytes of the derived key as
+// TLS 1.3 does: a message that is lost, repeated or moved fails like one that was changed.
 class Aead {
  public:
-  Aead(const Key& key, bool seals);
+  Aead(const Key& derived, bool seals);
   ~Aead();
   Aead(const Aead&) = delete;
   Aead& operator=(const Aead&) = delete;
 
-  // Authenticates `header` and encrypts or decrypts `size` bytes; in place if target == source.
-  // Sealing fills in `tag`. False: opening with this tag failed, or the key is worn out.
+  // One message: its header, which is authenticated, then its payload in pieces, which are
+  // encrypted or decrypted (in place if target == source), then its tag, which sealing fills in.
+  // What was decrypted counts only once finish() has said so. False: opening with this tag failed,
+  // or the key is worn out.
+  bool begin(std::span<const uint8_t> header);
+  bool update(const uint8_t* source, uint8_t* target, size_t size);
+  bool finish(Tag& tag);
   bool run(std::span<const uint8_t> header, const uint8_t* source, uint8_t* target, size_t size,
            Tag& tag);
   // Time for another connection, which has fresh keys.
@@ -55,6 +60,7 @@ class Aead {
 
  private:
   const bool seals_;
+  std::array<uint8_t, 12> mask_;  // the length that GCM takes unasked
   void* context_;
   uint64_t num_messages_ = 0;
   uint64_t num_bytes_ = 0;
@@ -66,7 +72,7 @@ struct SecureChannel {
   bool is_worn() const { return sending.is_worn() || receiving.is_worn(); }
   Aead sending;
   Aead receiving;
-  std::vector<uint8_t> outgoing;  // payloads, encrypted; kept from one answer to the next
+  std::vector<uint8_t> outgoing;  // pieces of payloads, encrypted; kept for the next answer
 };
 
 template <typename Message>

@@ -17,18 +17,15 @@ FrameBatch::~FrameBatch() {
 
 Code FrameBatch::add(Frame frame, const uint8_t* payload) {
   if (code_ != Code::kOk) return code_;
-  if (num_frames_ == kFrames || (bytes_ > 0 && bytes_ + frame.payload_bytes > kBatchBytes)) {
-    if (flush() != Code::kOk) return code_;
-  }
+  const bool is_sealed = stream_.secure() != nullptr;
+  const bool is_full = !is_sealed && bytes_ > 0 && bytes_ + frame.payload_bytes > kBatchBytes;
+  if ((num_frames_ == kFrames || is_full) && flush() != Code::kOk) return code_;
   frame.request_id = request_id_;
   seal(frame);
   const Frame& header = frames_[num_frames_++] = frame;
   add_part(&header, sizeof header);
-  if (stream_.secure() != nullptr) {
-    if (add_sealed(header, payload) != Code::kOk) return code_;
-  } else if (payload != nullptr) {
-    add_part(payload, header.payload_bytes);
-  }
+  if (is_sealed) return add_sealed(header, payload);
+  if (payload != nullptr) add_part(payload, header.payload_bytes);
   bytes_ += frame.payload_bytes;
   return code_;
 }
@@ -39,17 +36,21 @@ void FrameBatch::add_part(const void* data, size_t size) {
 
 Code FrameBatch::add_sealed(const Frame& header, const uint8_t* payload) {
   SecureChannel& secure = *stream_.secure();
-  Tag& tag = tags_[num_frames_ - 1];
-  uint8_t* target = nullptr;
   const size_t size = payload != nullptr ? header.payload_bytes : 0;
-  if (size > 0) {
-    if (bytes_ == 0 && secure.outgoing.size() < std::max(kBatchBytes, size)) {
-      secure.outgoing.resize(std::max(kBatchBytes, size));  // a batch takes no more
-    }
-    target = secure.outgoing.data() + bytes_;
-    add_part(target, size);
+  if (size > 0) secure.outgoing.resize(kSealedBytes);
+  if (payload == nullptr) bytes_ += header.payload_bytes;  // read from the pool itself
+  bool good = secure.sending.begin(as_bytes(header));
+  for (size_t done = 0; good && done < size;) {
+    if (bytes_ == kSealedBytes && flush() != Code::kOk) return code_;
+    const size_t piece = std::min(size - done, kSealedBytes - bytes_);
+    uint8_t* const target = secure.outgoing.data() + bytes_;
+    good = secure.sending.update(payload + done, target, piece);
+    add_part(target, piece);
+    bytes_ += piece;
+    done += piece;
   }
-  if (!secure.sending.run(as_bytes(header), payload, target, size, tag)) code_ = Code::kRefused;
+  Tag& tag = tags_[num_tags_++];
+  if (!good || !secure.sending.finish(tag)) code_ = Code::kRefused;
   add_part(&tag, sizeof tag);
   return code_;
 }
@@ -100,8 +101,9 @@ Code FrameBatch::add_block(uint32_t ordinal, uint32_t block, const Name& name, u
 
 Code FrameBatch::add_layers(const Slice& slice, const Name& name) {
   const uint32_t layer_bytes = pool_.shape().layer_bytes;
-  const auto step = std::max<uint32_t>(1, kFramePayloadBytes / layer_bytes);
+  const uint32_t step = frame_layers(pool_.shape());
   for (uint32_t first = slice.layer_first; first < slice.layer_end; first += step) {
+    if (!stripe_.has(pool_.shape(), slice.ordinal, first)) continue;
     Frame frame{};
     frame.kind = FrameKind::kData;
     frame.codec = codec_ == Codec::kShared ? codec_ : Codec::kRaw;
@@ -144,7 +146,7 @@ Code FrameBatch::flush() {
     code_ = stream_.send_all(parts_.data(), num_parts_, Deadline::in(kSendStallMs), &stopped_);
   }
   if (code_ == Code::kOk) payload_bytes_sent_ += bytes_;
-  num_frames_ = num_parts_ = bytes_ = encoded_used_ = 0;
+  num_frames_ = num_tags_ = num_parts_ = bytes_ = encoded_used_ = 0;
   // The last pin may be of a block with frames still to come.
   const size_t num_done = pins_.empty() || keeps_pins_ ? 0 : pins_.size() - 1;
   for (size_t i = 0; i < num_done; ++i) pool_.unpin(pins_[i]);

@@ -10,6 +10,7 @@
 #include "crypto.h"
 #include "pool.h"
 #include "stream.h"
+#include "stripe.h"
 #include "wire.h"
 
 namespace kvasir {
@@ -25,6 +26,8 @@ class FrameBatch {
         request_id_(request_id),
         codec_(codec),
         shape_(shape) {}
+  // Only the frames of this stripe are sent.
+  void set_stripe(const Stripe& stripe) { stripe_ = stripe; }
   // From now on, what is sent lets urgent transfers pass.
   void set_background() { background_.emplace(pool_.traffic()); }
   ~FrameBatch();
@@ -57,9 +60,11 @@ class FrameBatch {
  private:
   static constexpr size_t kFrames = 64;
   static constexpr size_t kBatchBytes = 2 * kFramePayloadBytes;
+  static constexpr size_t kSealedBytes = 128 << 10;  // encrypted and sent while in the L2 cache
 
   void add_part(const void* data, size_t size);
-  // Encrypts the frame's payload, if it carries one, and adds what is sent after the header.
+  // Encrypts the frame's payload, if it carries one, in pieces that are sent as they fill up, and
+  // adds what is sent after the header.
   Code add_sealed(const Frame& header, const uint8_t* payload);
 
   // Makes the frame one of encoded layers; null: they cannot be, or it would not pay.
@@ -74,12 +79,14 @@ class FrameBatch {
   const uint64_t request_id_;
   const Codec codec_;
   const CodecShape shape_;
+  Stripe stripe_;
   std::vector<uint8_t> encoded_;  // payloads of the frames gathered
   size_t encoded_used_ = 0;
   std::array<Frame, kFrames> frames_;
-  std::array<Tag, kFrames> tags_;
-  std::array<iovec, 3 * kFrames> parts_;
+  std::array<Tag, kFrames + 1> tags_;  // one more: a frame may begin before a flush
+  std::array<iovec, 3 * kFrames + 2> parts_;
   size_t num_frames_ = 0;
+  size_t num_tags_ = 0;
   size_t num_parts_ = 0;
   size_t bytes_ = 0;
   uint64_t payload_bytes_sent_ = 0;

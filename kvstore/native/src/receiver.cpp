@@ -1,10 +1,17 @@
 #include "receiver.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "crc32c.h"
 
 namespace kvasir {
+namespace {
+
+// Received, then checked or decrypted while it is in the cache and the peer sends the next.
+constexpr size_t kPieceBytes = 128 << 10;
+
+}  // namespace
 
 const char* transport_name(Transport transport) {
   switch (transport) {
@@ -56,10 +63,8 @@ Code Receiver::run(const Stream& stream, uint64_t request_id, Deadline deadline,
       if (code != Code::kOk) return code;
       continue;
     }
-    bool is_right = true;
-    code = open(frame, nullptr, 0, next_bytes_, is_right);
+    code = open(frame);
     if (code != Code::kOk) return code;
-    if (!is_right) return bad_frame();
     if (frame.kind == FrameKind::kData) code = take_reference(frame);
     if (frame.kind == FrameKind::kEnd) code = read_waiting();
     if (code != Code::kOk) return code;
@@ -132,6 +137,12 @@ void Receiver::read_from(RemoteReader& reader, const RemotePool& pool) {
   result_.transport = Transport::kRemote;
 }
 
+void Receiver::set_stripe(const Stripe& stripe, std::vector<std::atomic<uint32_t>>& landed) {
+  stripe_ = stripe;
+  landed_ = &landed;
+  for (size_t i = 0; i < layers_.size(); ++i) layers_[i] = stripe.next_layer(pool_.shape(), i, 0);
+}
+
 size_t Receiver::copy_listed(Deadline deadline, const Signal* ended) {
   size_t num_unknown = 0;
   for (size_t i = 0; i < names_.size(); ++i) {
@@ -167,14 +178,19 @@ void Receiver::copy_payload(const Frame& frame) {
 
 // Layers that have landed; they become final if they are what was sent.
 void Receiver::take_layers(size_t ordinal, uint32_t count, bool is_right) {
-  layers_[ordinal] += count;
+  const PoolShape& shape = pool_.shape();
+  layers_[ordinal] = stripe_.next_layer(shape, ordinal, layers_[ordinal] + count);
   if (!is_right) {
     spoilt_[ordinal] = true;
     result_.frames_bad += 1;
   }
   if (spoilt_[ordinal]) return;
-  result_.bytes_moved += size_t{count} * pool_.shape().layer_bytes;
-  pool_.raise_ready(blocks_[ordinal], layers_[ordinal]);
+  result_.bytes_moved += size_t{count} * shape.layer_bytes;
+  if (landed_ == nullptr) {
+    pool_.raise_ready(blocks_[ordinal], layers_[ordinal]);
+  } else if ((*landed_)[ordinal].fetch_add(count) + count == shape.num_layers) {
+    pool_.raise_ready(blocks_[ordinal], shape.num_layers);
+  }
 }
 
 Code Receiver::receive_header(Frame& frame) {
@@ -186,10 +202,8 @@ Code Receiver::receive_header(Frame& frame) {
   return code;
 }
 
-Code Receiver::open(const Frame& frame, uint8_t* payload, size_t size, size_t received,
-                    bool& is_right) {
-  SecureChannel* const secure = stream_->secure();
-  if (secure == nullptr) return Code::kOk;
+// The rest of the tag, of which `received` bytes are in ahead_ together with what follows it.
+Code Receiver::receive_tag(size_t received) {
   if (received < sizeof(Tag)) {
     const Code code =
         stream_->recv_all(ahead_.tag.data() + received, sizeof(Tag) - received, deadline_, ended_);
@@ -197,8 +211,16 @@ Code Receiver::open(const Frame& frame, uint8_t* payload, size_t size, size_t re
     received = sizeof(Tag);
   }
   next_bytes_ = received - sizeof(Tag);
-  is_right = secure->receiving.run(as_bytes(frame), payload, payload, size, ahead_.tag);
   return Code::kOk;
+}
+
+Code Receiver::open(const Frame& frame) {
+  SecureChannel* const secure = stream_->secure();
+  if (secure == nullptr) return Code::kOk;
+  const Code code = receive_tag(next_bytes_);
+  if (code != Code::kOk) return code;
+  const bool is_right = secure->receiving.run(as_bytes(frame), nullptr, nullptr, 0, ahead_.tag);
+  return is_right ? Code::kOk : bad_frame();
 }
 
 bool Receiver::is_expected(const Frame& frame) const {
@@ -240,32 +262,41 @@ Code Receiver::receive_payload(const Frame& frame) {
   uint8_t* const start =
       is_encoded ? encoded_.data() : pool_.layer(blocks_[frame.ordinal], frame.layer_first);
   const int64_t began_ns = monotonic_ns();
-  const bool is_sealed = stream_->secure() != nullptr;
-  void* const ahead = is_sealed ? static_cast<void*>(&ahead_) : &ahead_.frame;
-  const size_t ahead_bytes = is_sealed ? sizeof ahead_ : sizeof ahead_.frame;
+  SecureChannel* const secure = stream_->secure();
+  void* const ahead = secure != nullptr ? static_cast<void*>(&ahead_) : &ahead_.frame;
+  const size_t ahead_bytes = secure != nullptr ? sizeof ahead_ : sizeof ahead_.frame;
+  bool is_right = secure == nullptr || secure->receiving.begin(as_bytes(frame));
+  uint32_t checksum = 0;
   size_t done = 0;
   while (done < frame.payload_bytes) {
+    const size_t left = frame.payload_bytes - done;
     iovec parts[2] = {
-        {.iov_base = start + done, .iov_len = frame.payload_bytes - done},
-        {.iov_base = ahead, .iov_len = ahead_bytes},
+        {.iov_base = start + done, .iov_len = std::min(left, kPieceBytes)},
+        {.iov_base = ahead, .iov_len = left <= kPieceBytes ? ahead_bytes : 0},
     };
     size_t received = 0;
     const Code code = stream_->recv_some(parts, received, deadline_, ended_);
     if (code != Code::kOk) return code;
+    const size_t landed = std::min(received, left);
+    if (secure == nullptr) {
+      checksum = crc32c(start + done, landed, checksum);
+    } else {
+      is_right = is_right && secure->receiving.update(start + done, start + done, landed);
+    }
     done += received;
   }
   result_.wire_ns += monotonic_ns() - began_ns;
   result_.bytes_wire += frame.payload_bytes;
   next_bytes_ = done - frame.payload_bytes;
-  if (!is_sealed) {
-    const bool is_right = crc32c(start, frame.payload_bytes) == frame.payload_crc;
+  if (secure == nullptr) {
+    is_right = checksum == frame.payload_crc;
     take_layers(frame.ordinal, frame.layer_count, is_right && land(frame, start));
     return Code::kOk;
   }
-  bool is_right = false;
-  const Code code = open(frame, start, frame.payload_bytes, next_bytes_, is_right);
+  const Code code = receive_tag(next_bytes_);
   if (code != Code::kOk) return code;
-  if (!is_right) return bad_frame();  // somebody changed it: nothing after it can be trusted
+  // Where somebody changed it, nothing after it can be trusted.
+  if (!is_right || !secure->receiving.finish(ahead_.tag)) return bad_frame();
   take_layers(frame.ordinal, frame.layer_count, land(frame, start));
   return Code::kOk;
 }
@@ -297,7 +328,7 @@ PullResult Receiver::take_result(Code error) {
   for (size_t i = 0; i < blocks_.size(); ++i) {
     const bool whole = !spoilt_[i] && layers_[i] == pool_.shape().num_layers;
     result_.blocks_ok.push_back(whole);
-    if (!whole) pool_.raise_ready(blocks_[i], 0);
+    if (!whole && landed_ == nullptr) pool_.raise_ready(blocks_[i], 0);
   }
   return std::move(result_);
 }

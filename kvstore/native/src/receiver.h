@@ -5,6 +5,7 @@
 // be trusted; a payload that is wrong costs its block.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -15,6 +16,7 @@
 #include "remote.h"
 #include "shared_view.h"
 #include "stream.h"
+#include "stripe.h"
 #include "wire.h"
 
 namespace kvasir {
@@ -51,6 +53,10 @@ class Receiver {
   void read_from(const SharedView* view, Transport transport);
   // From now on, frames say where in this pool their payload lies.
   void read_from(RemoteReader& reader, const RemotePool& pool);
+  // Takes in one stripe of a pull; `landed` counts the verified layers of each block for all of
+  // them, and a block becomes ready, all at once, with the last.
+  void set_stripe(const Stripe& stripe, std::vector<std::atomic<uint32_t>>& landed);
+  const Stripe& stripe() const { return stripe_; }
   // From now on, lets urgent transfers pass.
   void set_background() { background_.emplace(pool_.traffic()); }
   // Copies the named blocks that the memory lists with a checksum; returns how many it lists
@@ -61,13 +67,14 @@ class Receiver {
   // Some layers are final: a peer that sends all that was asked for would send them again.
   bool has_landed() const { return result_.bytes_moved > 0 || result_.frames_bad > 0; }
   bool all_whole() const;
-  // Blocks that are not whole are set back to `ready` 0.
+  // Blocks that are not whole are set back to `ready` 0, unless it is one stripe's result.
   PullResult take_result(Code error);
 
  private:
   Code receive_header(Frame& frame);
-  // Whether the frame's tag, of which `received` bytes are in ahead_, is right for it.
-  Code open(const Frame& frame, uint8_t* payload, size_t size, size_t received, bool& is_right);
+  Code receive_tag(size_t received);
+  // Of a frame without a payload: its tag must be right, where messages are sealed.
+  Code open(const Frame& frame);
   Code receive_payload(const Frame& frame);
   void copy_payload(const Frame& frame);
   Code take_reference(const Frame& frame);
@@ -99,7 +106,7 @@ class Receiver {
   Deadline deadline_ = Deadline::in(0);
   const Signal* ended_ = nullptr;
 
-  std::vector<uint32_t> layers_;  // verified, per block
+  std::vector<uint32_t> layers_;  // per block: all of ours before this one are verified
   std::vector<bool> spoilt_;      // a payload of the block was wrong
   struct Ahead {
     Tag tag;  // of the last frame, where messages are sealed
@@ -108,6 +115,8 @@ class Receiver {
   Ahead ahead_{};  // read together with the last payload
   size_t next_bytes_ = 0;
   bool has_received_ = false;
+  Stripe stripe_;
+  std::vector<std::atomic<uint32_t>>* landed_ = nullptr;
   std::optional<Traffic::Background> background_;
   PullResult result_;
 };

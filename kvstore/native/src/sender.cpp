@@ -110,7 +110,8 @@ bool receive_request(const SenderContext& context, const Stream& stream, Request
   if (stream.recv_all(&request, sizeof request, deadline, &context.stopped) != Code::kOk) {
     return false;
   }
-  bool good = is_intact(request) && request.count <= kNamesMax;
+  bool good = is_intact(request) && request.count <= kNamesMax &&
+              request.stripe < request.num_stripes && request.num_stripes <= kStripesMax;
   if (good) {
     names.resize(has_names(request.type) ? request.count : 0);
     const size_t size = names.size() * sizeof(Name);
@@ -139,6 +140,8 @@ bool serve_named(const SenderContext& context, const Stream& stream, const Reque
   const uint32_t num_layers = context.pool.shape().num_layers;
   const Codec codec = terms.is_remote ? Codec::kShared : request.codec;
   FrameBatch batch(context.pool, stream, context.stopped, request.request_id, codec, terms.codecs);
+  batch.set_stripe({.index = request.stripe, .count = request.num_stripes});
+  const bool counts = request.stripe == 0;  // a pull is counted once
   if (terms.is_remote) batch.keep_pins();
   std::optional<Traffic::Urgent> urgent;
   if (request.type == RequestType::kBackground) {
@@ -155,8 +158,8 @@ bool serve_named(const SenderContext& context, const Stream& stream, const Reque
       reason = Code::kTimeout;
     } else if (const auto block = context.pool.pin(name)) {
       batch.own_pin(name);
-      context.pool.count_use(name);
-      ++blocks_sent;
+      if (counts) context.pool.count_use(name);
+      blocks_sent += counts;
       const FrameBatch::Slice whole{.ordinal = ordinal,
                                     .block = *block,
                                     .layer_first = 0,
@@ -164,7 +167,7 @@ bool serve_named(const SenderContext& context, const Stream& stream, const Reque
                                     .is_pinned = true};
       if (batch.add_layers(whole, name) != Code::kOk) return false;
     } else {
-      context.counters.blocks_missed += 1;
+      context.counters.blocks_missed += counts;
       if (batch.add_miss(ordinal, name) != Code::kOk) return false;
     }
   }

@@ -34,7 +34,7 @@ namespace kvasir {
 static_assert(std::endian::native == std::endian::little, "the wire is little-endian");
 
 inline constexpr uint32_t kMagic = 0x5256534b;  // "KSVR"
-inline constexpr uint16_t kVersion = 4;
+inline constexpr uint16_t kVersion = 5;
 inline constexpr uint32_t kNamesMax = 16384;             // per request
 inline constexpr size_t kFramePayloadBytes = 256 << 10;  // aim: stays in the L2 cache
 
@@ -129,9 +129,12 @@ struct Request {
   uint32_t count;  // names that follow, or blocks that the client has room for
   uint32_t timeout_ms;
   uint32_t body_crc;  // of the names
+  uint16_t stripe;    // named: which frames are asked for (stripe.h)
+  uint16_t num_stripes;
+  uint32_t reserved;
   uint32_t crc;
 };
-static_assert(sizeof(Request) == 40);
+static_assert(sizeof(Request) == 48);
 
 enum class FrameKind : uint8_t { kData = 1, kMiss = 2, kEnd = 3 };
 struct Frame {
