@@ -27,6 +27,7 @@ NODE_COUNTERS = {
     "blocks_pulled": "Offered blocks pulled",
     "blocks_known": "Offered blocks that were here already",
     "blocks_unavailable": "Offered blocks that the source had no more, or whose frames were bad",
+    "blocks_refused": "Offered blocks that found no room in time: those in memory await the disk",
     "bytes_pulled": "KV bytes pulled from workers",
     "blocks_evicted": "Blocks given up for others that needed their slots at once",
     "blocks_trimmed": "Blocks given up in the background, above the high watermark",

@@ -2,12 +2,13 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from kv_fleet import LAYOUT, PROTO_LAYOUT
+from kv_fleet import LAYOUT, PROTO_LAYOUT, make_holder
 from kvasir_kvstore.core.cache import BlockCache, Held, Limits, Origin
 from kvasir_kvstore.node import moves, object_store
 from kvasir_kvstore.node import upkeep as upkeep_module
@@ -29,8 +30,9 @@ T = TypeVar("T")
 class Elsewhere(ObjectTier):
     """A tier that has the block, since another node has brought it."""
 
-    def __init__(self) -> None:
+    def __init__(self, awaited: Sequence[bytes] = ()) -> None:
         self.num_read = 0
+        self._awaited = awaited
 
     def find(self, name: bytes) -> Held | None:
         return Held(0, Origin(), 0)
@@ -43,7 +45,7 @@ class Elsewhere(ObjectTier):
         return True
 
     def awaits(self, name: bytes) -> bool:
-        return False
+        return name in self._awaited
 
     async def close(self, *, timeout_ms: int) -> None:
         """Nothing to do."""
@@ -115,6 +117,7 @@ async def test_of_many_blocks_in_the_object_store_the_last_are_known(
         upkeep=Upkeep(lambda _: None),
         now_ms=lambda: 1,
         on_change=lambda _, removed: gone.extend(removed),
+        on_settled=lambda: None,
     )
     for name in names:
         memory.commit(name)
@@ -152,6 +155,53 @@ async def test_a_disk_writer_that_fails_is_told_of_and_goes_on(
     assert arena.cache.num_reserved == 0
     await arena.close(timeout_ms=0)
     file.close()
+
+
+async def test_a_burst_of_offers_gives_up_no_block_that_awaits_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for the disk, and is refused if that takes too long; the rest goes on."""
+    arena = make_arena()
+    num_slots = arena.cache.num_slots
+    file = BlockFile(tmp_path)
+    arena.attach_disk(file, file.begin(PROTO_LAYOUT, num_slots=2 * num_slots))
+    (disk,) = arena.below
+    is_free = threading.Event()
+    write = file.write
+
+    def slow_write(*blocks: object) -> OSError | None:
+        is_free.wait(60)
+        return write(*blocks)
+
+    monkeypatch.setattr(file, "write", slow_write)
+    first = [os.urandom(16) for _ in range(num_slots)]
+    second = [os.urandom(16) for _ in range(16)]
+    await store_in(arena, first)
+    async with make_holder([], num_blocks=len(second)) as source:
+        source.publish(second)
+        refused = await arena.fill(source.address, second, Origin(), stored_ms={}, timeout_ms=100)
+        assert (refused.num_refused, refused.committed, refused.results) == (16, (), ())
+        assert arena.cache.names() == first
+        waiting = asyncio.create_task(
+            arena.fill(source.address, second, Origin(), stored_ms={}, timeout_ms=120_000)
+        )
+        await asyncio.wait({waiting}, timeout=0.05)
+        is_free.set()
+        assert set((await waiting).committed) == set(second)
+        await eventually(lambda: _now(disk.names()), lambda names: len(names) == num_slots + 16)
+    assert disk.describe().blocks_dropped == 0
+    await arena.close(timeout_ms=0)
+    file.close()
+
+
+async def test_a_load_for_a_request_finds_room_though_all_blocks_await_the_disk() -> None:
+    arena = make_arena()
+    names = [os.urandom(16) for _ in range(arena.cache.num_slots)]
+    await store_in(arena, names)
+    tier = Elsewhere(awaited=names)
+    arena.below.append(tier)
+    assert await arena.load([NAME], timeout_ms=10_000) == 1
+    await arena.close(timeout_ms=0)
 
 
 async def test_a_load_that_fails_is_a_miss_and_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

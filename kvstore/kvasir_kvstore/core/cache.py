@@ -11,8 +11,10 @@ whose time is over is not found. Moving the bytes and the index are left to the 
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 
 from kvasir_kvstore.core.eviction import ValueOrder
 
@@ -193,28 +195,27 @@ class BlockCache:
         since_ms = stored_ms or {}
         taken: list[bytes] = []
         evicted: list[bytes] = []
-        for name in names:
-            is_over = self._tenant_slots[origin.tenant] >= self.limits.tenant_slots_max
-            if is_over or len(self._held) + len(self._reserved) >= self.slots_usable:
-                victim = self._give_up(origin.tenant if is_over else None, evict)
-                if victim is None:
-                    break
-                evicted.append(victim)
-            self._reserved[name] = Held(self._free.pop(), origin, since_ms.get(name, now_ms))
-            self._tenant_slots[origin.tenant] += 1
-            taken.append(name)
+        with (
+            closing(self._victims(origin.tenant, evict)) as own,
+            closing(self._victims(None, evict)) as others,
+        ):
+            for name in names:
+                is_over = self._tenant_slots[origin.tenant] >= self.limits.tenant_slots_max
+                if is_over or len(self._held) + len(self._reserved) >= self.slots_usable:
+                    victim = next(own if is_over else others, None)
+                    if victim is None:
+                        break
+                    evicted.append(victim)
+                self._reserved[name] = Held(self._free.pop(), origin, since_ms.get(name, now_ms))
+                self._tenant_slots[origin.tenant] += 1
+                taken.append(name)
         slots = tuple(self._reserved[name].slot for name in taken)
         return Reservation(tuple(taken), slots, tuple(evicted))
 
     def trim(self, count: int, *, evict: Callable[[bytes], bool]) -> list[bytes]:
         """Gives up the least valuable blocks: so many, or fewer if no other may go."""
-        gone: list[bytes] = []
-        while len(gone) < count:
-            name = self._give_up(None, evict)
-            if name is None:
-                break
-            gone.append(name)
-        return gone
+        with closing(self._victims(None, evict)) as victims:
+            return list(islice(victims, count))
 
     def commit(self, name: bytes) -> None:
         """The slot reserved for this name is filled: it is held."""
@@ -261,14 +262,17 @@ class BlockCache:
     def _may_go(self, name: bytes, evict: Callable[[bytes], bool]) -> bool:
         return name not in self._pins and evict(name)
 
-    def _give_up(self, tenant: bytes | None, evict: Callable[[bytes], bool]) -> bytes | None:
-        """Frees the slot of the least valuable block (of this tenant) that may go."""
-        name = self._order.take(tenant, lambda name: self._may_go(name, evict))
-        if name is not None:
-            held = self._held.pop(name)
-            del self._name_of[held.slot]
-            self._free_slot(held)
-        return name
+    def _victims(
+        self, tenant: bytes | None, evict: Callable[[bytes], bool]
+    ) -> Generator[bytes, None, None]:
+        """Frees the slots of the least valuable blocks (of this tenant) that may go."""
+        order = self._order.victims(tenant, lambda name: self._may_go(name, evict))
+        with closing(order):
+            for name in order:
+                held = self._held.pop(name)
+                del self._name_of[held.slot]
+                self._free_slot(held)
+                yield name
 
     def _free_slot(self, held: Held) -> None:
         self._free.append(held.slot)

@@ -20,7 +20,8 @@ Pure; who may be given up is left to the cache.
 import heapq
 import math
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 
 HALF_LIVES_PER_SLOT = (0.25, 1.0, 4.0, 16.0)
@@ -80,21 +81,31 @@ class Ranking:
         self, group: bytes | None, may_go: Callable[[bytes], bool] = lambda _: True
     ) -> bytes | None:
         """Removes and returns the least valuable name (of the group) that may go, if any."""
+        with closing(self.victims(group, may_go)) as victims:
+            return next(victims, None)
+
+    def victims(
+        self, group: bytes | None, may_go: Callable[[bytes], bool]
+    ) -> Generator[bytes, None, None]:
+        """Removes and yields the least valuable names (of the group) that may go.
+
+        Those that may not are asked about once, however many are taken. To be closed.
+        """
         heap = self._all if group is None else self._groups[group]
         refused: list[_Entry] = []
-        taken: bytes | None = None
-        while heap and taken is None:
-            score, name = entry = heapq.heappop(heap)
-            if self._score(name) != score:
-                continue  # it was touched since, or is gone
-            if may_go(name):
-                taken = name
-                self._remember(name, self._leave(name))
-            else:
-                refused.append(entry)
-        for entry in refused:
-            heapq.heappush(heap, entry)
-        return taken
+        try:
+            while heap:
+                score, name = entry = heapq.heappop(heap)
+                if self._score(name) != score:
+                    continue  # it was touched since, or is gone
+                if may_go(name):
+                    self._remember(name, self._leave(name))
+                    yield name
+                else:
+                    refused.append(entry)
+        finally:
+            for entry in refused:
+                heapq.heappush(heap, entry)
 
     def use(self, half_life: float) -> None:
         """Ranks all names anew."""
@@ -207,6 +218,12 @@ class ValueOrder:
     ) -> bytes | None:
         """Removes and returns the least valuable name (of the group) that may go, if any."""
         return self._ranking.take(group, may_go)
+
+    def victims(
+        self, group: bytes | None, may_go: Callable[[bytes], bool]
+    ) -> Generator[bytes, None, None]:
+        """Removes and yields the least valuable names (of the group) that may go. To be closed."""
+        return self._ranking.victims(group, may_go)
 
     def _wanted(self, name: bytes) -> None:
         half_life = self._trials.wanted(name)

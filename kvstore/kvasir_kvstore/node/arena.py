@@ -7,6 +7,7 @@ earlier life left on disk.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,6 +35,8 @@ LAYER_BYTES_MAX = 1 << 28
 """What a BlockPool takes."""
 TRIM_BATCH = 64
 """Blocks given up in the background at a time."""
+ROOM_WAIT_PART = 0.5
+"""Of the time for a fill, which may be spent waiting until blocks in memory are written below."""
 LOADS_MAX = 64
 """Blocks on their way from tiers below to memory; a load that meets the bound ends early."""
 
@@ -43,8 +46,10 @@ class Filled:
     """What came of an attempt to pull blocks."""
 
     committed: tuple[bytes, ...]
-    result: PullResult | None
-    """None: nothing was pulled, since no slot could be had."""
+    results: tuple[PullResult, ...]
+    """Of each pull; none: no slot could be had."""
+    num_refused: int
+    """Blocks that found no room, as those in memory were yet to be written below."""
 
 
 class Arena:
@@ -104,6 +109,8 @@ class Arena:
         self.num_trimmed = 0
         """Blocks that the memory gave up before that, above its high watermark."""
         self._is_crowded = asyncio.Event()
+        self._settled = asyncio.Event()
+        """Set, and replaced, when blocks have been written to a tier below, or will not be."""
         self._trimmer = upkeep.start(self._keep_room, name="making room")
 
     def _make_server(self, plane: DataPlane, address: common_pb2.PeerAddress) -> BlockServer:
@@ -130,6 +137,7 @@ class Arena:
             upkeep=self._upkeep,
             now_ms=self._now_ms,
             on_gone=self._gone_from_below,
+            on_settled=self._settle,
         )
         self.below.append(disk)
         disk.restore(blocks)
@@ -145,6 +153,7 @@ class Arena:
             upkeep=self._upkeep,
             now_ms=self._now_ms,
             on_change=self._changed_in_store,
+            on_settled=self._settle,
         )
         self.below.append(tier)
 
@@ -180,6 +189,11 @@ class Arena:
         missing = self.cache.missing(names)
         return [name for name in missing if not self._is_below(name)]
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether blocks in memory are yet to be written to a tier below."""
+        return any(tier.is_behind for tier in self.below)
+
     def touch(self, names: Sequence[bytes]) -> None:
         """The chain is wanted."""
         self.cache.touch(names)
@@ -195,13 +209,33 @@ class Arena:
         stored_ms: Mapping[bytes, int],
         timeout_ms: int,
     ) -> Filled:
-        """Pulls these (missing) blocks: reserve, write, commit. Only what is whole is committed.
+        """Pulls these (missing) blocks; those that find no room wait until others are written.
 
         `stored_ms`: of those that were stored elsewhere before.
         """
-        slots = self._reserve(names, origin, stored_ms=stored_ms)
-        if not slots:
-            return Filled((), None)
+        started_s = time.monotonic()
+        end_s = started_s + timeout_ms / 1000
+        room_end_s = started_s + ROOM_WAIT_PART * timeout_ms / 1000
+        committed: list[bytes] = []
+        results: list[PullResult] = []
+        left = list(names)
+        while True:
+            is_behind, settled = self.is_behind, self._settled
+            slots = self._reserve(left, origin, evict=self._may_leave_memory, stored_ms=stored_ms)
+            if slots:
+                left_ms = max(1, int((end_s - time.monotonic()) * 1000))
+                whole, result = await self._pull(source, slots, timeout_ms=left_ms)
+                committed += whole
+                results.append(result)
+            left = self.missing([name for name in left if name not in slots])
+            if not (left and is_behind and await _is_set(settled, until_s=room_end_s)):
+                num_refused = len(left) if is_behind else 0
+                return Filled(tuple(committed), tuple(results), num_refused)
+
+    async def _pull(
+        self, source: common_pb2.PeerAddress, slots: Mapping[bytes, int], *, timeout_ms: int
+    ) -> tuple[list[bytes], PullResult]:
+        """Write, commit: only what is whole is committed."""
         committed: list[bytes] = []
         unfilled = dict(slots)
         try:
@@ -220,9 +254,10 @@ class Arena:
             self._on_change(committed[::-1], ())
             for name in unfilled:
                 self.cache.abandon(name)
+        committed.reverse()
         for tier in self.below:
-            tier.put(committed[::-1])
-        return Filled(tuple(reversed(committed)), result)
+            tier.put(committed)
+        return committed, result
 
     async def load(self, names: Sequence[bytes], *, timeout_ms: int) -> int:
         """Brings the leading part of the names into memory; how many of them are there then."""
@@ -266,7 +301,10 @@ class Arena:
         is_in_memory = not self.cache.missing([name])
         if stored is None or is_in_memory or len(self._loads) >= LOADS_MAX:
             return None
-        slots = self._reserve([name], stored.origin, stored_ms={name: stored.stored_ms})
+        since_ms = {name: stored.stored_ms}
+        slots = self._reserve(
+            [name], stored.origin, evict=self._may_leave_memory, stored_ms=since_ms
+        ) or self._reserve([name], stored.origin, evict=self.pool.unpublish, stored_ms=since_ms)
         if not slots:
             return None
         task = asyncio.create_task(self._load(name, slots[name]))
@@ -300,7 +338,8 @@ class Arena:
         names: Sequence[bytes],
         origin: Origin,
         *,
-        stored_ms: Mapping[bytes, int] | None = None,
+        evict: Callable[[bytes], bool],
+        stored_ms: Mapping[bytes, int],
     ) -> dict[bytes, int]:
         """Slots of memory for some of the names; what was pulled meanwhile has gained value."""
         self._note_uses()
@@ -308,7 +347,7 @@ class Arena:
             names,
             origin,
             now_ms=self._now_ms(),
-            evict=self.pool.unpublish,
+            evict=evict,
             stored_ms=stored_ms,
         )
         self.num_evicted += len(taken.evicted)
@@ -321,6 +360,10 @@ class Arena:
         pulled = np.flatnonzero(self.pool.uses != self._uses_seen)
         self._uses_seen[pulled] = self.pool.uses[pulled]
         self.cache.touch_slots(pulled.tolist())
+
+    def _settle(self) -> None:
+        self._settled.set()
+        self._settled = asyncio.Event()
 
     def _look_for_surplus(self) -> None:
         if self.cache.num_surplus:
@@ -366,6 +409,16 @@ class Arena:
             ttl_ms=settings.block_ttl_ms,
             watermarks=watermarks,
         )
+
+
+async def _is_set(event: asyncio.Event, *, until_s: float) -> bool:
+    """Waits for the event; False: it did not come in time."""
+    try:
+        async with asyncio.timeout(until_s - time.monotonic()):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return time.monotonic() < until_s
 
 
 def check_layout(layout: common_pb2.KvLayout) -> None:

@@ -58,10 +58,17 @@ class DiskTier:
         upkeep: Upkeep,
         now_ms: Callable[[], int],
         on_gone: Callable[[Sequence[bytes]], None],
+        on_settled: Callable[[], None],
     ) -> None:
-        """`memory`: what lies in the pool. `on_gone`: told of names that the disk gave up."""
+        """A tier in this file.
+
+        Args:
+            memory: what lies in the pool.
+            on_gone: told of names that the disk gave up.
+            on_settled: called when blocks that were to be written are, or will not be.
+        """
         self._file, self._pool, self._memory = file, pool, memory
-        self._now_ms, self._on_gone = now_ms, on_gone
+        self._now_ms, self._on_gone, self._on_settled = now_ms, on_gone, on_settled
         self._cache = BlockCache(limits)
         self._stored: dict[bytes, StoredBlock] = {}
         self._waiting: dict[bytes, None] = {}
@@ -106,6 +113,11 @@ class DiskTier:
                 self._waiting[name] = None
         self._is_idle.clear()
         self._has_work.set()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether blocks are to be written or being written."""
+        return not self._is_idle.is_set()
 
     def awaits(self, name: bytes) -> bool:
         """Whether the block is still to be written."""
@@ -176,6 +188,8 @@ class DiskTier:
             except Exception:
                 self._counts.blocks_dropped += len(batch)
                 raise
+            finally:
+                self._on_settled()
 
     async def _write(self, names: Sequence[bytes]) -> None:
         """Writes the blocks that are still in memory: reserve, write, commit."""

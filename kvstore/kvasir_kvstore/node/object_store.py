@@ -93,10 +93,18 @@ class ObjectTier:
         upkeep: Upkeep,
         now_ms: Callable[[], int],
         on_change: Callable[[Sequence[bytes], Sequence[bytes]], None],
+        on_settled: Callable[[], None],
     ) -> None:
-        """`memory`: what lies in the pool. `on_change`: told of names that come and go here."""
+        """A tier in this bucket.
+
+        Args:
+            memory: what lies in the pool.
+            on_change: told of names that come and go here.
+            on_settled: called when a block that was to be written need not stay in memory for it.
+        """
         self._store, self._pool, self._memory = store, pool, memory
-        self._ttl_ms, self._now_ms, self._on_change = ttl_ms, now_ms, on_change
+        self._ttl_ms, self._now_ms = ttl_ms, now_ms
+        self._on_change, self._on_settled = on_change, on_settled
         self._known: dict[bytes, Held] = {}
         self._waiting: asyncio.Queue[bytes] = asyncio.Queue(WRITES_WAITING_MAX)
         self._queued: set[bytes] = set()
@@ -130,6 +138,11 @@ class ObjectTier:
                 self._queued.add(name)
             except asyncio.QueueFull:
                 self._counts.blocks_dropped += 1
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether blocks are to be written."""
+        return bool(self._queued)
 
     def awaits(self, name: bytes) -> bool:
         """Whether the block is still to be written."""
@@ -189,11 +202,11 @@ class ObjectTier:
     async def _write_behind(self) -> None:
         while True:
             name = await self._waiting.get()
-            self._queued.discard(name)
             is_written = False
             try:
                 is_written = await self._write(name)
             finally:
+                self._settle(name)
                 self._counts.blocks_dropped += not is_written
                 self._waiting.task_done()
 
@@ -209,11 +222,17 @@ class ObjectTier:
             body = await asyncio.to_thread(self._pack, key, held)
         finally:
             self._memory.unpin(name)
+        self._settle(name)
         if await self._call(lambda: obstore.put_async(self._store, key, body)) is None:
             return False
         self._counts.blocks_written += 1
         self._know({name: held})
         return True
+
+    def _settle(self, name: bytes) -> None:
+        """The memory may give the block up."""
+        self._queued.discard(name)
+        self._on_settled()
 
     async def _learn(self) -> None:
         """Lists what is there, until that has worked, and again after each outage."""

@@ -47,6 +47,7 @@ class Counts:
     blocks_pulled: int = 0
     blocks_known: int = 0
     blocks_unavailable: int = 0
+    blocks_refused: int = 0
     bytes_pulled: int = 0
     blocks_evicted: int = 0
     blocks_expired: int = 0
@@ -261,6 +262,12 @@ class NodeStore:
             self._num_offers -= 1
         num_held = len(names) - len(missing)
         self._count(filled, num_held=num_held, num_missing=len(missing))
+        if filled.num_refused and not filled.results:
+            raise KvasirError(
+                Reason.OVERLOADED,
+                "no room: the blocks in memory are yet to be written",
+                retry_after_ms=_RETRY_AFTER_MS,
+            )
         return kvnode_pb2.OfferResponse(
             num_pulled=len(filled.committed),
             num_held=num_held,
@@ -306,20 +313,21 @@ class NodeStore:
         )
         self.metrics.pull_seconds.observe(time.monotonic() - started_s)
         await self._tell_index()
-        if filled.result is not None and filled.result.error:
-            log.warning("pulling blocks from %s: %s", request.source.name, filled.result.error)
+        for error in {result.error for result in filled.results if result.error}:
+            log.warning("pulling blocks from %s: %s", request.source.name, error)
         return filled
 
     def _count(self, filled: Filled, *, num_held: int, num_missing: int) -> None:
         counts = self.counts
         counts.blocks_known += num_held
         counts.blocks_pulled += len(filled.committed)
-        counts.blocks_unavailable += num_missing - len(filled.committed)
-        if filled.result is not None:
-            transport = filled.result.transport or "none"
-            self.metrics.transport_bytes.labels(transport).inc(filled.result.bytes_moved)
-            counts.bytes_pulled += filled.result.bytes_moved
-            counts.frames_quarantined += filled.result.frames_bad
+        counts.blocks_refused += filled.num_refused
+        counts.blocks_unavailable += num_missing - len(filled.committed) - filled.num_refused
+        for result in filled.results:
+            transport = result.transport or "none"
+            self.metrics.transport_bytes.labels(transport).inc(result.bytes_moved)
+            counts.bytes_pulled += result.bytes_moved
+            counts.frames_quarantined += result.frames_bad
 
     async def _arena_of(self, layout: common_pb2.KvLayout) -> Arena:
         """The tiers for this layout; made for the first one that is offered.
