@@ -56,7 +56,7 @@ def make_arena(failed: list[str] | None = None) -> Arena:
     address = common_pb2.PeerAddress(uid=random_uid(), epoch=1, data_port=free_port())
     return Arena(
         PROTO_LAYOUT,
-        KvNodeSettings(name="n", host="127.0.0.1", memory_mb=1),
+        KvNodeSettings(name="n", host="127.0.0.1", memory_mb=1, memory_high=1, memory_low=1),
         address,
         upkeep=Upkeep((failed if failed is not None else []).append),
         now_ms=lambda: 1,
@@ -194,6 +194,47 @@ async def test_a_burst_of_offers_gives_up_no_block_that_awaits_the_disk(
     file.close()
 
 
+async def test_blocks_that_nobody_wants_displace_what_is_kept_below_and_one_another(
+    tmp_path: Path,
+) -> None:
+    arena = make_arena()
+    file = BlockFile(tmp_path)
+    num_slots = arena.cache.num_slots
+    arena.attach_disk(file, file.begin(PROTO_LAYOUT, num_slots=8 * num_slots))
+    (disk,) = arena.below
+    hot = [os.urandom(16) for _ in range(num_slots)]
+    await store_in(arena, hot)
+    await eventually(lambda: _now(disk.is_behind), lambda is_behind: not is_behind)
+    moved = [os.urandom(16) for _ in range(2 * num_slots)]
+    async with make_holder([], num_blocks=len(moved)) as source:
+        source.publish(moved)
+        for start in range(0, len(moved), 4):
+            part = moved[start : start + 4]
+            filled = await arena.fill(
+                source.address, part, Origin(), stored_ms={}, timeout_ms=120_000, is_cold=True
+            )
+            assert set(filled.committed) == set(part)
+        await eventually(lambda: _now(disk.is_behind), lambda is_behind: not is_behind)
+    assert set(disk.names()) == {*hot, *moved}
+    assert len(set(hot) - set(arena.cache.names())) <= 4, "as many as are on their way to disk"
+    await arena.close(timeout_ms=0)
+    file.close()
+
+
+async def test_blocks_that_nobody_wants_get_no_room_where_they_cannot_stay() -> None:
+    arena = make_arena()
+    hot = [os.urandom(16) for _ in range(arena.cache.num_slots)]
+    await store_in(arena, hot)
+    async with make_holder([]) as source:
+        source.publish([NAME])
+        filled = await arena.fill(
+            source.address, [NAME], Origin(), stored_ms={}, timeout_ms=120_000, is_cold=True
+        )
+    assert filled.results == ()
+    assert arena.cache.names() == hot
+    await arena.close(timeout_ms=0)
+
+
 async def test_a_load_for_a_request_finds_room_though_all_blocks_await_the_disk() -> None:
     arena = make_arena()
     names = [os.urandom(16) for _ in range(arena.cache.num_slots)]
@@ -282,7 +323,7 @@ class One:
     def blocks(self, *, on_disk: bool) -> dict[bytes, Held]:
         return {NAME: Held(0, Origin(chain_head=NAME), stored_ms=1)}
 
-    async def load(self, names: Sequence[bytes], *, timeout_ms: int) -> int:
+    async def load(self, names: Sequence[bytes], *, timeout_ms: int, is_cold: bool) -> int:
         raise AssertionError("nobody lacks anything")
 
 
@@ -306,3 +347,51 @@ async def test_a_node_that_refuses_is_not_asked_all_the_time(
     with pytest.raises(asyncio.CancelledError):
         await mover.run()
     assert waits == [moves.INTERVAL_S, moves.RETRY_S, moves.RETRY_S]
+
+
+class Lacking(Refusing):
+    """A node that lacks everything, and takes its time to say so."""
+
+    def __init__(self, clock: list[int]) -> None:
+        super().__init__()
+        self._clock = clock
+        self.asked: list[kvnode_pb2.OfferRequest] = []
+
+    async def offer(
+        self, target: str, request: kvnode_pb2.OfferRequest
+    ) -> kvnode_pb2.OfferResponse:
+        self.asked.append(request)
+        self._clock[0] += 7_000
+        return kvnode_pb2.OfferResponse(num_missed=len(request.names))
+
+
+class OnDisk(One):
+    """A node that has its block on disk."""
+
+    def blocks(self, *, on_disk: bool) -> dict[bytes, Held]:
+        return super().blocks(on_disk=on_disk) if on_disk else {}
+
+    async def load(self, names: Sequence[bytes], *, timeout_ms: int, is_cold: bool) -> int:
+        assert is_cold
+        return len(names)
+
+
+async def test_blocks_that_are_loaded_to_be_moved_are_offered_as_cold_and_with_their_age_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [10_000]
+    target = Lacking(clock)
+
+    async def sleep(_: float) -> None:
+        if target.asked:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(moves.time, "time_ns", lambda: clock[0] * 1_000_000)
+    monkeypatch.setattr(moves.asyncio, "sleep", sleep)
+    address = common_pb2.PeerAddress(host="kv", grpc_port=2)
+    with pytest.raises(asyncio.CancelledError):
+        await moves.Mover(KvNodeSettings(name="n"), target, address, source=OnDisk()).run()
+    assert [(list(asked.ages_ms), asked.is_cold) for asked in target.asked] == [
+        ([9_999], True),
+        ([16_999], True),
+    ]

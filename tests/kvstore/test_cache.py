@@ -50,6 +50,17 @@ def test_blocks_are_reserved_before_they_are_held() -> None:
     assert len(set(taken.slots)) == 3
 
 
+def test_blocks_that_came_unwanted_go_first_until_they_are_wanted() -> None:
+    cache = make_cache(4)
+    fill(cache, "ab")
+    for name in cache.reserve(names_of("cd"), NOBODY, now_ms=0, is_cold=True).names:
+        cache.commit(name)
+    cache.touch(names_of("d"))
+    assert fill(cache, "e") == [b"c"]
+    assert fill(cache, "f") == [b"b"]
+    assert held(cache) == "adef"
+
+
 def test_what_was_wanted_more_often_stays() -> None:
     cache = make_cache(4)
     fill(cache, "ab")

@@ -69,6 +69,8 @@ class Held:
     slot: int
     origin: Origin
     stored_ms: int
+    is_cold: bool = False
+    """It came to be kept, without being wanted: the first to go."""
 
 
 class BlockCache:
@@ -185,12 +187,14 @@ class BlockCache:
         now_ms: int,
         evict: Callable[[bytes], bool] = lambda _: True,
         stored_ms: Mapping[bytes, int] | None = None,
+        is_cold: bool = False,
     ) -> Reservation:
         """Slots for the first of these (missing) names, as many as can be had.
 
         Args:
             evict: takes a name out of service; False if a transfer still reads it.
             stored_ms: when blocks were first stored; none: now.
+            is_cold: they are not wanted now.
         """
         since_ms = stored_ms or {}
         taken: list[bytes] = []
@@ -206,7 +210,8 @@ class BlockCache:
                     if victim is None:
                         break
                     evicted.append(victim)
-                self._reserved[name] = Held(self._free.pop(), origin, since_ms.get(name, now_ms))
+                since = since_ms.get(name, now_ms)
+                self._reserved[name] = Held(self._free.pop(), origin, since, is_cold)
                 self._tenant_slots[origin.tenant] += 1
                 taken.append(name)
         slots = tuple(self._reserved[name].slot for name in taken)
@@ -224,7 +229,7 @@ class BlockCache:
         self._name_of[held.slot] = name
         if self.limits.ttl_ms:
             heapq.heappush(self._ages, (held.stored_ms, name))
-        self._order.add(name, group=held.origin.tenant)
+        self._order.add(name, group=held.origin.tenant, is_cold=held.is_cold)
 
     def abandon(self, name: bytes) -> None:
         """The slot reserved for this name was not filled."""

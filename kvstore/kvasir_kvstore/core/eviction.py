@@ -33,6 +33,9 @@ TRIAL_TOUCHES_PER_SLOT = 4
 HITS_KEPT = 0.5
 """Of the hits of earlier trials, at each new one."""
 
+COLD_FREQUENCY = 2.0**-64
+"""Of a name that came without being wanted: as of one wanted 64 half lives ago."""
+
 _Entry = tuple[float, bytes]
 """Score and name."""
 
@@ -64,10 +67,14 @@ class Ranking:
     def __contains__(self, name: bytes) -> bool:
         return name in self._known
 
-    def add(self, name: bytes, *, group: bytes = b"") -> None:
-        """A name comes in, or comes back."""
+    def add(self, name: bytes, *, group: bytes = b"", is_cold: bool = False) -> None:
+        """A name comes in, or comes back; a cold one is worth less than any that was wanted."""
         self._group_sizes[group] += 1
-        self._note(name, self._ghosts.pop(name, None), group)
+        before = self._ghosts.pop(name, None)
+        if is_cold:
+            self._set(name, COLD_FREQUENCY, group)
+        else:
+            self._note(name, before, group)
 
     def touch(self, name: bytes) -> None:
         """A name that is in was wanted."""
@@ -127,6 +134,9 @@ class Ranking:
         frequency = 1.0
         if before is not None:
             frequency += before.frequency * 0.5 ** ((self._touches - before.at) / self.half_life)
+        self._set(name, frequency, group)
+
+    def _set(self, name: bytes, frequency: float, group: bytes) -> None:
         score = self._touches + self.half_life * math.log2(frequency)
         self._known[name] = _Known(frequency, self._touches, score, group)
         self._push(self._all, (score, name), size=len(self._known))
@@ -199,10 +209,11 @@ class ValueOrder:
     def __contains__(self, name: bytes) -> bool:
         return name in self._ranking
 
-    def add(self, name: bytes, *, group: bytes = b"") -> None:
-        """A name comes in, or comes back."""
-        self._ranking.add(name, group=group)
-        self._wanted(name)
+    def add(self, name: bytes, *, group: bytes = b"", is_cold: bool = False) -> None:
+        """A name comes in, or comes back; a cold one because it is to be kept, not wanted."""
+        self._ranking.add(name, group=group, is_cold=is_cold)
+        if not is_cold:
+            self._wanted(name)
 
     def touch(self, name: bytes) -> None:
         """A name that is in was wanted."""

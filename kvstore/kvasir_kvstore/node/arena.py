@@ -208,10 +208,13 @@ class Arena:
         *,
         stored_ms: Mapping[bytes, int],
         timeout_ms: int,
+        is_cold: bool = False,
     ) -> Filled:
         """Pulls these (missing) blocks; those that find no room wait until others are written.
 
-        `stored_ms`: of those that were stored elsewhere before.
+        Args:
+            stored_ms: of those that were stored elsewhere before.
+            is_cold: wait until nothing else is to be written, and displace only what is below.
         """
         started_s = time.monotonic()
         end_s = started_s + timeout_ms / 1000
@@ -221,7 +224,9 @@ class Arena:
         left = list(names)
         while True:
             is_behind, settled = self.is_behind, self._settled
-            slots = self._reserve(left, origin, evict=self._may_leave_memory, stored_ms=stored_ms)
+            slots = {}
+            if not (is_cold and is_behind):
+                slots = self._reserve(left, origin, stored_ms=stored_ms, is_cold=is_cold)
             if slots:
                 left_ms = max(1, int((end_s - time.monotonic()) * 1000))
                 whole, result = await self._pull(source, slots, timeout_ms=left_ms)
@@ -259,16 +264,20 @@ class Arena:
             tier.put(committed)
         return committed, result
 
-    async def load(self, names: Sequence[bytes], *, timeout_ms: int) -> int:
-        """Brings the leading part of the names into memory; how many of them are there then."""
+    async def load(self, names: Sequence[bytes], *, timeout_ms: int, is_cold: bool = False) -> int:
+        """Brings the leading part of the names into memory; how many of them are there then.
+
+        `is_cold`: no request wants them.
+        """
         leading: list[asyncio.Task[bool] | None] = []
         for name in names:
             is_here = self.cache.find(name, now_ms=self._now_ms()) is not None
-            loading = None if is_here else self._loads.get(name) or self._start_load(name)
+            loading = None if is_here else self._loads.get(name) or self._start_load(name, is_cold)
             if not is_here and loading is None:
                 break
             leading.append(loading)
-        self.touch(names[: len(leading)])
+        if not is_cold:
+            self.touch(names[: len(leading)])
         running = {task for task in leading if task is not None}
         if running:
             await asyncio.wait(running, timeout=timeout_ms / 1000)
@@ -295,16 +304,18 @@ class Arena:
         await asyncio.gather(*(tier.close(timeout_ms=timeout_ms) for tier in self.below))
         await asyncio.to_thread(self.server.stop)
 
-    def _start_load(self, name: bytes) -> "asyncio.Task[bool] | None":
+    def _start_load(self, name: bytes, is_cold: bool) -> "asyncio.Task[bool] | None":
         """None: no tier has it, there is no room, or memory has it too old, or not yet."""
         stored = next((held for tier in self.below if (held := tier.find(name))), None)
         is_in_memory = not self.cache.missing([name])
         if stored is None or is_in_memory or len(self._loads) >= LOADS_MAX:
             return None
         since_ms = {name: stored.stored_ms}
-        slots = self._reserve(
-            [name], stored.origin, evict=self._may_leave_memory, stored_ms=since_ms
-        ) or self._reserve([name], stored.origin, evict=self.pool.unpublish, stored_ms=since_ms)
+        slots = self._reserve([name], stored.origin, stored_ms=since_ms, is_cold=is_cold)
+        if not slots and not is_cold:  # a request waits: what is yet to be written must go
+            slots = self._reserve(
+                [name], stored.origin, stored_ms=since_ms, evict=self.pool.unpublish
+            )
         if not slots:
             return None
         task = asyncio.create_task(self._load(name, slots[name]))
@@ -338,17 +349,23 @@ class Arena:
         names: Sequence[bytes],
         origin: Origin,
         *,
-        evict: Callable[[bytes], bool],
         stored_ms: Mapping[bytes, int],
+        is_cold: bool = False,
+        evict: Callable[[bytes], bool] | None = None,
     ) -> dict[bytes, int]:
-        """Slots of memory for some of the names; what was pulled meanwhile has gained value."""
+        """Slots of memory for some of the names; what was pulled meanwhile has gained value.
+
+        `evict`: another choice of what may go than that for hot or cold blocks.
+        """
         self._note_uses()
+        may_go = self._may_make_way if is_cold else self._may_leave_memory
         taken = self.cache.reserve(
             names,
             origin,
             now_ms=self._now_ms(),
-            evict=evict,
+            evict=evict or may_go,
             stored_ms=stored_ms,
+            is_cold=is_cold,
         )
         self.num_evicted += len(taken.evicted)
         self._gone_from_memory(taken.evicted)
@@ -387,6 +404,10 @@ class Arena:
 
     def _may_leave_memory(self, name: bytes) -> bool:
         return not any(tier.awaits(name) for tier in self.below) and self.pool.unpublish(name)
+
+    def _may_make_way(self, name: bytes) -> bool:
+        """As above, for a block that nobody waits for: nothing may be lost by it."""
+        return self._is_below(name) and self._may_leave_memory(name)
 
     def _is_below(self, name: bytes) -> bool:
         return any(tier.find(name) is not None for tier in self.below)

@@ -241,7 +241,11 @@ class DiskTier:
 
     def _reserve(self, name: bytes, held: Held) -> int | None:
         taken = self._cache.reserve(
-            [name], held.origin, now_ms=self._now_ms(), stored_ms={name: held.stored_ms}
+            [name],
+            held.origin,
+            now_ms=self._now_ms(),
+            stored_ms={name: held.stored_ms},
+            is_cold=held.is_cold,
         )
         self._forget(taken.evicted)
         return taken.slots[0] if taken.slots else None

@@ -4,7 +4,8 @@ Decides which chains are offered to whom: those that after a change of the live 
 (core/placement.py) to a node to which they did not belong before, whether in memory or on disk;
 and those new in memory, since whoever offered them may have seen other nodes live. The other node
 pulls, as it does from workers, and says what it has already, so that two holders of a chain do no
-harm; what it lacks and is on disk alone is loaded for it. Blocks keep their age.
+harm; what it lacks and is on disk alone is loaded for it, and is the least valuable on both nodes
+until a request wants it: moves displace next to nothing. Blocks keep their age.
 What has moved is not given up here: it loses its value as it is no longer asked for. One chain
 after the other, in the background, at a bounded rate; what failed is tried again in the next round.
 """
@@ -58,7 +59,7 @@ class Source(Protocol):
     def blocks(self, *, on_disk: bool) -> Mapping[bytes, Held]:
         """Those in memory, and on disk if asked for."""
 
-    async def load(self, names: Sequence[bytes], *, timeout_ms: int) -> int:
+    async def load(self, names: Sequence[bytes], *, timeout_ms: int, is_cold: bool) -> int:
         """Brings the leading part of the names into memory; how many of them are there then."""
 
 
@@ -91,13 +92,14 @@ class Mover:
             members = _Members(self._nodes.weights(), self._nodes.lives())
             layout = self._source.layout()
             in_memory = self._source.blocks(on_disk=False)
-            new = in_memory.keys() - self._names_placed
+            wanted = {name for name, block in in_memory.items() if not block.is_cold}
+            new = wanted - self._names_placed
             if layout is None or (members == self._placed and not new):
                 continue
             held: Mapping[bytes, Held] = {name: in_memory[name] for name in new}
             if members != self._placed:
                 held = self._source.blocks(on_disk=True)
-            if await self._place(held, members, layout, new=new):
+            if await self._place(held, members, layout, new=new, wanted=wanted):
                 self._placed, self._names_placed = members, frozenset(in_memory)
             else:
                 wait_s = RETRY_S
@@ -109,13 +111,14 @@ class Mover:
         layout: common_pb2.KvLayout,
         *,
         new: Set[bytes],
+        wanted: Set[bytes],
     ) -> bool:
         """Offers blocks to nodes they newly belong to; False: not all could be."""
-        chains: defaultdict[tuple[Origin, bool], list[bytes]] = defaultdict(list)
+        chains: defaultdict[tuple[Origin, bool, bool], list[bytes]] = defaultdict(list)
         for name, block in held.items():
-            chains[block.origin, name in new].append(name)
+            chains[block.origin, name in new, name not in wanted].append(name)
         is_done = True
-        for (origin, is_new), names in chains.items():
+        for (origin, is_new, is_cold), names in chains.items():
             head = origin.chain_head
             before: set[tuple[str, int]] = set()
             if self._placed is not None and not is_new:
@@ -124,20 +127,45 @@ class Mover:
                 for start in range(0, len(names), NAMES_PER_OFFER):
                     part = names[start : start + NAMES_PER_OFFER]
                     blocks = {name: held[name] for name in part}
-                    is_done &= await self._offer(target, blocks, origin, layout)
+                    is_done &= await self._offer(target, blocks, layout, is_cold=is_cold)
         return is_done
 
     async def _offer(
         self,
         target: str,
         blocks: Mapping[bytes, Held],
-        origin: Origin,
         layout: common_pb2.KvLayout,
+        *,
+        is_cold: bool,
     ) -> bool:
+        """Offers blocks of one chain; those that are on disk alone only if they are lacking."""
         if target == join_target(self._address.host, self._address.grpc_port):
             return True
+        try:
+            answer = await self._nodes.offer(target, self._request(blocks, layout, is_cold))
+            num_pulled, num_loaded = answer.num_pulled, 0
+            if answer.num_missed:
+                num_loaded = await self._source.load(
+                    list(blocks), timeout_ms=OFFER_TIMEOUT_MS, is_cold=True
+                )
+            if num_loaded:
+                request = self._request(blocks, layout, is_cold)
+                num_pulled += (await self._nodes.offer(target, request)).num_pulled
+        except KvasirError as error:
+            log.info("moving blocks to %s: %s", target, error.message)
+            return False
+        self.blocks_moved += num_pulled
+        num_moved = max(num_pulled, num_loaded)
+        await asyncio.sleep(num_moved * layout.block_bytes / self._bytes_per_s)
+        return True
+
+    def _request(
+        self, blocks: Mapping[bytes, Held], layout: common_pb2.KvLayout, is_cold: bool
+    ) -> kvnode_pb2.OfferRequest:
+        """Of blocks of one chain, with their ages now."""
         now_ms = time.time_ns() // 1_000_000
-        request = kvnode_pb2.OfferRequest(
+        origin = next(iter(blocks.values())).origin
+        return kvnode_pb2.OfferRequest(
             source=self._address,
             layout=layout,
             names=list(blocks),
@@ -145,17 +173,5 @@ class Mover:
             tenant=origin.tenant,
             chain_head=origin.chain_head,
             ages_ms=[max(now_ms - block.stored_ms, 0) for block in blocks.values()],
+            is_cold=is_cold,
         )
-        try:
-            answer = await self._nodes.offer(target, request)
-            num_pulled = answer.num_pulled
-            if answer.num_missed and await self._source.load(
-                request.names, timeout_ms=OFFER_TIMEOUT_MS
-            ):
-                num_pulled += (await self._nodes.offer(target, request)).num_pulled
-        except KvasirError as error:
-            log.info("moving blocks to %s: %s", target, error.message)
-            return False
-        self.blocks_moved += num_pulled
-        await asyncio.sleep(num_pulled * layout.block_bytes / self._bytes_per_s)
-        return True

@@ -154,8 +154,10 @@ class NodeStore:
             return leading_runs([here, await self._index.locate(names)], num_names=len(names))
         return await self._index.locate(names)
 
-    async def load(self, names: Sequence[bytes], *, timeout_ms: int) -> int:
+    async def load(self, names: Sequence[bytes], *, timeout_ms: int, is_cold: bool = False) -> int:
         """Brings the leading part of the names into memory; how many of them are there then.
+
+        `is_cold`: no request wants them.
 
         Raises:
             KvasirError: malformed.
@@ -164,7 +166,7 @@ class NodeStore:
         if self._arena is None:
             return 0
         timeout_ms = min(timeout_ms, self._settings.offer_timeout_ms_max)
-        return await self._arena.load(names, timeout_ms=timeout_ms)
+        return await self._arena.load(names, timeout_ms=timeout_ms, is_cold=is_cold)
 
     def describe(self) -> kvnode_pb2.KvNodeDescription:
         """What this node is and holds."""
@@ -255,7 +257,8 @@ class NodeStore:
         try:
             # 3. Pull, then tell the index.
             missing = arena.missing(names)
-            arena.touch(names)
+            if not request.is_cold:
+                arena.touch(names)
             filled = await self._fill(arena, request, missing, end_s=end_s)
         finally:
             self._turn.release()
@@ -310,6 +313,7 @@ class NodeStore:
             origin,
             stored_ms={name: now_ms - age_ms for name, age_ms in ages_ms if age_ms <= now_ms},
             timeout_ms=left_ms,
+            is_cold=request.is_cold,
         )
         self.metrics.pull_seconds.observe(time.monotonic() - started_s)
         await self._tell_index()

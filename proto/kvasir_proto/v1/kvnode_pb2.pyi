@@ -239,11 +239,14 @@ class OfferRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     CHAIN_HEAD_FIELD_NUMBER: _builtins.int
     AGES_MS_FIELD_NUMBER: _builtins.int
+    IS_COLD_FIELD_NUMBER: _builtins.int
     timeout_ms: _builtins.int
     tenant: _builtins.bytes
     """16 bytes that tell tenants apart, or none: quotas count by it"""
     chain_head: _builtins.bytes
     """name of the first block of the chain; none: names[0]"""
+    is_cold: _builtins.bool
+    """no request has wanted them of late: they displace as little as can be"""
     @_builtins.property
     def source(self) -> _common_pb2.PeerAddress: ...
     @_builtins.property
@@ -266,10 +269,11 @@ class OfferRequest(_message.Message):
         tenant: _builtins.bytes = ...,
         chain_head: _builtins.bytes = ...,
         ages_ms: _abc.Iterable[_builtins.int] | None = ...,
+        is_cold: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ages_ms", b"ages_ms", "chain_head", b"chain_head", "layout", b"layout", "names", b"names", "source", b"source", "tenant", b"tenant", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ages_ms", b"ages_ms", "chain_head", b"chain_head", "is_cold", b"is_cold", "layout", b"layout", "names", b"names", "source", b"source", "tenant", b"tenant", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
