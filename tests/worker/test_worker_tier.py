@@ -1,11 +1,13 @@
 """Blocks of a KV node in place of computing: the same tokens, counted as fetched."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from kvasir_engine.worker.chunks import names_salt
 from kvasir_kvstore.core import fetch
-from kvasir_proto.v1 import worker_pb2
+from kvasir_kvstore.core.block import tenant_of
+from kvasir_proto.v1 import common_pb2, worker_pb2
 from worker_builders import Process, make_model_dir, make_request, prompt, started, until
 
 
@@ -91,6 +93,38 @@ async def test_drain_offers_what_the_cache_holds(model: Path, kv_node: str) -> N
         assert (last.num_blocks_left, last.drained) == (0, True)
         held = len(first.host.hub.held)
         assert await first.metric("kvasir_worker_blocks_offered_total") >= held
+
+
+async def test_what_a_drain_offers_says_whose_it_is_blended_or_not(
+    model: Path, kv_node: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = common_pb2.Chunks(
+        spans=[common_pb2.TokenSpan(start=0, end=64)], recompute_permille=100
+    )
+    blended = make_request(prompt(100), tenant_salt=b"a", chunks=chunks, max_tokens=40)
+    exact = make_request(prompt(100, seed=2), tenant_salt=b"b")
+    offered: dict[bytes, tuple[bytes, bytes]] = {}
+
+    async def offer(names: Sequence[bytes], *_: object, chain_head: bytes, tenant: bytes) -> None:
+        offered.update(dict.fromkeys(names, (tenant, chain_head)))
+
+    async with started(model, "a", kv_nodes=(kv_node,)) as worker:
+        await worker.generate(blended)
+        await worker.generate(exact)
+        serving = worker.host.served()
+        chains = [
+            serving.names(tokens, tenant_salt=names_salt(request))
+            for tokens, request in ((prompt(100), blended), (prompt(100, seed=2), exact))
+        ]
+        produced = set(worker.host.hub.held) - {name for chain in chains for name in chain}
+        monkeypatch.setattr(serving.tier, "offer", offer)
+        drain = worker.stub.Drain(worker_pb2.DrainRequest(timeout_ms=10_000), timeout=30)
+        last = [progress async for progress in drain][-1]
+    assert (last.num_blocks_left, last.drained) == (0, True)
+    assert len(produced) == 4, "of the answer, the chunk alone (2), and the canary's"
+    for chain, salt in zip(chains, (b"a", b"b"), strict=True):
+        assert [offered[name] for name in chain] == [(tenant_of(salt), chain[0])] * len(chain)
+    assert sorted(offered[name][0] for name in produced & offered.keys()) == [tenant_of(b"a")] * 3
 
 
 async def test_kv_node_that_is_gone_costs_nothing_but_computing(

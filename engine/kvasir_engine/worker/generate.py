@@ -200,7 +200,7 @@ class EngineGenerator(Generator):
         return self._host.served()
 
     async def _ended(self, message: worker_pb2.GenerateRequest, produced: Sequence[int]) -> None:
-        await self._offers.add([*message.token_ids, *produced], tenant_salt=message.tenant_salt)
+        await self._offers.ended(message, produced)
 
     def _is_prefilled_elsewhere(self, message: worker_pb2.GenerateRequest) -> bool:
         own_uid = self._host.address.uid
@@ -209,6 +209,7 @@ class EngineGenerator(Generator):
     def _events(
         self, message: worker_pb2.GenerateRequest, scope: Scope, trace: Trace
     ) -> AsyncGenerator[TokenEvent, None]:
+        self._offers.begun(message)
         request = self._engine_request(message, scope)
         if self._is_prefilled_elsewhere(message):
             return self._handoff.events(message, request, scope=scope, trace=trace)

@@ -1,8 +1,9 @@
 """Offers of full blocks to the KV tier; the tier sends them in the background.
 
 Decides what is offered: what a finished request leaves in the cache and, in a drain, all that the
-cache holds, the newest chains first. Blocks of one chain go to one node, so a block is offered
-under its chain's head.
+cache holds of requests, the newest chains first. Blocks of one chain go to one node, so a block is
+offered under its chain's head. Invariant: none is offered without its tenant, which quotas count
+by; a block of no request (the canary's) is not offered.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from kvasir_kvstore.core.block import tenant_of
 from kvasir_kvstore.core.cache import Origin
 
+from kvasir_engine.worker.chunks import Message, names_salt
 from kvasir_engine.worker.host import Host, Serving, proto_layout
 
 NAMES_PER_OFFER = 256
@@ -24,6 +26,16 @@ class Offers:
         self._origins: dict[bytes, Origin] = {}
         """Of names that requests have used; forgotten with the blocks."""
         self._offered_in_drain: set[bytes] = set()
+
+    def begun(self, message: Message) -> None:
+        """Notes whose blocks the prompt's are, whatever becomes of the request."""
+        self._note(message, message.token_ids)
+
+    async def ended(self, message: Message, produced: Sequence[int] = ()) -> None:
+        """Offers what the request leaves; what was blended of chunks goes in a drain alone."""
+        token_ids = [*message.token_ids, *produced]
+        self._note(message, token_ids)
+        await self.add(token_ids, tenant_salt=message.tenant_salt)
 
     async def add(self, token_ids: Sequence[int], *, tenant_salt: bytes) -> None:
         """Offers the full blocks of these tokens that are held here."""
@@ -45,13 +57,13 @@ class Offers:
         if serving is None or serving.tier is None or not serving.tier.healthy:
             return 0
         room = self._host.settings.offer_blocks_max - serving.tier.num_offers_pending
-        left = [name for name in self._host.hub.held if name not in self._offered_in_drain]
+        known = [name for name in self._host.hub.held if name in self._origins]
+        left = [name for name in known if name not in self._offered_in_drain]
         for names in self._chains(left):
             part = names[: min(room, NAMES_PER_OFFER)]
             if not part:
                 break
-            origin = self._origins.get(part[0], Origin(chain_head=part[0]))
-            await self._offer(serving, part, origin)
+            await self._offer(serving, part, self._origins[part[0]])
             self._offered_in_drain.update(part)
             room -= len(part)
         num_offered = sum(name in self._offered_in_drain for name in left)
@@ -61,7 +73,7 @@ class Offers:
         """The names by chain, parents first; the chain stored last comes first."""
         chains: dict[bytes, list[bytes]] = {}
         for name in names:
-            head = self._origins[name].chain_head if name in self._origins else name
+            head = self._origins[name].chain_head
             chain = chains.pop(head, [])
             chain.append(name)
             chains[head] = chain
@@ -77,6 +89,16 @@ class Offers:
             tenant=origin.tenant,
         )
         self._host.metrics.blocks_offered.inc(len(names))
+
+    def _note(self, message: Message, token_ids: Sequence[int]) -> None:
+        """The names are those under which the blocks lie, also those of an approximation."""
+        serving = self._host.served()
+        if serving.tier is None:
+            return
+        names = serving.names(token_ids, tenant_salt=names_salt(message))
+        if names:
+            tenant = tenant_of(message.tenant_salt)
+            self._remember(names, Origin(tenant=tenant, chain_head=names[0]))
 
     def _remember(self, names: list[bytes], origin: Origin) -> None:
         self._origins.update(dict.fromkeys(names, origin))

@@ -72,6 +72,7 @@ class Prefiller:
         yield worker_pb2.PrefillUpdate(
             accepted=worker_pb2.PrefillAccepted(source=self._host.address)
         )
+        self._offers.begun(message)
         asked = self._host.asked(message)
         async with self._host.admission.turn(asked) as turn:
             # 2. Its turn: the decode worker makes room.
@@ -93,7 +94,7 @@ class Prefiller:
                 if self._host.served().pool.session_pulled(message.session_id):
                     self._host.health.has_crossed = True
                 await engine.finish_handoff(request.request_id)
-        await self._offers.add(message.token_ids, tenant_salt=message.tenant_salt)
+        await self._offers.ended(message)
 
     async def _hold(self, session_id: int, scope: Scope) -> str:
         pool = self._host.served().pool
