@@ -18,11 +18,14 @@ os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "3",
     "VLLM_CPU_OMP_THREADS_BIND": f"0-{int(sys.argv[4]) - 1}",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_AOT_COMPILE": "0",  # what it keeps cannot be read again by torch 2.13
     "HF_HUB_OFFLINE": "1",
 }
 
 TOKENS_MAX = 16 * 544
 SEQUENCES_MAX = 16
+STEP_TOKENS_MAX = 2048
+"""Of one step: vLLM warms up with as many, for minutes on a slow CPU. Longer prompts take several."""
 QUANTIZED = (
     "q_proj",
     "k_proj",
@@ -108,7 +111,7 @@ class Cases:
             dtype="bfloat16",
             max_model_len=TOKENS_MAX,
             max_num_seqs=SEQUENCES_MAX,
-            max_num_batched_tokens=TOKENS_MAX,
+            max_num_batched_tokens=STEP_TOKENS_MAX,
             enable_prefix_caching=False,
             async_scheduling=False,
             disable_log_stats=True,
