@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from conftest import NAMESPACE
+from e2e_chat import QUESTION, chat, system, tell, user
 from e2e_clients import Clients
 from e2e_cluster import (
     SERVICE,
@@ -15,7 +17,15 @@ from e2e_cluster import (
     wait_for_ready,
     wait_until_settled,
 )
-from e2e_shell import Kubectl, say, wait_for
+from e2e_shell import Kubectl, metric, port_forward, say, wait_for
+from kvasir_cli.demo import SYSTEM
+
+MOVED = {
+    "prefill": ("kvasir_worker_handoff_bytes_total", "kvasir_kvtier_fetched_bytes_total"),
+    "decode": ("kvasir_worker_handoff_bytes_total", "kvasir_kvtier_fetched_bytes_total"),
+    "kv": ("kvasir_kvnode_transport_bytes_total",),
+}
+"""What parts have received of KV, by transport."""
 
 
 @pytest.mark.timeout(600)
@@ -127,3 +137,47 @@ def _early_release(kubectl: Kubectl) -> dict[str, Any]:
 def _env(pod: dict[str, Any]) -> list[dict[str, Any]]:
     env: list[dict[str, Any]] = pod["spec"]["containers"][0]["env"]
     return env
+
+
+@pytest.mark.timeout(900)
+def test_pods_of_one_node_share_memory_by_choice(kubectl: Kubectl, router: str) -> None:
+    """Pod Security "restricted" forbids a folder of the node: KV is encrypted over TCP, until..."""
+    _chat_until_moved(kubectl, router, "tcp-encrypted")
+    assert _moved_bytes(kubectl, "shm") == 0
+    before = pod_uids(kubectl, *MOVED)
+    _enforce(kubectl, "privileged")
+    patch(kubectl, SERVICE, {"spec": {"kvSocketHostPath": "/run/kvasir-e2e"}})
+
+    def is_over() -> bool:
+        now = ready_pods(kubectl, *MOVED)
+        return len(now) == len(before) and not set(now.values()) & set(before.values())
+
+    wait_for("every worker and KV node to be replaced", is_over, limit_s=420)
+    wait_until_settled(kubectl)
+    _chat_until_moved(kubectl, router, "shm")
+
+
+def _enforce(kubectl: Kubectl, level: str) -> None:
+    label = f"pod-security.kubernetes.io/enforce={level}"
+    kubectl("label", "--overwrite", f"namespace/{NAMESPACE}", label)
+
+
+def _chat_until_moved(kubectl: Kubectl, router: str, transport: str) -> None:
+    """Several prompts: which worker serves one, and on which node, is the router's choice."""
+    for manner in ("swift", "sober", "warm", "plain", "curious", "formal", "modest", "precise"):
+        answer = chat(router, system(f"Be {manner}. {SYSTEM}"), user(QUESTION))
+        tell(answer)
+        assert "Paris" in answer.text
+        if _moved_bytes(kubectl, transport) > 0:
+            return
+    raise AssertionError(f"no KV moved by {transport}")
+
+
+def _moved_bytes(kubectl: Kubectl, transport: str) -> float:
+    total = 0.0
+    for role, names in MOVED.items():
+        for pod in find_pods(kubectl, role):
+            with port_forward(kubectl, f"pod/{pod['metadata']['name']}", 8080) as url:
+                total += sum(metric(url, name, transport=transport) for name in names)
+    say(f"KV moved by {transport}: {total:.0f} bytes")
+    return total

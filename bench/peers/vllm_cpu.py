@@ -25,7 +25,7 @@ os.environ |= {
 TOKENS_MAX = 16 * 544
 SEQUENCES_MAX = 16
 STEP_TOKENS_MAX = 2048
-"""Of one step: vLLM warms up with as many, for minutes on a slow CPU. Longer prompts take several."""
+"""Of one step; longer prompts take several. vLLM warms up with as many, minutes on a slow CPU."""
 QUANTIZED = (
     "q_proj",
     "k_proj",

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from kvasir_operator.api_base import NAME_PATTERN, ApiModel, Rule, map_list
 from kvasir_operator.api_gateway import GatewaySettings
-from kvasir_operator.api_kv import KvNodeSettings, KvUseSettings
+from kvasir_operator.api_kv import KvNodeSettings, KvSocketSettings, KvUseSettings
 from kvasir_operator.api_planner import PlannerSettings, WorkerPrice
 from kvasir_operator.api_pods import KeyRef, PodSettings, Resources
 from kvasir_operator.api_security import ROUTER_PEER_PORT, LinkSettings, SecuritySettings
@@ -193,7 +193,7 @@ class IndexSettings(ApiModel):
     )
 
 
-class ModelServiceSpec(EngineSettings, ImageSettings):
+class ModelServiceSpec(EngineSettings, KvSocketSettings, ImageSettings):
     """One model, served: a router, prefill and decode workers, and perhaps KV nodes."""
 
     RULES = (
@@ -305,6 +305,7 @@ class ModelServiceSpec(EngineSettings, ImageSettings):
 
 class WorkerPoolSpec(
     KvUseSettings,
+    KvSocketSettings,
     WorkerSettings,
     EngineSettings,
     Replicas,
@@ -366,7 +367,9 @@ class DecodePoolSpec(WorkerPoolSpec):
     """Workers that take over a prompt's KV and produce tokens."""
 
 
-class KVCachePoolSpec(KvNodeSettings, Replicas, ImageSettings, IndexSettings, LinkSettings):
+class KVCachePoolSpec(
+    KvNodeSettings, KvSocketSettings, Replicas, ImageSettings, IndexSettings, LinkSettings
+):
     """Nodes that keep KV blocks for workers to fetch instead of computing them again."""
 
     network_policy: bool = Field(default=False, description=NETWORK_POLICY_TEXT)

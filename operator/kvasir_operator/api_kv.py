@@ -130,6 +130,21 @@ class KvNodeSettings(PodSettings):
     )
 
 
+class KvSocketSettings(ApiModel):
+    """Whether KV between pods of one node moves through shared memory."""
+
+    kv_socket_host_path: str | None = Field(
+        default=None,
+        pattern=r"^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$",
+        max_length=512,
+        description="A folder of each node, made where it is missing, that pods share: through "
+        "sockets in it they hand one another their memory, and KV between pods of one node is "
+        "copied once, without the network. It becomes Kvasir's user's own: an init container does "
+        "that as root. Pod Security `baseline` and `restricted` forbid both. Absent: KV moves over "
+        "TCP. A change replaces workers and KV nodes.",
+    )
+
+
 class KvUseSettings(ApiModel):
     """How workers use KV of others."""
 

@@ -207,6 +207,10 @@ class EngineSettings(ApiModel):
             "kvCodec needs engine kvasir, for vLLM keeps its KV to itself: remove kvCodec",
         ),
         Rule(
+            "self.engine != 'vllm' || !has(self.kvSocketHostPath)",
+            "kvSocketHostPath needs engine kvasir, for vLLM keeps its KV to itself: remove it",
+        ),
+        Rule(
             "self.engine == oldSelf.engine",
             "engine cannot be changed: create another ModelService and move clients to it",
         ),

@@ -1,5 +1,6 @@
 """Volumes, environment and secrets that users give to pods."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from kvasir_kvstore.node.settings import KvNodeSettings
 from kvasir_operator.core.admission import references_of, review
 from kvasir_operator.core.manifests import Manifest, Ref
 from operator_builders import child_of, make_decode_pool, make_object, make_service, plan_for
+from test_link_plans import kv_pod, worker_pod
 from test_plan_pool import pod_spec
 
 SOURCES: dict[str, Manifest] = {
@@ -121,3 +123,40 @@ def test_missing_claims_of_volumes_are_told_of_once() -> None:
         assert references_of(obj).count(claim) == 1
         [warning] = review(obj, {}).warnings
         assert "PersistentVolumeClaim adapters does not exist" in warning
+
+
+FOLDER = "/run/kvasir/default.chat"
+
+
+@pytest.mark.parametrize("part", ["prefill", "decode", "kv"])
+def test_parts_of_a_service_share_a_folder_of_the_node_by_choice(part: str) -> None:
+    kind = {"prefill": "PrefillPool", "decode": "DecodePool", "kv": "KVCachePool"}[part]
+    chosen = plan_for(make_service(kvCache={}, kvSocketHostPath="/run/kvasir"))
+    assert child_of(chosen, kind, f"chat-{part}")["spec"]["kvSocketHostPath"] == FOLDER
+    usual = plan_for(make_service(kvCache={}))
+    assert "kvSocketHostPath" not in child_of(usual, kind, f"chat-{part}")["spec"]
+
+
+@pytest.mark.parametrize("pod_of", [worker_pod, kv_pod])
+def test_a_pod_finds_the_sockets_of_its_node_and_nobody_else_may(
+    pod_of: Callable[..., Manifest],
+) -> None:
+    spec = pod_of(kvSocketHostPath=FOLDER)["spec"]
+    arguments = container_of(spec)["args"]
+    assert arguments[arguments.index("--kv-socket-dir") + 1] == "/kv-sockets"
+    folder = {"path": FOLDER, "type": "DirectoryOrCreate"}
+    assert {"name": "kvasir-kv-sockets", "hostPath": folder} in spec["volumes"]
+    mount = {"name": "kvasir-kv-sockets", "mountPath": "/kv-sockets"}
+    assert mount in container_of(spec)["volumeMounts"]
+    [maker] = [c for c in spec["initContainers"] if c["name"] == "kv-sockets"]
+    assert maker["volumeMounts"] == [mount]
+    assert "0700" in maker["command"], "others could connect and read the pool"
+    assert maker["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["CHOWN", "FOWNER"]}
+
+
+@pytest.mark.parametrize("pod_of", [worker_pod, kv_pod])
+def test_without_that_choice_a_pod_is_restricted(pod_of: Callable[..., Manifest]) -> None:
+    spec = pod_of()["spec"]
+    assert "--kv-socket-dir" not in container_of(spec)["args"]
+    assert not any(v["name"] == "kvasir-kv-sockets" for v in spec["volumes"])
+    assert all("runAsUser" not in c["securityContext"] for c in spec.get("initContainers", []))

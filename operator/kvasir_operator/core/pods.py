@@ -17,6 +17,7 @@ from kvasir_operator.core.problems import MODEL_CONTAINER, MODEL_VOLUME
 USER_ID = 10001
 MODEL_FOLDER = "/model"
 TLS_FOLDER, TLS_VOLUME = "/tls", "kvasir-tls"
+KV_SOCKET_FOLDER, KV_SOCKET_VOLUME = "/kv-sockets", "kvasir-kv-sockets"
 KV_KEY_FOLDER, KV_KEY_VOLUME, KV_KEY_FILE = "/kv-key", "kvasir-kv-key", "kv.key"
 TLS_FILES = ("tls.crt", "tls.key", "ca.crt")
 SECRET_FILE_MODE = 0o440  # by fsGroup, the pod's user reads it
@@ -76,6 +77,7 @@ class Part:
     tls_secret: str = ""  # whose certificate it shows to other parts; "" for plain links
     takes_links: bool = True  # it is told of the certificate as all of Kvasir's own programs are
     kv_key_secret: str = ""  # whose key encrypts KV blocks; "": they are not encrypted
+    kv_socket_host_path: str = ""  # the node's folder of sockets; "": KV moves over TCP
 
 
 def pod_template(part: Part, labels: dict[str, str]) -> Manifest:
@@ -109,12 +111,17 @@ def pod_template(part: Part, labels: dict[str, str]) -> Manifest:
                     }
                     for spread in part.settings.topology_spread
                 ],
-                "initContainers": [*_model_copier(part, source), *_engine(part)],
+                "initContainers": [
+                    *_model_copier(part, source),
+                    *_socket_folder_owner(part),
+                    *_engine(part),
+                ],
                 "containers": [_container(part)],
                 "volumes": [
                     {"name": "tmp", "emptyDir": {}},
                     *([_model_volume(source)] if source else []),
                     *_secret_volumes(part),
+                    *_socket_volumes(part),
                     *part.volumes,
                     *(_as_written(volume) for volume in part.settings.volumes),
                 ],
@@ -140,13 +147,14 @@ def _container(part: Part) -> Manifest:
     secure = ["--tls-dir", TLS_FOLDER] if part.tls_secret and part.takes_links else []
     if part.kv_key_secret:
         secure += ["--kv-key-file", f"{KV_KEY_FOLDER}/{KV_KEY_FILE}"]
+    sockets = ["--kv-socket-dir", KV_SOCKET_FOLDER] if part.kv_socket_host_path else []
     return without_empty(
         {
             "name": part.name,
             "image": part.image.image or part.default_image,
             "imagePullPolicy": part.image.image_pull_policy,
             "command": list(part.command),
-            "args": [*part.args, *secure, *settings.args],
+            "args": [*part.args, *secure, *sockets, *settings.args],
             "env": _env(part, settings),
             "ports": [
                 {"name": name, "containerPort": port, "protocol": "TCP"}
@@ -155,7 +163,12 @@ def _container(part: Part) -> Manifest:
             "resources": settings.resources.model_dump(exclude_defaults=True),
             "securityContext": _locked_down(),
             "terminationMessagePolicy": "FallbackToLogsOnError",
-            "volumeMounts": [*_mounts(part, settings), *_secret_mounts(part), *part.mounts],
+            "volumeMounts": [
+                *_mounts(part, settings),
+                *_secret_mounts(part),
+                *_socket_mounts(part),
+                *part.mounts,
+            ],
             **_probes(part),
         }
     )
@@ -335,5 +348,42 @@ def _model_copier(part: Part, source: ModelSource | None) -> list[Manifest]:
             "securityContext": _locked_down(),
             "terminationMessagePolicy": "FallbackToLogsOnError",
             "volumeMounts": [{"name": MODEL_VOLUME, "mountPath": "/copy"}],
+        }
+    ]
+
+
+def _socket_volumes(part: Part) -> list[Manifest]:
+    """The node's folder where pods find one another's sockets."""
+    if not part.kv_socket_host_path:
+        return []
+    folder = {"path": part.kv_socket_host_path, "type": "DirectoryOrCreate"}
+    return [{"name": KV_SOCKET_VOLUME, "hostPath": folder}]
+
+
+def _socket_mounts(part: Part) -> list[Manifest]:
+    if not part.kv_socket_host_path:
+        return []
+    return [{"name": KV_SOCKET_VOLUME, "mountPath": KV_SOCKET_FOLDER}]
+
+
+def _socket_folder_owner(part: Part) -> list[Manifest]:
+    """The init container that gives the folder, made by the kubelet as root's, to the pods' user.
+
+    Only that user may enter it: whoever connects to a socket may read the blocks behind it.
+    """
+    if not part.kv_socket_host_path:
+        return []
+    owner = ["-o", str(USER_ID), "-g", str(USER_ID)]
+    capabilities = {"drop": ["ALL"], "add": ["CHOWN", "FOWNER"]}
+    as_root = {"runAsUser": 0, "runAsGroup": 0, "runAsNonRoot": False}
+    return [
+        {
+            "name": "kv-sockets",
+            "image": part.image.image or part.default_image,
+            "imagePullPolicy": part.image.image_pull_policy,
+            "command": ["install", "-d", "-m", "0700", *owner, KV_SOCKET_FOLDER],
+            "securityContext": {**_locked_down(), **as_root, "capabilities": capabilities},
+            "terminationMessagePolicy": "FallbackToLogsOnError",
+            "volumeMounts": _socket_mounts(part),
         }
     ]

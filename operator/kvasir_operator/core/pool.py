@@ -325,6 +325,7 @@ def _part(world: World, spec: PoolSpec) -> Part:
         ports=_ports(spec),
         tls_secret=spec.tls_secret or "",
         kv_key_secret=spec.kv_key_secret or "",
+        kv_socket_host_path=spec.kv_socket_host_path or "",
         settings=spec,
         image=spec,
         default_image=world.default_image,
