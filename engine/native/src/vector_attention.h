@@ -81,10 +81,10 @@ inline Range seen_by(const AttentionArgs& a, Range tokens, Range positions) {
 }
 
 // Scores of one row against positions [from, to) of a segment become weights, zero around them up
-// to whole blocks.
+// to whole blocks. Fetches meanwhile, lest memory idle.
 template <class V, bool kScaled>
 void soften_row(const AttentionArgs& a, const Workspace& work, float* scores, Range seen,
-                float* maximum, float* total) {
+                Fetches ahead, float* maximum, float* total) {
   constexpr int kParts = kRowAlign / V::kWidth;
   const int first = seen.from / kBlockTokens * kBlockTokens;
   const int end = (seen.to + kBlockTokens - 1) / kBlockTokens * kBlockTokens;
@@ -108,6 +108,10 @@ void soften_row(const AttentionArgs& a, const Workspace& work, float* scores, Ra
   typename V::F totals[kParts];
   for (int i = 0; i < kParts; ++i) totals[i] = V::zero();
   for (int t = first; t < end; t += kRowAlign) {
+    __builtin_prefetch(ahead.first);
+    __builtin_prefetch(ahead.second);
+    ahead.first += ahead.step;
+    ahead.second += ahead.step;
 #pragma GCC unroll 2
     for (int i = 0; i < kParts; ++i) {
       float* place = scores + t + i * V::kWidth;
@@ -170,6 +174,17 @@ struct Segment {
     if (next == nullptr) return {};
     const int half = static_cast<int>(head_bytes() / 2);
     return {next, next + half, half};
+  }
+
+  // While one of `rows` rows is softened: its share of V's third block, whose first two were
+  // fetched with the last scores.
+  Fetches fetch_softening(int row, int rows) const {
+    const char* values = reinterpret_cast<const char*>(nth_read(blocks.count() + 2));
+    const char* here = reinterpret_cast<const char*>(work.q);
+    if (values == nullptr || expands()) return {here, here, 0};
+    const int half = static_cast<int>(head_bytes() / (2 * rows));
+    const char* first = values + static_cast<size_t>(row) * 2 * half;
+    return {first, first + half, half / (kSegmentTokens / kRowAlign)};
   }
 
   // The same of the i-th and the one after it.
@@ -247,7 +262,8 @@ struct Segment {
   void soften() const {
     if constexpr (kHasScales<E>) read_scales();
     const Range tokens = tokens_that_see(a, {start, start + kSegmentTokens});
-    for (int row = 0; row < a.num_tokens * a.group; ++row) {
+    const int num_rows = a.num_tokens * a.group;
+    for (int row = 0; row < num_rows; ++row) {
       const int token = row / a.group;
       if (token < tokens.from || token >= tokens.to) {
         part.maxima[row] = -__builtin_inff();
@@ -257,7 +273,8 @@ struct Segment {
       const Range mine = seen_by(a, {token, token + 1}, seen);
       soften_row<V, kHasScales<E>>(
           a, work, work.scores + static_cast<size_t>(row) * work.score_stride,
-          {mine.from - start, mine.to - start}, &part.maxima[row], &part.totals[row]);
+          {mine.from - start, mine.to - start}, fetch_softening(row, num_rows), &part.maxima[row],
+          &part.totals[row]);
     }
   }
 
