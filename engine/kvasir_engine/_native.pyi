@@ -33,8 +33,10 @@ class Model:
         weights: str = "bf16",
         progress: Callable[[int, int], None] | None = None,
         kept: NDArray[np.uint8] | None = None,
+        is_balanced: bool = False,
     ) -> None:
-        """`kept`: what `packed` was when these weights were packed before."""
+        """`kept`: what `packed` was when these weights were packed before. `is_balanced`: columns
+        of weights are scaled to fit their inputs, as int8 needs; not for int4."""
     isa: str
     num_threads: int
     weight_bytes: int

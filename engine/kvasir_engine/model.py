@@ -41,9 +41,11 @@ WEIGHT_FORMATS = get_args(WeightFormat)
 CUDA_PATH = "cuda"
 EMBEDDINGS = "model.embed_tokens.weight"
 """All that is read of the source where packed weights were kept."""
-ARITHMETIC: dict[WeightFormat, str] = {"bf16": "", "int8": "int8 spread over rows", "int4": "int4"}
+ARITHMETIC: dict[WeightFormat, str] = {"bf16": "", "int8": "int8 balanced", "int4": "int4"}
 """Part of the fingerprint: another name once a format's numbers are rounded in another way, as KV
 of the two may still be in KV nodes, or in workers of the version before."""
+BALANCED: tuple[WeightFormat, ...] = ("int8",)
+"""Formats for which columns of weights are scaled to fit their inputs as they are packed."""
 KV_DTYPES = {1: "int8", 2: "bfloat16", 4: "float32"}
 
 
@@ -67,6 +69,7 @@ class PackOptions:
     kv: KvFormat
     weights: WeightFormat
     num_threads: int
+    is_balanced: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +137,9 @@ def load_model(
     kept = None
     if keeps_packed and name != CUDA_PATH:
         kept = packed_file(path, digest, weights, weights_bytes(config, weights))
-    how = PackOptions(isa=name, kv=kv, weights=weights, num_threads=num_threads)
+    how = PackOptions(
+        isa=name, kv=kv, weights=weights, num_threads=num_threads, is_balanced=weights in BALANCED
+    )
     native = _pack(config, files, how, kept, progress)
     layout = config.layout(KV_DTYPES[_native.kv_element_bytes(name, kv)])
     assert native.layer_bytes == layout.layer_bytes, "native and Python disagree on the KV layout"

@@ -64,7 +64,7 @@ def peak_share(folder: Path, weights: str) -> float:
     return int(peak_kb) * 1024 / int(weights_bytes)
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int4"])
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 def test_a_load_never_holds_much_more_than_the_packed_weights(folder: Path, weights: str) -> None:
     packing = peak_share(folder, weights)
     assert (folder / FOLDER / f"{weights}.packed").exists()

@@ -47,7 +47,7 @@ class Uploader {
     return made;
   }
 
-  Buffer<float> norm(const std::string& name, int size) {
+  Buffer<float> norm(const std::string& name, int size, Signal) {
     const uint16_t* bits = find_tensor(tensors_, name, size, 0);
     std::vector<float> values(size);
     for (int i = 0; i < size; ++i) values[i] = shape_.norm_offset + bf16_to_float(bits[i]);

@@ -46,6 +46,9 @@ class Arena {
   T* take(size_t count) {
     return static_cast<T*>(take_bytes(count * sizeof(T)));
   }
+  // Bytes handed out; going back to a former count hands them out once more, as they are by then.
+  size_t used() const { return used_; }
+  void rewind(size_t used) { used_ = used; }
   size_t bytes() const { return bytes_; }
   const uint8_t* data() const { return data_; }
   bool is_filled() const { return is_filled_; }

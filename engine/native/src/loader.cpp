@@ -45,7 +45,7 @@ class Sizer {
                      columns.stretched(num_columns)));
     return {};
   }
-  int norm(const std::string&, int size) { return add(size * sizeof(float)); }
+  int norm(const std::string&, int size, Signal) { return add(size * sizeof(float)); }
   int biases(const std::vector<TensorRows>& sources) {
     return add(stretched_rows(sources) * sizeof(float));
   }
@@ -79,26 +79,32 @@ PackedMatrix Loader::matrix(const std::vector<TensorRows>& sources, int num_colu
     const uint16_t* data = arena_->is_filled()
                                ? nullptr
                                : find_tensor(tensors_, source.name, source.rows, num_columns);
-    blocks.push_back({data, source.rows, source.groups});
+    const float* divisors = role == MatrixRole::kUp ? balance_.of(Signal::kHidden) : nullptr;
+    blocks.push_back({data, source.rows, source.groups, divisors});
   }
   const PackedMatrix packed = place(blocks, num_columns, columns, format_of(role, format_), arena_);
   if (arena_->is_filled()) return packed;
   const size_t panel = panel_bytes(packed.format, packed.k);
+  const size_t before_bytes = packed.panels - arena_->data();
   const int num_together = panels_together(packed);
   for (int first = 0; first < packed.num_panels(); first += num_together) {
     const int end = std::min(first + num_together, packed.num_panels());
-    pack(blocks, num_columns, columns, packed, {first, end}, pool_);
-    done_bytes_ += (end - first) * panel;
+    pack(blocks, num_columns, columns, balance_.of(input_of(role)), packed, {first, end}, pool_);
+    done_bytes_ = std::max(done_bytes_, before_bytes + end * panel);
     if (progress_) progress_(done_bytes_, arena_->bytes());
   }
   return packed;
 }
 
-const float* Loader::norm(const std::string& name, int size) {
+const float* Loader::norm(const std::string& name, int size, Signal made) {
   float* values = arena_->take<float>(size);
   if (arena_->is_filled()) return values;
   const uint16_t* bits = find_tensor(tensors_, name, size, 0);
-  for (int i = 0; i < size; ++i) values[i] = shape_.norm_offset + bf16_to_float(bits[i]);
+  const float* divisors = balance_.of(made);
+  for (int i = 0; i < size; ++i) {
+    values[i] = shape_.norm_offset + bf16_to_float(bits[i]);
+    if (divisors != nullptr) values[i] /= divisors[i];
+  }
   return values;
 }
 

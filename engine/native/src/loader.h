@@ -1,6 +1,7 @@
 // Packs named weights into the forward pass's form.
 #pragma once
 
+#include "balance.h"
 #include "model.h"
 #include "weight_table.h"
 
@@ -26,9 +27,12 @@ class Loader {
         pool_(pool),
         progress_(progress) {}
 
+  // Of all that is asked for from now on.
+  void set_balance(Balance balance) { balance_ = std::move(balance); }
+
   PackedMatrix matrix(const std::vector<TensorRows>& sources, int num_columns, Groups columns,
                       MatrixRole role);
-  const float* norm(const std::string& name, int size);
+  const float* norm(const std::string& name, int size, Signal made);
   const float* biases(const std::vector<TensorRows>& sources);
   const uint16_t* embeddings();  // row-major; null if the head holds them
 
@@ -39,7 +43,8 @@ class Loader {
   Arena* arena_;
   ThreadPool* pool_;
   const Progress& progress_;
-  size_t done_bytes_ = 0;
+  Balance balance_;
+  size_t done_bytes_ = 0;  // at most so far
 };
 
 }  // namespace kvasir

@@ -80,15 +80,21 @@ Model::Model(ModelShape shape, const TensorMap& tensors, const ModelOptions& opt
       weights_(kept.empty() ? Arena(packed_bytes(shape_, options.weights)) : Arena(kept)) {
   require(weights_.bytes() == packed_bytes(shape_, options.weights),
           "the packed weights that were kept have another size");
-  Loader loader(shape_, tensors, options.weights, &weights_, &pool_, progress);
-  WeightTable table(shape_, &loader);
-  for (int i = 0; i < shape_.num_layers; ++i) layers_.push_back(table.layer(i));
-  final_norm_ = table.final_norm();
-  head_ = table.head();
-  embeddings_ = loader.embeddings();
+  require(!options.is_balanced || options.weights != WeightFormat::kInt4,
+          "int4 weights are not balanced");
   const size_t stride = thread_scratch(shape_);
   scratch_ = Mapping(stride * options.num_threads * sizeof(float));
   compute_ = {&kernels_, &pool_, static_cast<float*>(scratch_.data()), stride, nullptr};
+  Loader loader(shape_, tensors, options.weights, &weights_, &pool_, progress);
+  if (options.is_balanced && kept.empty()) {
+    load_balanced(tensors, progress, &loader);
+  } else {
+    WeightTable table(shape_, &loader);
+    for (int i = 0; i < shape_.num_layers; ++i) layers_.push_back(table.layer(i));
+    final_norm_ = table.final_norm();
+    head_ = table.head();
+  }
+  embeddings_ = loader.embeddings();
 }
 
 size_t Model::layer_bytes() const {

@@ -5,11 +5,14 @@
 #include <string>
 #include <vector>
 
+#include "balance.h"
 #include "device.h"
 #include "packed_matrix.h"
 #include "weight_table.h"
 
 namespace kvasir {
+
+class Loader;
 
 using Expert = ExpertOf<PackedMatrix>;
 using Layer = LayerOf<PackedMatrix, const float*>;  // norms null: none
@@ -48,6 +51,7 @@ struct ModelOptions {
   KvFormat kv = KvFormat::kPlain;
   WeightFormat weights = WeightFormat::kBf16;
   int num_threads = 1;
+  bool is_balanced = false;  // weights, see balance.h; not int4
 };
 
 // The processor itself.
@@ -73,6 +77,8 @@ class Model final : public Device {
   std::span<const uint8_t> packed() const override { return {weights_.data(), weights_.bytes()}; }
 
  private:
+  void load_balanced(const TensorMap& tensors, const Progress& progress, Loader* loader);
+  Shares load_balanced_layers(const TensorMap& tensors, const Progress& progress, Loader* loader);
   void embed(const Step& step);
   void plan_attention(const Step& step);
   void project_kv(const Step& step, int index);
@@ -92,7 +98,7 @@ class Model final : public Device {
   void write_logits(const Step& step);
 
   ModelShape shape_;
-  const Kernels& kernels_;
+  Kernels kernels_;
   KvFormat kv_format_;
   ThreadPool pool_;
   Arena weights_;

@@ -131,7 +131,8 @@ class PyModel {
  public:
   PyModel(const nb::dict& config, const nb::dict& tensors, const std::string& isa,
           const std::string& kv, const std::string& weights, int num_threads,
-          const nb::object& progress, const std::optional<Input<uint8_t, 1>>& kept)
+          const nb::object& progress, const std::optional<Input<uint8_t, 1>>& kept,
+          bool is_balanced)
       : kept_(kept) {
     TensorMap map;
     for (const auto& [name, value] : tensors) {
@@ -147,7 +148,8 @@ class PyModel {
       progress(done, total);
     };
     const ModelShape shape = shape_from(config);
-    const ModelOptions options = {isa, kv_format_from(kv), weight_format_of(weights), num_threads};
+    const ModelOptions options = {isa, kv_format_from(kv), weight_format_of(weights), num_threads,
+                                  is_balanced};
     {
       const nb::gil_scoped_release no_gil;
       const Progress told = progress.is_none() ? Progress() : report;
@@ -295,9 +297,10 @@ NB_MODULE(_native, m) {
   nb::class_<PyModel>(m, "Model")
       .def(nb::init<const nb::dict&, const nb::dict&, const std::string&, const std::string&,
                     const std::string&, int, const nb::object&,
-                    const std::optional<Input<uint8_t, 1>>&>(),
+                    const std::optional<Input<uint8_t, 1>>&, bool>(),
            "config"_a, "tensors"_a, nb::kw_only(), "isa"_a, "kv"_a = "bf16", "weights"_a = "bf16",
-           "num_threads"_a, "progress"_a = nb::none(), "kept"_a = nb::none())
+           "num_threads"_a, "progress"_a = nb::none(), "kept"_a = nb::none(),
+           "is_balanced"_a = false)
       .def("attach_pool", &PyModel::attach_pool, "data"_a.noconvert(), "ready"_a.noconvert(),
            "progress"_a.noconvert())
       .def("forward", &PyModel::forward, nb::kw_only(), "token_ids"_a.noconvert(),

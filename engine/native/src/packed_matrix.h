@@ -35,15 +35,17 @@ struct RowBlock {
   const uint16_t* data;
   int rows;
   Groups groups;
+  const float* divisors = nullptr;  // of each row, or null
 };
 
 // The place of one matrix made of all the sources' rows; its k is that of the stretched columns.
 PackedMatrix place(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
                    WeightFormat format, Arena* arena);
 
-// Fills panels of that place, all zeros so far.
+// Fills panels of that place: all zeros so far, or, but for int4, what the same rows left there.
+// factors: of each column, or null.
 void pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
-          const PackedMatrix& packed, Range panels, ThreadPool* pool);
+          const float* factors, const PackedMatrix& packed, Range panels, ThreadPool* pool);
 
 struct Rows {
   float* data = nullptr;

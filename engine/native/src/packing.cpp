@@ -66,6 +66,20 @@ void encode_int4(const uint16_t* row, int k, int column, uint8_t* panel) {
   }
 }
 
+struct SourceRow {
+  const uint16_t* data = nullptr;  // null: zeros
+  float divisor = 1;
+};
+
+// Factors and divisors are powers of two, so that bf16 stays exact.
+void balance(const SourceRow& row, const float* factors, int num_columns, uint16_t* out) {
+  const float share = 1 / row.divisor;
+  for (int i = 0; i < num_columns; ++i) {
+    const float factor = factors == nullptr ? share : share * factors[i];
+    out[i] = bf16_from_float(bf16_to_float(row.data[i]) * factor);
+  }
+}
+
 void encode(WeightFormat format, const uint16_t* row, int k, int column, uint8_t* panel) {
   switch (format) {
     case WeightFormat::kBf16:
@@ -93,25 +107,27 @@ PackedMatrix place(const std::vector<RowBlock>& sources, int num_columns, Groups
 }
 
 void pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
-          const PackedMatrix& packed, Range panels, ThreadPool* pool) {
-  std::vector<const uint16_t*> rows;  // null: zeros
+          const float* factors, const PackedMatrix& packed, Range panels, ThreadPool* pool) {
+  std::vector<SourceRow> rows;
   for (const RowBlock& source : sources) {
     for (int row = 0; row < source.rows; ++row) {
-      rows.push_back(source.data + static_cast<size_t>(row) * num_columns);
+      const float divisor = source.divisors == nullptr ? 1 : source.divisors[row];
+      rows.push_back({source.data + static_cast<size_t>(row) * num_columns, divisor});
       if ((row + 1) % source.groups.size != 0) continue;
-      rows.insert(rows.end(), source.groups.width - source.groups.size, nullptr);
+      rows.insert(rows.end(), source.groups.width - source.groups.size, SourceRow{});
     }
   }
   pool->run(panels.count(), [&](int item, int) {
     const int index = panels.from + item;
     const int first = index * kPanelColumns;
     uint8_t* panel = packed.panels + index * panel_bytes(packed.format, packed.k);
-    std::vector<uint16_t> stretched(packed.k);
+    std::vector<uint16_t> balanced(num_columns), stretched(packed.k);
     for (int j = 0; j < std::min(kPanelColumns, packed.n - first); ++j) {
-      const uint16_t* row = rows[first + j];
-      if (row == nullptr) continue;
+      const SourceRow& row = rows[first + j];
+      if (row.data == nullptr) continue;
+      balance(row, factors, num_columns, balanced.data());
       for (int i = 0; i < num_columns; i += columns.size) {
-        std::copy_n(row + i, columns.size, stretched.data() + columns.stretched(i));
+        std::copy_n(balanced.data() + i, columns.size, stretched.data() + columns.stretched(i));
       }
       encode(packed.format, stretched.data(), packed.k, j, panel);
     }

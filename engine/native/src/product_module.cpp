@@ -36,7 +36,7 @@ void multiply(const Matrix<uint16_t>& tensor, const Matrix<float>& a, const Resu
   Arena arena(matrix_bytes(format, n, k));
   const std::vector<RowBlock> source = {{tensor.data(), n, {}}};
   const PackedMatrix packed = place(source, k, {}, format, &arena);
-  pack(source, k, {}, packed, {0, packed.num_panels()}, &pool);
+  pack(source, k, {}, nullptr, packed, {0, packed.num_panels()}, &pool);
   const size_t scratch_floats = linear_scratch(k);
   const Mapping scratch(scratch_floats * num_threads * sizeof(float));
   const Mapping operand(operand_bytes(kernels, m, k));

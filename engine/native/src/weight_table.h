@@ -17,7 +17,28 @@ struct TensorRows {
   Groups groups = {};
 };
 
-enum class MatrixRole { kProjection, kRouter, kHead };
+// What matrices multiply, where a norm or a matrix of the model makes it.
+enum class Signal { kOther, kAttentionInput, kFeedForwardInput, kHidden, kHeadInput };
+
+enum class MatrixRole { kQkv, kOutput, kRouter, kGate, kUp, kDown, kHead };
+
+constexpr Signal input_of(MatrixRole role) {
+  switch (role) {
+    case MatrixRole::kQkv:
+      return Signal::kAttentionInput;
+    case MatrixRole::kRouter:
+    case MatrixRole::kGate:
+    case MatrixRole::kUp:
+      return Signal::kFeedForwardInput;
+    case MatrixRole::kDown:
+      return Signal::kHidden;
+    case MatrixRole::kHead:
+      return Signal::kHeadInput;
+    case MatrixRole::kOutput:
+      break;
+  }
+  return Signal::kOther;
+}
 
 template <class Matrix>
 struct ExpertOf {
@@ -38,7 +59,7 @@ struct LayerOf {
 // Builder: the types Matrix (with a member `bias`, a Vector) and Vector, and
 //   Matrix matrix(const std::vector<TensorRows>& sources, int num_columns, Groups columns,
 //                 MatrixRole role);  the sources' rows, one below the other
-//   Vector norm(const std::string& name, int size);
+//   Vector norm(const std::string& name, int size, Signal made);
 //   Vector biases(const std::vector<TensorRows>& sources);
 // It is asked in the same order for every model of a shape.
 template <class Builder>
@@ -68,38 +89,39 @@ class WeightTable {
     }
     return layer;
   }
-  Vector final_norm() { return builder_.norm("model.norm.weight", shape_.hidden_size); }
+  Vector final_norm() {
+    return builder_.norm("model.norm.weight", shape_.hidden_size, Signal::kHeadInput);
+  }
   Matrix head() {
     const char* name = shape_.has_tied_embeddings ? kEmbeddings : "lm_head.weight";
     return builder_.matrix({{name, shape_.vocab_size}}, shape_.hidden_size, {}, MatrixRole::kHead);
   }
 
  private:
-  Matrix projection(const std::vector<TensorRows>& sources, int num_columns, Groups columns = {}) {
-    return builder_.matrix(sources, num_columns, columns, MatrixRole::kProjection);
-  }
-
   Expert expert(const std::string& prefix, int inner) {
     const int hidden = shape_.hidden_size;
     Expert expert;
-    expert.gate = projection({{prefix + "gate_proj.weight", inner}}, hidden);
-    expert.up = projection({{prefix + "up_proj.weight", inner}}, hidden);
-    expert.down = projection({{prefix + "down_proj.weight", hidden}}, inner);
+    const auto projection = [&](const char* name, int rows, int columns, MatrixRole role) {
+      return builder_.matrix({{prefix + name, rows}}, columns, {}, role);
+    };
+    expert.gate = projection("gate_proj.weight", inner, hidden, MatrixRole::kGate);
+    expert.up = projection("up_proj.weight", inner, hidden, MatrixRole::kUp);
+    expert.down = projection("down_proj.weight", hidden, inner, MatrixRole::kDown);
     return expert;
   }
 
   void load_norms(const std::string& prefix, Layer* layer) {
-    const auto norm = [&](const char* name) {
-      return builder_.norm(prefix + name + ".weight", shape_.hidden_size);
+    const auto norm = [&](const char* name, Signal made) {
+      return builder_.norm(prefix + name + ".weight", shape_.hidden_size, made);
     };
-    layer->attention_norm = norm("input_layernorm");
+    layer->attention_norm = norm("input_layernorm", Signal::kAttentionInput);
     if (!shape_.has_post_norms) {  // what it comes after is the sum
-      layer->feed_forward_norm = norm("post_attention_layernorm");
+      layer->feed_forward_norm = norm("post_attention_layernorm", Signal::kFeedForwardInput);
       return;
     }
-    layer->post_attention_norm = norm("post_attention_layernorm");
-    layer->feed_forward_norm = norm("pre_feedforward_layernorm");
-    layer->post_feed_forward_norm = norm("post_feedforward_layernorm");
+    layer->post_attention_norm = norm("post_attention_layernorm", Signal::kOther);
+    layer->feed_forward_norm = norm("pre_feedforward_layernorm", Signal::kFeedForwardInput);
+    layer->post_feed_forward_norm = norm("post_feedforward_layernorm", Signal::kOther);
   }
 
   void load_attention(const std::string& prefix, Layer* layer) {
@@ -113,12 +135,13 @@ class WeightTable {
                                      {prefix + "v_proj." + what, kv_rows, heads}};
     };
     if (shape_.has_qk_norm) {
-      layer->q_norm = builder_.norm(prefix + "q_norm.weight", shape_.head_dim);
-      layer->k_norm = builder_.norm(prefix + "k_norm.weight", shape_.head_dim);
+      layer->q_norm = builder_.norm(prefix + "q_norm.weight", shape_.head_dim, Signal::kOther);
+      layer->k_norm = builder_.norm(prefix + "k_norm.weight", shape_.head_dim, Signal::kOther);
     }
-    layer->qkv = projection(sources("weight"), hidden);
+    layer->qkv = builder_.matrix(sources("weight"), hidden, {}, MatrixRole::kQkv);
     if (shape_.has_qkv_bias) layer->qkv.bias = builder_.biases(sources("bias"));
-    layer->output = projection({{prefix + "o_proj.weight", hidden}}, q_rows, heads);
+    layer->output =
+        builder_.matrix({{prefix + "o_proj.weight", hidden}}, q_rows, heads, MatrixRole::kOutput);
     if (shape_.has_output_bias) {
       layer->output.bias = builder_.biases({{prefix + "o_proj.bias", hidden}});
     }
