@@ -44,7 +44,11 @@ NODE_COUNTERS = {
     "connections_refused": "Data-plane connections over the limit",
 }
 
-TIER_GAUGES = {"blocks_used": "Blocks held, by tier", "bytes_used": "KV bytes held, by tier"}
+TIER_GAUGES = {
+    "blocks_used": "Blocks held, by tier",
+    "bytes_used": "KV bytes held, by tier",
+    "objects_foreign": "Objects last listed among the blocks that are none, by tier",
+}
 TIER_COUNTERS = {
     "blocks_written": "Blocks written, by tier",
     "blocks_read": "Blocks read, by tier",

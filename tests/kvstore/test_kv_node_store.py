@@ -44,6 +44,12 @@ class S3Server:
         except OSError:
             return False
 
+    def put(self, key: str) -> None:
+        """An object under any key."""
+        url = f"{self.endpoint}/blocks/{key}"
+        with urllib.request.urlopen(urllib.request.Request(url, b"x", method="PUT"), timeout=5):
+            pass
+
     def stop(self) -> None:
         if self._process is not None:
             self._process.kill()
@@ -108,6 +114,51 @@ async def test_blocks_outlive_the_node_in_the_store_and_a_changed_one_is_a_miss(
             assert await fetch(node, names, worker.contents) == 3
             tier = await store_of(node)
             assert (tier.blocks_read, tier.blocks_bad, tier.problem) == (3, 1, "")
+
+
+async def test_objects_that_are_no_blocks_are_passed_over_and_counted(s3: S3Server) -> None:
+    names = [os.urandom(16) for _ in range(3)]
+    settings = {"store_url": URL, "store_endpoint": s3.endpoint}
+    with running_node(**settings) as node:
+        async with make_holder([node.spec]) as worker:
+            worker.publish(names)
+            await worker.offer(names)
+            await eventually(
+                lambda: store_of(node), lambda tier: tier.blocks_written == 3, timeout_s=30
+            )
+            node.kill()
+            store = open_store(URL, s3.endpoint)
+            (page,) = obstore.list(store)
+            folder, _, _ = page[0]["path"].rpartition("/")
+            # A read-me, names too short and too long, one of a block that is none.
+            foreign = ["README", "00/00/00", f"{folder}/00", f"{folder}/{os.urandom(20).hex()}"]
+            foreign.append(f"{folder}/{os.urandom(16).hex()}")
+            root = LAYOUT.digest.hex()
+            for key in foreign:
+                path = key if key.startswith(root) else f"{root}/{key}"
+                await obstore.put_async(store, path, b"x" * 100)
+            node.start()
+            other = [os.urandom(16)]
+            worker.publish(other)
+            await worker.offer(other)  # says which layout there is
+            found = await eventually(
+                lambda: store_of(node), lambda tier: tier.objects_foreign == 5, timeout_s=30
+            )
+            assert (found.blocks_used, found.problem) == (4, "")
+            # Much grows where a block was: it is not even read.
+            await obstore.put_async(store, page[0]["path"], bytes(1 << 20))
+            bad = bytes.fromhex(page[0]["path"].rpartition("/")[2])
+            assert await fetch(node, [bad], worker.contents) == 0
+            assert "has 1048576 bytes" in node.log()
+            left = [name for name in names if name != bad]
+            assert await fetch(node, left, worker.contents) == 2
+            # A path that no S3 client of its kind can name does not keep blocks from being used.
+            s3.put(f"kv/{root}/../x")
+            node.kill()
+            node.start()
+            await worker.offer([*left, *other])
+            await eventually(lambda: store_of(node), lambda tier: "no block" in tier.problem, 30)
+            assert await fetch(node, other, worker.contents) == 1
 
 
 async def test_an_outage_is_told_of_and_ends_by_itself(s3: S3Server) -> None:

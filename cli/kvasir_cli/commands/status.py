@@ -200,6 +200,8 @@ def _tier_lines(found: kvnode_pb2.KvNodeDescription) -> list[str]:
         )
         if tier.blocks_bad or tier.blocks_dropped:
             line += f", {tier.blocks_bad} bad, {tier.blocks_dropped} not written"
+        if tier.objects_foreign:
+            line += f", {tier.objects_foreign} objects that are no blocks"
         lines.append(line)
     return [*lines, *found.degraded]
 

@@ -3,8 +3,9 @@
 Decides what waits to be written and what an outage means: writes are dropped and reads miss, at
 once, until it is tried again; `problem` says so and the node goes on. A block is one object, named
 by layout, tenant, chain and block, so that a node that starts learns from a listing what is there,
-also what others wrote. Invariant: an object's bytes are used only if they are those that were
-written under its name (checksums over the name, the header and the payload). Every call has a
+also what others wrote. Invariants: an object's bytes are used only if they are those that were
+written under its name (checksums over the name, the header and the payload); none is read whose
+size is not a block's. Whatever else lies in the bucket is passed over and counted. Every call has a
 deadline. What the store costs, and how long it keeps objects, is left to the bucket's rules.
 """
 
@@ -21,10 +22,12 @@ import numpy as np
 from kvasir_proto.v1 import kvnode_pb2
 
 from kvasir_kvstore._native import BlockPool, crc32c
+from kvasir_kvstore.core.block import NAME_BYTES
 from kvasir_kvstore.core.cache import BlockCache, Held, Origin
 from kvasir_kvstore.node.upkeep import Upkeep
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import S3Store
 
 log = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ class _Counts:
     blocks_read: int = 0
     blocks_bad: int = 0
     blocks_dropped: int = 0
+    objects_foreign: int = 0
 
 
 def open_store(url: str, endpoint: str | None) -> "S3Store":
@@ -111,6 +115,7 @@ class ObjectTier:
         self._counts = _Counts()
         self._retry_at_ms = 0
         self.problem = ""
+        self._listing_problem = ""
         name = "writing to the object store"
         self._tasks = [upkeep.start(self._write_behind, name=name) for _ in range(WRITERS)]
         self._tasks.append(upkeep.start(self._learn, name="listing the object store"))
@@ -159,6 +164,9 @@ class ObjectTier:
 
         async def get() -> bytes:
             result = await obstore.get_async(self._store, key)
+            if result.meta["size"] != self._object_bytes:
+                log.warning("object store: %s has %d bytes", key, result.meta["size"])
+                return b""
             return bytes(await result.bytes_async())
 
         body = await self._call(get)
@@ -196,7 +204,8 @@ class ObjectTier:
             blocks_read=self._counts.blocks_read,
             blocks_bad=self._counts.blocks_bad,
             blocks_dropped=self._counts.blocks_dropped,
-            problem=self.problem,
+            problem=self.problem or self._listing_problem,
+            objects_foreign=self._counts.objects_foreign,
         )
 
     async def _write_behind(self) -> None:
@@ -236,18 +245,26 @@ class ObjectTier:
 
     async def _learn(self) -> None:
         """Lists what is there, until that has worked, and again after each outage."""
-        import obstore
+        import obstore.exceptions
 
         async def pages() -> bool:
-            async for page in obstore.list(self._store, f"{self._pool.layout_digest.hex()}/"):
-                found = {}
-                for entry in page:
-                    stored_ms = int(entry["last_modified"].timestamp() * 1000)
-                    if (parsed := _parse(entry["path"])) is not None:
-                        found[parsed[0]] = Held(0, parsed[1], stored_ms)
-                self._know(found)
-                if len(self._known) >= KNOWN_MAX:
-                    break
+            num_foreign = 0
+            self._listing_problem = ""
+            pages = obstore.list(self._store, f"{self._pool.layout_digest.hex()}/")
+            try:
+                async for page in pages:
+                    found = dict(filter(None, map(self._block_of, page)))
+                    num_foreign += len(page) - len(found)
+                    self._know(found)
+                    if len(self._known) >= KNOWN_MAX:
+                        break
+            except obstore.exceptions.InvalidPathError as error:
+                num_foreign += 1
+                self._listing_problem = "store: the listing ends at an object that is no block"
+                log.warning("%s: %s", self._listing_problem, str(error).partition("\n")[0])
+            self._counts.objects_foreign = num_foreign
+            if num_foreign:
+                log.warning("object store: %d objects are no blocks: passed over", num_foreign)
             return True
 
         is_learnt = False
@@ -312,11 +329,18 @@ class ObjectTier:
         parts = (self._pool.layout_digest, origin.tenant or b"-", origin.chain_head, name)
         return "/".join(part.hex() for part in parts)
 
+    @property
+    def _object_bytes(self) -> int:
+        return _HEAD_BYTES + self._pool.num_layers * self._pool.layer_bytes
 
-def _parse(key: str) -> tuple[bytes, Origin] | None:
-    """Name and origin of an object's key; None: it is not of a block."""
-    try:
-        *_, tenant, head, name = (bytes.fromhex(part) for part in key.split("/")[-4:])
-    except ValueError:
-        return None
-    return name, Origin(tenant=b"" if tenant == b"-" else tenant, chain_head=head)
+    def _block_of(self, entry: "ObjectMeta") -> tuple[bytes, Held] | None:
+        """The block that a listed object is by its key and size; None: it is none."""
+        try:
+            _, tenant, head, name = (bytes.fromhex(part) for part in entry["path"].split("/"))
+        except ValueError:
+            return None
+        origin = Origin(tenant=b"" if tenant == b"-" else tenant, chain_head=head)
+        is_named = len(name) == NAME_BYTES and entry["path"] == self._key(name, origin)
+        if not is_named or entry["size"] != self._object_bytes:
+            return None
+        return name, Held(0, origin, int(entry["last_modified"].timestamp() * 1000))

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvasir_proto.v1 import common_pb2 as kvasir__proto_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvasir_proto/v1/kvnode.proto\x12\tkvasir.v1\x1a\x1ckvasir_proto/v1/common.proto\"\x17\n\x15\x44\x65scribeKvNodeRequest\"\xb1\x03\n\x11KvNodeDescription\x12\'\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0b\x32\x16.kvasir.v1.PeerAddress\x12#\n\x06layout\x18\x02 \x01(\x0b\x32\x13.kvasir.v1.KvLayout\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x04 \x01(\r\x12\x16\n\x0e\x62ytes_capacity\x18\x05 \x01(\x04\x12\x16\n\x0e\x62locks_offered\x18\x06 \x01(\x04\x12\x15\n\rblocks_pulled\x18\x07 \x01(\x04\x12\x15\n\rblocks_served\x18\x08 \x01(\x04\x12\x16\n\x0e\x62locks_evicted\x18\t \x01(\x04\x12\x1a\n\x12\x66rames_quarantined\x18\n \x01(\x04\x12\r\n\x05index\x18\x0b \x01(\t\x12\x15\n\rindex_healthy\x18\x0c \x01(\x08\x12)\n\x05tiers\x18\r \x03(\x0b\x32\x1a.kvasir.v1.TierDescription\x12\x10\n\x08\x64\x65graded\x18\x0e \x03(\t\x12\x16\n\x0e\x62locks_expired\x18\x0f \x01(\x04\x12\x16\n\x0e\x62locks_trimmed\x18\x10 \x01(\x04\"\xc8\x01\n\x0fTierDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x62locks_total\x18\x02 \x01(\x04\x12\x13\n\x0b\x62locks_used\x18\x03 \x01(\x04\x12\x12\n\nbytes_used\x18\x04 \x01(\x04\x12\x16\n\x0e\x62locks_written\x18\x05 \x01(\x04\x12\x13\n\x0b\x62locks_read\x18\x06 \x01(\x04\x12\x12\n\nblocks_bad\x18\x07 \x01(\x04\x12\x16\n\x0e\x62locks_dropped\x18\x08 \x01(\x04\x12\x0f\n\x07problem\x18\t \x01(\t\"=\n\x12WatchKvNodeRequest\x12\x18\n\x10load_interval_ms\x18\x01 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"\x97\x01\n\x0bKvNodeEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x0e\n\x06stored\x18\x03 \x03(\x0c\x12\x0f\n\x07removed\x18\x04 \x03(\x0c\x12\x31\n\x0b\x64\x65scription\x18\x05 \x01(\x0b\x32\x1c.kvasir.v1.KvNodeDescription\x12\x10\n\x08position\x18\x06 \x01(\x04\"\xc4\x01\n\x0cOfferRequest\x12&\n\x06source\x18\x01 \x01(\x0b\x32\x16.kvasir.v1.PeerAddress\x12#\n\x06layout\x18\x02 \x01(\x0b\x32\x13.kvasir.v1.KvLayout\x12\r\n\x05names\x18\x03 \x03(\x0c\x12\x12\n\ntimeout_ms\x18\x04 \x01(\r\x12\x0e\n\x06tenant\x18\x05 \x01(\x0c\x12\x12\n\nchain_head\x18\x06 \x01(\x0c\x12\x0f\n\x07\x61ges_ms\x18\x07 \x03(\x04\x12\x0f\n\x07is_cold\x18\x08 \x01(\x08\"I\n\rOfferResponse\x12\x12\n\nnum_pulled\x18\x01 \x01(\r\x12\x10\n\x08num_held\x18\x02 \x01(\r\x12\x12\n\nnum_missed\x18\x03 \x01(\r\"0\n\x0bLoadRequest\x12\r\n\x05names\x18\x01 \x03(\x0c\x12\x12\n\ntimeout_ms\x18\x02 \x01(\r\"#\n\x0cLoadResponse\x12\x13\n\x0bnum_leading\x18\x01 \x01(\r\"\x1e\n\rLocateRequest\x12\r\n\x05names\x18\x01 \x03(\x0c\"U\n\rBlockLocation\x12&\n\x06holder\x18\x01 \x01(\x0b\x32\x16.kvasir.v1.PeerAddress\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"=\n\x0eLocateResponse\x12+\n\tlocations\x18\x01 \x03(\x0b\x32\x18.kvasir.v1.BlockLocation2\xd0\x02\n\x06KvNode\x12J\n\x08\x44\x65scribe\x12 .kvasir.v1.DescribeKvNodeRequest\x1a\x1c.kvasir.v1.KvNodeDescription\x12:\n\x05Offer\x12\x17.kvasir.v1.OfferRequest\x1a\x18.kvasir.v1.OfferResponse\x12=\n\x06Locate\x12\x18.kvasir.v1.LocateRequest\x1a\x19.kvasir.v1.LocateResponse\x12\x37\n\x04Load\x12\x16.kvasir.v1.LoadRequest\x1a\x17.kvasir.v1.LoadResponse\x12\x46\n\x0bWatchEvents\x12\x1d.kvasir.v1.WatchKvNodeRequest\x1a\x16.kvasir.v1.KvNodeEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvasir_proto/v1/kvnode.proto\x12\tkvasir.v1\x1a\x1ckvasir_proto/v1/common.proto\"\x17\n\x15\x44\x65scribeKvNodeRequest\"\xb1\x03\n\x11KvNodeDescription\x12\'\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0b\x32\x16.kvasir.v1.PeerAddress\x12#\n\x06layout\x18\x02 \x01(\x0b\x32\x13.kvasir.v1.KvLayout\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x04 \x01(\r\x12\x16\n\x0e\x62ytes_capacity\x18\x05 \x01(\x04\x12\x16\n\x0e\x62locks_offered\x18\x06 \x01(\x04\x12\x15\n\rblocks_pulled\x18\x07 \x01(\x04\x12\x15\n\rblocks_served\x18\x08 \x01(\x04\x12\x16\n\x0e\x62locks_evicted\x18\t \x01(\x04\x12\x1a\n\x12\x66rames_quarantined\x18\n \x01(\x04\x12\r\n\x05index\x18\x0b \x01(\t\x12\x15\n\rindex_healthy\x18\x0c \x01(\x08\x12)\n\x05tiers\x18\r \x03(\x0b\x32\x1a.kvasir.v1.TierDescription\x12\x10\n\x08\x64\x65graded\x18\x0e \x03(\t\x12\x16\n\x0e\x62locks_expired\x18\x0f \x01(\x04\x12\x16\n\x0e\x62locks_trimmed\x18\x10 \x01(\x04\"\xe1\x01\n\x0fTierDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x62locks_total\x18\x02 \x01(\x04\x12\x13\n\x0b\x62locks_used\x18\x03 \x01(\x04\x12\x12\n\nbytes_used\x18\x04 \x01(\x04\x12\x16\n\x0e\x62locks_written\x18\x05 \x01(\x04\x12\x13\n\x0b\x62locks_read\x18\x06 \x01(\x04\x12\x12\n\nblocks_bad\x18\x07 \x01(\x04\x12\x16\n\x0e\x62locks_dropped\x18\x08 \x01(\x04\x12\x0f\n\x07problem\x18\t \x01(\t\x12\x17\n\x0fobjects_foreign\x18\n \x01(\x04\"=\n\x12WatchKvNodeRequest\x12\x18\n\x10load_interval_ms\x18\x01 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"\x97\x01\n\x0bKvNodeEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x0e\n\x06stored\x18\x03 \x03(\x0c\x12\x0f\n\x07removed\x18\x04 \x03(\x0c\x12\x31\n\x0b\x64\x65scription\x18\x05 \x01(\x0b\x32\x1c.kvasir.v1.KvNodeDescription\x12\x10\n\x08position\x18\x06 \x01(\x04\"\xc4\x01\n\x0cOfferRequest\x12&\n\x06source\x18\x01 \x01(\x0b\x32\x16.kvasir.v1.PeerAddress\x12#\n\x06layout\x18\x02 \x01(\x0b\x32\x13.kvasir.v1.KvLayout\x12\r\n\x05names\x18\x03 \x03(\x0c\x12\x12\n\ntimeout_ms\x18\x04 \x01(\r\x12\x0e\n\x06tenant\x18\x05 \x01(\x0c\x12\x12\n\nchain_head\x18\x06 \x01(\x0c\x12\x0f\n\x07\x61ges_ms\x18\x07 \x03(\x04\x12\x0f\n\x07is_cold\x18\x08 \x01(\x08\"I\n\rOfferResponse\x12\x12\n\nnum_pulled\x18\x01 \x01(\r\x12\x10\n\x08num_held\x18\x02 \x01(\r\x12\x12\n\nnum_missed\x18\x03 \x01(\r\"0\n\x0bLoadRequest\x12\r\n\x05names\x18\x01 \x03(\x0c\x12\x12\n\ntimeout_ms\x18\x02 \x01(\r\"#\n\x0cLoadResponse\x12\x13\n\x0bnum_leading\x18\x01 \x01(\r\"\x1e\n\rLocateRequest\x12\r\n\x05names\x18\x01 \x03(\x0c\"U\n\rBlockLocation\x12&\n\x06holder\x18\x01 \x01(\x0b\x32\x16.kvasir.v1.PeerAddress\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"=\n\x0eLocateResponse\x12+\n\tlocations\x18\x01 \x03(\x0b\x32\x18.kvasir.v1.BlockLocation2\xd0\x02\n\x06KvNode\x12J\n\x08\x44\x65scribe\x12 .kvasir.v1.DescribeKvNodeRequest\x1a\x1c.kvasir.v1.KvNodeDescription\x12:\n\x05Offer\x12\x17.kvasir.v1.OfferRequest\x1a\x18.kvasir.v1.OfferResponse\x12=\n\x06Locate\x12\x18.kvasir.v1.LocateRequest\x1a\x19.kvasir.v1.LocateResponse\x12\x37\n\x04Load\x12\x16.kvasir.v1.LoadRequest\x1a\x17.kvasir.v1.LoadResponse\x12\x46\n\x0bWatchEvents\x12\x1d.kvasir.v1.WatchKvNodeRequest\x1a\x16.kvasir.v1.KvNodeEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,25 +37,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVNODEDESCRIPTION']._serialized_start=99
   _globals['_KVNODEDESCRIPTION']._serialized_end=532
   _globals['_TIERDESCRIPTION']._serialized_start=535
-  _globals['_TIERDESCRIPTION']._serialized_end=735
-  _globals['_WATCHKVNODEREQUEST']._serialized_start=737
-  _globals['_WATCHKVNODEREQUEST']._serialized_end=798
-  _globals['_KVNODEEVENT']._serialized_start=801
-  _globals['_KVNODEEVENT']._serialized_end=952
-  _globals['_OFFERREQUEST']._serialized_start=955
-  _globals['_OFFERREQUEST']._serialized_end=1151
-  _globals['_OFFERRESPONSE']._serialized_start=1153
-  _globals['_OFFERRESPONSE']._serialized_end=1226
-  _globals['_LOADREQUEST']._serialized_start=1228
-  _globals['_LOADREQUEST']._serialized_end=1276
-  _globals['_LOADRESPONSE']._serialized_start=1278
-  _globals['_LOADRESPONSE']._serialized_end=1313
-  _globals['_LOCATEREQUEST']._serialized_start=1315
-  _globals['_LOCATEREQUEST']._serialized_end=1345
-  _globals['_BLOCKLOCATION']._serialized_start=1347
-  _globals['_BLOCKLOCATION']._serialized_end=1432
-  _globals['_LOCATERESPONSE']._serialized_start=1434
-  _globals['_LOCATERESPONSE']._serialized_end=1495
-  _globals['_KVNODE']._serialized_start=1498
-  _globals['_KVNODE']._serialized_end=1834
+  _globals['_TIERDESCRIPTION']._serialized_end=760
+  _globals['_WATCHKVNODEREQUEST']._serialized_start=762
+  _globals['_WATCHKVNODEREQUEST']._serialized_end=823
+  _globals['_KVNODEEVENT']._serialized_start=826
+  _globals['_KVNODEEVENT']._serialized_end=977
+  _globals['_OFFERREQUEST']._serialized_start=980
+  _globals['_OFFERREQUEST']._serialized_end=1176
+  _globals['_OFFERRESPONSE']._serialized_start=1178
+  _globals['_OFFERRESPONSE']._serialized_end=1251
+  _globals['_LOADREQUEST']._serialized_start=1253
+  _globals['_LOADREQUEST']._serialized_end=1301
+  _globals['_LOADRESPONSE']._serialized_start=1303
+  _globals['_LOADRESPONSE']._serialized_end=1338
+  _globals['_LOCATEREQUEST']._serialized_start=1340
+  _globals['_LOCATEREQUEST']._serialized_end=1370
+  _globals['_BLOCKLOCATION']._serialized_start=1372
+  _globals['_BLOCKLOCATION']._serialized_end=1457
+  _globals['_LOCATERESPONSE']._serialized_start=1459
+  _globals['_LOCATERESPONSE']._serialized_end=1520
+  _globals['_KVNODE']._serialized_start=1523
+  _globals['_KVNODE']._serialized_end=1859
 # @@protoc_insertion_point(module_scope)

@@ -125,6 +125,7 @@ class TierDescription(_message.Message):
     BLOCKS_BAD_FIELD_NUMBER: _builtins.int
     BLOCKS_DROPPED_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    OBJECTS_FOREIGN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"disk" or "store" """
     blocks_total: _builtins.int
@@ -139,6 +140,8 @@ class TierDescription(_message.Message):
     """not written: too many waited, or the tier refused"""
     problem: _builtins.str
     """why it does not take blocks now, or "" """
+    objects_foreign: _builtins.int
+    """last seen in the object store where blocks lie, and no blocks"""
     def __init__(
         self,
         *,
@@ -151,10 +154,11 @@ class TierDescription(_message.Message):
         blocks_bad: _builtins.int = ...,
         blocks_dropped: _builtins.int = ...,
         problem: _builtins.str = ...,
+        objects_foreign: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_bad", b"blocks_bad", "blocks_dropped", b"blocks_dropped", "blocks_read", b"blocks_read", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "blocks_written", b"blocks_written", "bytes_used", b"bytes_used", "name", b"name", "problem", b"problem"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_bad", b"blocks_bad", "blocks_dropped", b"blocks_dropped", "blocks_read", b"blocks_read", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "blocks_written", b"blocks_written", "bytes_used", b"bytes_used", "name", b"name", "objects_foreign", b"objects_foreign", "problem", b"problem"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
