@@ -168,7 +168,7 @@ class KvTier:
 
     @property
     def links(self) -> list[Link]:
-        """Over which blocks came by TCP, the latest last."""
+        """Over which blocks came, the latest last."""
         return self._puller.links.known()
 
     def note(self, what: Wanted, num_blocks: int) -> None:

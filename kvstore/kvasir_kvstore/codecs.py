@@ -64,8 +64,13 @@ class Link:
 
     peer: str
     bytes_per_s: float = 0.0
-    """On the wire; 0: nothing has come that way."""
+    """On the wire by TCP; 0: too little has come that way."""
+    transport: str = ""
+    """Of the last transfer, as PullResult's; none: there was none."""
     codec: str = RAW
+    """In which the last transfer came, whatever was asked for."""
+    chosen: str = RAW
+    """What was asked for last."""
 
 
 class LinkCodecs:
@@ -85,25 +90,33 @@ class LinkCodecs:
             return RAW
         link = self._link(source)
         if terms.mode != "auto":
-            link.codec = terms.mode
             return terms.mode
-        link.codec = choose_codec(
-            link.bytes_per_s, num_bytes, self._rates, terms.usable, current=link.codec
+        link.chosen = choose_codec(
+            link.bytes_per_s, num_bytes, self._rates, terms.usable, current=link.chosen
         )
-        return link.codec
+        return link.chosen
 
-    def pulled(self, source: common_pb2.PeerAddress, *, bytes_wire: int, wire_s: float) -> None:
-        """Learns from a pull how fast the link is."""
+    def pulled(
+        self,
+        source: common_pb2.PeerAddress,
+        *,
+        transport: str,
+        codec: str,
+        bytes_wire: int,
+        wire_s: float,
+    ) -> None:
+        """Learns from a pull that brought something how, and how fast by TCP."""
+        link = self._link(source)
+        link.transport, link.codec = transport, codec
         if wire_s <= 0 or bytes_wire < BYTES_MEASURED_MIN:
             return
-        link = self._link(source)
         measured = bytes_wire / wire_s
         before = link.bytes_per_s
         link.bytes_per_s = before + SMOOTHING * (measured - before) if before else measured
 
     def known(self) -> list[Link]:
         """Links that something came over, the latest last."""
-        return [link for link in self._links.values() if link.bytes_per_s]
+        return [link for link in self._links.values() if link.transport]
 
     def _link(self, source: common_pb2.PeerAddress) -> Link:
         link = self._links.setdefault(source.uid, Link(source.name))

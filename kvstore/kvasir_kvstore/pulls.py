@@ -14,6 +14,7 @@ from kvasir_proto.v1 import common_pb2
 
 from kvasir_kvstore._native import BlockClient, BlockPool, PullResult
 from kvasir_kvstore.codecs import LinkCodecs
+from kvasir_kvstore.core.codecs import RAW
 from kvasir_kvstore.peers import DataPlane
 
 UID_BYTES = 16
@@ -59,6 +60,7 @@ class NamedPuller:
     ) -> PullResult:
         """Pulls names[i] into blocks[i]; see BlockClient.pull_named."""
         cancel_id = next(self._cancel_ids)
+        codec = self.links.choose(source, num_bytes=len(blocks) * self._block_bytes)
         pull = functools.partial(
             self._client.pull_named,
             host=source.host,
@@ -69,7 +71,7 @@ class NamedPuller:
             blocks=blocks,
             timeout_ms=timeout_ms,
             cancel_id=cancel_id,
-            codec=self.links.choose(source, num_bytes=len(blocks) * self._block_bytes),
+            codec=codec,
             background=background,
         )
         future = self._executor.submit(pull)
@@ -90,7 +92,14 @@ class NamedPuller:
                 except asyncio.CancelledError:  # it ends within moments; freeing must follow it
                     continue
             raise
-        self.links.pulled(source, bytes_wire=result.bytes_wire, wire_s=result.wire_s)
+        if result.bytes_moved:
+            self.links.pulled(
+                source,
+                transport=result.transport,
+                codec=codec if result.is_lossy else RAW,
+                bytes_wire=result.bytes_wire,
+                wire_s=result.wire_s,
+            )
         return result
 
     def _num_arrived(self, blocks: Sequence[int]) -> float:

@@ -25,15 +25,19 @@ def test_tiers_and_what_does_not_work_have_a_line_each() -> None:
 
 
 def test_what_was_reused_and_why_other_blocks_were_not_has_a_line() -> None:
-    link = worker_pb2.KvLink(peer="prefill-0", codec="int8", bytes_per_s=2.5e8)
+    links = [
+        worker_pb2.KvLink(peer="prefill-0", codec="int8", bytes_per_s=2.5e8, transport="tcp"),
+        worker_pb2.KvLink(peer="kv-0", codec="raw", transport="nixl"),
+    ]
     reuse = worker_pb2.KvReuse(
         prompt_tokens={"computed": 8, "fetched": 192},
         tier_blocks={"unknown": 3, "fetched": 6, "slow": 1},
-        links=[link],
+        links=links,
     )
     assert _reuse_lines(reuse) == [
         "prompt tokens: 8 computed, 192 fetched",
         "blocks wanted of KV nodes: 6 fetched, 1 slow, 3 unknown",
-        "KV from prefill-0: int8, 250.0 MB/s",
+        "KV from prefill-0: int8 over tcp, 250.0 MB/s",
+        "KV from kv-0: raw over nixl",
     ]
     assert _reuse_lines(worker_pb2.KvReuse()) == []

@@ -187,11 +187,28 @@ def make_source(number: int = 0) -> common_pb2.PeerAddress:
     return common_pb2.PeerAddress(uid=number.to_bytes(16, "big"))
 
 
+def came(
+    links: LinkCodecs, source: common_pb2.PeerAddress, *, bytes_wire: int, wire_s: float
+) -> None:
+    links.pulled(source, transport="tcp", codec=RAW, bytes_wire=bytes_wire, wire_s=wire_s)
+
+
+def test_a_link_is_described_by_how_blocks_came_not_by_what_was_asked_for() -> None:
+    links = LinkCodecs(CodecTerms("int8", CODECS, HEADS, HEAD_DIM))
+    source = make_source(1)
+    assert links.choose(source, num_bytes=1 << 24) == "int8"
+    assert links.known() == []
+    links.pulled(source, transport="nixl", codec=RAW, bytes_wire=0, wire_s=0.0)
+    assert links.choose(source, num_bytes=1 << 24) == "int8"
+    (link,) = links.known()
+    assert (link.transport, link.codec, link.bytes_per_s) == ("nixl", RAW, 0)
+
+
 def test_only_what_is_allowed_is_asked_for() -> None:
     for mode, allowed in itertools.product((*CODECS, "auto", "raw"), ((), ("int8",), CODECS)):
         terms = CodecTerms(mode, allowed, HEADS, HEAD_DIM)
         links = LinkCodecs(terms)
-        links.pulled(make_source(), bytes_wire=1 << 20, wire_s=1.0)
+        came(links, make_source(), bytes_wire=1 << 20, wire_s=1.0)
         chosen = links.choose(make_source(), num_bytes=1 << 24)
         assert chosen == RAW or (chosen in allowed and mode in (chosen, "auto"))
         assert (chosen == RAW) == (not terms.usable)
@@ -202,8 +219,8 @@ def test_a_link_takes_what_its_own_speed_asks_for() -> None:
     links = LinkCodecs(CodecTerms("auto", CODECS, HEADS, HEAD_DIM))
     slow, fast, new = make_source(1), make_source(2), make_source(3)
     for _ in range(3):
-        links.pulled(slow, bytes_wire=1 << 20, wire_s=1.0)
-        links.pulled(fast, bytes_wire=1 << 30, wire_s=0.01)
+        came(links, slow, bytes_wire=1 << 20, wire_s=1.0)
+        came(links, fast, bytes_wire=1 << 30, wire_s=0.01)
     assert links.choose(slow, num_bytes=1 << 24) != RAW
     assert links.choose(fast, num_bytes=1 << 24) == RAW
     assert links.choose(new, num_bytes=1 << 24) == RAW

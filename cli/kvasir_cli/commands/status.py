@@ -169,7 +169,7 @@ def _kv_node_cells(node: Any) -> list[str]:
 
 
 def _reuse_lines(reuse: worker_pb2.KvReuse) -> list[str]:
-    """What was reused, why other blocks were not, and how KV comes over TCP."""
+    """What was reused, why other blocks were not, and how KV comes."""
     lines = []
     if reuse.prompt_tokens:
         counts = (f"{count} {source}" for source, count in sorted(reuse.prompt_tokens.items()))
@@ -177,10 +177,10 @@ def _reuse_lines(reuse: worker_pb2.KvReuse) -> list[str]:
     if reuse.tier_blocks:
         counts = (f"{count} {what}" for what, count in sorted(reuse.tier_blocks.items()))
         lines.append(f"blocks wanted of KV nodes: {', '.join(counts)}")
-    lines += [
-        f"KV from {link.peer}: {link.codec}, {size_text(int(link.bytes_per_s))}/s"
-        for link in reuse.links
-    ]
+    for link in reuse.links:
+        line = f"KV from {link.peer}: {link.codec} over {link.transport}"
+        speed = f", {size_text(int(link.bytes_per_s))}/s" if link.bytes_per_s else ""
+        lines.append(line + speed)
     return lines
 
 

@@ -227,7 +227,12 @@ def _kv_reuse(serving: Serving | None, metrics: WorkerMetrics) -> worker_pb2.KvR
         prompt_tokens=metrics.prompt_tokens.counts,
         tier_blocks=tier.counts if tier else {},
         links=[
-            worker_pb2.KvLink(peer=link.peer, codec=link.codec, bytes_per_s=link.bytes_per_s)
+            worker_pb2.KvLink(
+                peer=link.peer,
+                codec=link.codec,
+                bytes_per_s=link.bytes_per_s,
+                transport=link.transport,
+            )
             for link in links[-LINKS_TOLD_MAX:]
         ],
     )

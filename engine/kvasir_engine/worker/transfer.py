@@ -169,7 +169,14 @@ class Puller:
 
     def ended(self, pulled: Pulled, *, source: common_pb2.PeerAddress) -> None:
         """Counts a hand-off's end; one of the path's failures also counts against its health."""
-        self._links.pulled(source, bytes_wire=pulled.bytes_wire, wire_s=pulled.wire_s)
+        if pulled.bytes_moved:
+            self._links.pulled(
+                source,
+                transport=pulled.transport,
+                codec=pulled.codec,
+                bytes_wire=pulled.bytes_wire,
+                wire_s=pulled.wire_s,
+            )
         self._metrics.codec_bytes.labels(pulled.codec).inc(pulled.bytes_wire)
         self._metrics.kv_bytes.labels("handoff").inc(pulled.bytes_moved)
         self._metrics.handoff_bytes.labels(pulled.transport or "none").inc(pulled.bytes_moved)
@@ -192,7 +199,7 @@ class Puller:
 
     @property
     def links(self) -> list[Link]:
-        """Over which hand-offs came by TCP, the latest last."""
+        """Over which hand-offs came, the latest last."""
         return self._links.known()
 
     def close(self) -> None:

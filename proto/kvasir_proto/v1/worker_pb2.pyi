@@ -197,7 +197,7 @@ class KvReuse(_message.Message):
 
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvLink]:
-        """over which KV came by TCP, the latest last"""
+        """over which KV came, the latest last"""
 
     def __init__(
         self,
@@ -221,21 +221,25 @@ class KvLink(_message.Message):
     PEER_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
     BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
     codec: _builtins.str
-    """of the last transfer: raw, int8, int4 or entropy"""
+    """in which the last transfer came: raw, int8, int4 or entropy"""
     bytes_per_s: _builtins.float
-    """on the wire, exponentially weighted"""
+    """on the wire by TCP, exponentially weighted; 0: not measured"""
+    transport: _builtins.str
+    """of the last transfer: tcp, tcp-encrypted, shm or nixl"""
     def __init__(
         self,
         *,
         peer: _builtins.str = ...,
         codec: _builtins.str = ...,
         bytes_per_s: _builtins.float = ...,
+        transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "codec", b"codec", "peer", b"peer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "codec", b"codec", "peer", b"peer", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
