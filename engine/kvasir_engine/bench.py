@@ -6,7 +6,6 @@ medians are reported, each figure with its share of what the limits allow (`roof
 progress and writing files is left to the caller.
 """
 
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 from kvasir_kvstore._native import BlockPool
 from kvasir_kvstore.core.block import BLOCK_TOKENS, KvLayout
+from kvasir_proto.errors import KvasirError, Reason
 
 from kvasir_engine import _native
+from kvasir_engine.config import read_config
 from kvasir_engine.decoder import ModelConfig
 from kvasir_engine.formats import KvFormat, WeightFormat
 from kvasir_engine.model import LoadedModel, load_model
@@ -74,7 +75,7 @@ class Engine(Protocol):
         """Runs it once."""
 
     def rss_mb(self) -> int:
-        """Largest memory of its process so far."""
+        """Largest memory that it took."""
 
 
 @dataclass(slots=True)
@@ -119,6 +120,7 @@ class KvasirEngine:
         )
         layout = self.model.layout
         self._settings = settings
+        self._rss_mb = 0
         self._pool = BlockPool(
             num_blocks=_num_blocks(settings),
             num_layers=layout.num_layers,
@@ -152,9 +154,18 @@ class KvasirEngine:
             for name, sampling in SAMPLINGS.items()
         }
 
+    def warm_up(self, cases: list[Case]) -> None:
+        """Takes all the memory that the cases need, and notes how much there was at most.
+
+        What measures the machine's limits in this process is made later, and does not count.
+        """
+        for case in (max(cases, key=lambda case: case.step.num_tokens), cases[-1]):
+            self.seconds(case)
+        self._rss_mb = peak_rss_mb()
+
     def rss_mb(self) -> int:
-        """Largest memory of this process so far."""
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        """Largest memory after the load and `warm_up`."""
+        return self._rss_mb
 
 
 def run_bench_engine(
@@ -166,12 +177,14 @@ def run_bench_engine(
     """Measure and return JSON-ready rows, one per engine and case.
 
     `progress` is called with ("digest" | "pack", bytes, bytes), then ("measure", done, runs).
-    Raises KvasirError for a model that cannot be loaded.
+    Raises KvasirError for a model that cannot be loaded, and for lengths beyond its context.
     """
     # 1. What runs, and what each case must take at least.
-    own = KvasirEngine(settings, progress)
-    engines: tuple[Engine, ...] = (own, *peers)
     cases = cases_of(settings)
+    _check_lengths(cases, read_config(settings.model_dir).max_position)
+    own = KvasirEngine(settings, progress)
+    own.warm_up(cases)
+    engines: tuple[Engine, ...] = (own, *peers)
     probes = Probes(
         isa=own.model.native.isa, weights=settings.weights, num_threads=settings.num_threads
     )
@@ -181,8 +194,8 @@ def run_bench_engine(
         for case in cases
     }
     # 2. Rounds of everything; what the first repetition pays once is paid before.
-    for engine in engines:
-        engine.seconds(cases[-1])
+    for peer in peers:
+        peer.seconds(cases[-1])
     total = settings.repetitions * len(samples)
     for done in range(total):
         case = cases[done // len(engines) % len(cases)]
@@ -212,6 +225,24 @@ def cases_of(settings: EngineBenchSettings) -> list[Case]:
     cases = [Case(f"p{n}", StepShape(1, 0, n), 1) for n in settings.prompt_lengths]
     batches = settings.batch_sizes
     return cases + [Case(f"d{n}", StepShape(n, context, context + 1), steps) for n in batches]
+
+
+def peak_rss_mb() -> int:
+    """Largest resident set of this process since it was started."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(peak) // 1024
+
+
+def _check_lengths(cases: list[Case], context_length: int) -> None:
+    for case in cases:
+        longest = case.step.end + case.num_steps - 1
+        if longest > context_length:
+            raise KvasirError(
+                Reason.CONTEXT_LENGTH,
+                f"{case.name} takes {longest} tokens; this model's context is {context_length}",
+                param="context_length" if case.step.start else "prompt",
+            )
 
 
 def _work(config: ModelConfig, case: Case, engine: Engine) -> list[Work]:

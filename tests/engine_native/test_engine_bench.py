@@ -3,16 +3,18 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from golden_models import GOLDENS
-from kvasir_engine import _native
+from kvasir_engine import _native, bench
 from kvasir_engine.bench import Case, EngineBenchSettings, plausible_block, run_bench_engine
 from kvasir_engine.config import read_config
 from kvasir_engine.decoder import LayerConfig, ModelConfig
 from kvasir_engine.formats import KvFormat
 from kvasir_engine.roofline import Limits, StepShape, least_seconds, step_work
+from kvasir_proto.errors import KvasirError
 
 SETTINGS = EngineBenchSettings(
     model_dir=Path(GOLDENS / "qwen2-bias"),
@@ -66,6 +68,31 @@ def test_peers_are_measured_in_turn_with_the_engine() -> None:
     other = [row for row in rows if row["engine"] == "other"]
     assert [row["tokens_per_s"] for row in other] == [40.0, 3.0, 2.0, 4.0]
     assert {row["rss_mb"] for row in other} == {7}
+
+
+def test_memory_of_the_probes_is_not_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_mb = [5]
+
+    class Hungry(bench.Probes):
+        def __init__(self, **options: Any) -> None:
+            held_mb[0] = 500
+            super().__init__(**options)
+
+    monkeypatch.setattr(bench, "peak_rss_mb", lambda: held_mb[0])
+    monkeypatch.setattr(bench, "Probes", Hungry)
+    assert {row["rss_mb"] for row in run_bench_engine(SETTINGS)} == {5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"prompt_lengths": (40, 1025)}, "p1025 takes 1025 tokens; this model's context is 1024"),
+        ({"context_length": 1023}, "d1 takes 1025 tokens"),
+    ],
+)
+def test_lengths_beyond_the_models_context_are_refused(changes: Any, text: str) -> None:
+    with pytest.raises(KvasirError, match=text):
+        run_bench_engine(replace(SETTINGS, **changes))
 
 
 def test_peak_of_a_path_is_measured() -> None:
