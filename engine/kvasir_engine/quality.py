@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from kvasir_proto.errors import KvasirError, Reason
 
+from kvasir_engine.config import read_config
 from kvasir_engine.formats import KvFormat, WeightFormat
 from kvasir_engine.logits import sequence_logits
 from kvasir_engine.model import LoadedModel, load_model
@@ -106,13 +108,16 @@ def perplexity(
 
 
 def text_ids(model_dir: Path, files: Sequence[Path], num_tokens: int) -> np.ndarray:
-    """Whole windows from everywhere in the files, `num_tokens` of them or all there are."""
+    """Whole windows from everywhere in the files, `num_tokens` of them or all there are.
+
+    Raises KvasirError if there is no model, or one whose context is shorter than a window.
+    """
+    context_length = read_config(model_dir).max_position
+    if context_length < WINDOW_TOKENS:
+        text = f"a window has {WINDOW_TOKENS} tokens; this model's context is {context_length}"
+        raise KvasirError(Reason.CONTEXT_LENGTH, text, param="model")
     tokenizer = Tokenizer.load(model_dir)
-    ids = [
-        i
-        for path in files
-        for i in tokenizer.encode(path.read_text(errors="replace"), add_special_tokens=False)
-    ]
+    ids = [i for path in files for i in tokenizer.encode_corpus(path.read_text(errors="replace"))]
     windows = np.array(ids[: len(ids) // WINDOW_TOKENS * WINDOW_TOKENS], np.int32)
     windows = windows.reshape(-1, WINDOW_TOKENS)
     count = min(len(windows), -(-num_tokens // WINDOW_TOKENS))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from golden_models import GOLDENS
 from kvasir_cli.errors import CommandError
+from kvasir_cli.models.making import make_model
 from kvasir_cli.models.smollm2 import get_smollm2, models_folder
 from kvasir_engine.codec_probe import (
     Probe,
@@ -21,7 +22,7 @@ from kvasir_engine.codec_probe import (
 )
 from kvasir_engine.logits import sequence_logits
 from kvasir_engine.model import LoadedModel, load_model
-from kvasir_engine.quality import licence_files, text_ids
+from kvasir_engine.quality import WINDOW_TOKENS, licence_files, text_ids
 from kvasir_proto.errors import KvasirError
 
 NUM_TOKENS = int(os.environ.get("KVASIR_QUALITY_TOKENS", "512"))
@@ -105,6 +106,20 @@ def test_a_picture_shows_every_codec() -> None:
     pytest.importorskip("matplotlib")
     texts = [text.get_text() for text in draw_probe(make_probe(int4=0.5)).axes[0].texts]
     assert texts == ["int8 +0.00%", "int4 +50.00%", "entropy +0.00%"]
+
+
+def test_a_text_may_be_longer_than_the_models_context(tmp_path: Path) -> None:
+    make_model("tiny-mistral", tmp_path)
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 4000)
+    assert len(text_ids(tmp_path, [text], 2048)) == 2048
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["max_position_embeddings"] = WINDOW_TOKENS - 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(KvasirError, match="this model's context is 511"):
+        text_ids(tmp_path, [text], 2048)
+    with pytest.raises(KvasirError, match="no model folder at"):
+        text_ids(tmp_path / "none", [text], 2048)
 
 
 @pytest.mark.slow

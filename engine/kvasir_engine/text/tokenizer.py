@@ -105,6 +105,10 @@ class Tokenizer:
             )
         return list(self._inner.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def encode_corpus(self, text: str) -> list[int]:
+        """Token ids of a text of any length, which is cut into sequences afterwards."""
+        return list(self._inner.encode(text, add_special_tokens=False).ids)
+
     @cached_property
     def _bytes_max(self) -> int | None:
         """A longer text has too many tokens; None: unknown, the text is changed beforehand."""
