@@ -7,6 +7,7 @@ goes with it. Invariant: equal fingerprints mean KV blocks that mean the same.
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -82,8 +83,16 @@ class KvArrays:
 
 
 def choose_path(isa: str | None = None) -> str:
-    """The kernel path: `isa`, else KVASIR_ISA, else the best that runs here."""
+    """The kernel path: `isa`, else KVASIR_ISA, else the best that runs here.
+
+    Raises:
+        KvasirError: it does not run here, or is one of the slow models that are for tests.
+    """
     name = isa or os.environ.get(ISA_VARIABLE) or _native.cpu_paths()[-1]
+    if name in _native.model_paths():
+        known = ", ".join(_native.cpu_paths())
+        text = f"kernel path {name!r} is a slow model of instructions, for tests; here run: {known}"
+        raise KvasirError(Reason.UNSUPPORTED, text, param=ISA_VARIABLE)
     try:
         _native.kv_element_bytes(name)
     except ValueError as error:
@@ -111,12 +120,14 @@ def load_model(
     weights: WeightFormat = "bf16",
     kv: KvFormat = "bf16",
     keeps_packed: bool = False,
+    before_packing: Callable[[KvLayout, bytes], object] = lambda *_: None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load the folder at `path`. Raises KvasirError that says what is wrong with it.
 
     `weights` is the format they are computed with, one of WEIGHT_FORMATS. `keeps_packed`: packed
-    weights and their digest are kept beside the model for the next load. `progress` is called with
+    weights and their digest are kept beside the model for the next load. `before_packing` is given
+    the layout and the fingerprint; what it raises ends the load. `progress` is called with
     ("digest" | "read" | "pack", done bytes, total bytes).
     """
     # 1. What it is, and whether this engine computes it.
@@ -133,6 +144,8 @@ def load_model(
     digest = hashlib.blake2b(
         _numerics(config, weights).encode() + source, digest_size=DIGEST_BYTES
     ).digest()
+    layout = config.layout(KV_DTYPES[_native.kv_element_bytes(name, kv)])
+    before_packing(layout, fingerprint(digest, layout))
     # 3. Its weights, packed for the path, or as an earlier load has kept them.
     kept = None
     if keeps_packed and name != CUDA_PATH:
@@ -141,7 +154,6 @@ def load_model(
         isa=name, kv=kv, weights=weights, num_threads=num_threads, is_balanced=weights in BALANCED
     )
     native = _pack(config, files, how, kept, progress)
-    layout = config.layout(KV_DTYPES[_native.kv_element_bytes(name, kv)])
     assert native.layer_bytes == layout.layer_bytes, "native and Python disagree on the KV layout"
     log.info("loaded %s (%s, %d bytes of weights)", path, name, native.weight_bytes)
     return LoadedModel(native, config, layout, fingerprint(digest, layout), native.weight_bytes)

@@ -206,6 +206,11 @@ def _entry(path: Path, name: str, value: Any, *, base: int, size: int) -> Tensor
     num_bytes = DTYPES[dtype].itemsize
     for dim in shape:
         num_bytes *= dim
-    if min(shape, default=1) < 0 or not base <= start <= end <= size or end - start != num_bytes:
+    if end > size:
+        raise malformed(
+            f"{path}: tensor {name} ends at byte {end},"
+            f" beyond the file's {size} bytes: it is cut off"
+        )
+    if min(shape, default=1) < 0 or not base <= start <= end or end - start != num_bytes:
         raise malformed(f"{path}: tensor {name} of {num_bytes} bytes has the range {start}:{end}")
     return TensorEntry(dtype, shape, start, end)

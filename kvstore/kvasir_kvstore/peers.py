@@ -6,6 +6,7 @@ Workers, KV nodes and routers share these: one syntax of addresses, one check of
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -152,6 +153,8 @@ class DataPeerSettings(PeerSettings):
     def _check_kv_socket_dir(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_dir():
             raise ValueError(f"{value} is not a folder")
+        if value is not None:
+            _check_writable(value)
         return value
 
     @field_validator("kv_key_file")
@@ -176,6 +179,15 @@ class DataPeerSettings(PeerSettings):
             key=key,
             is_nixl=self.kv_transport == "nixl",
         )
+
+
+def _check_writable(folder: Path) -> None:
+    """By a file that never has a name: what the owner may do, a mount may still forbid."""
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def _read_key(file: Path) -> bytes:

@@ -279,7 +279,7 @@ def no_config(folder: Path) -> None:
 BROKEN: dict[Callable[[Path], None], str] = {
     no_weights: "holds neither",
     pickled_weights: "no safetensors weights",
-    truncated: "has the range",
+    truncated: r"beyond the file's \d+ bytes: it is cut off",
     empty_file: "header length",
     huge_header: "header length",
     garbled_header: "not JSON",
@@ -364,6 +364,10 @@ def test_path_comes_from_argument_then_environment_then_processor(
     monkeypatch.setenv("KVASIR_ISA", "sse9")
     with pytest.raises(KvasirError, match="unknown kernel path 'sse9'; there are: scalar"):
         choose_path()
+    monkeypatch.setenv("KVASIR_ISA", "amx-model")
+    for name in (None, "avx512bf16-model"):
+        with pytest.raises(KvasirError, match="model of instructions, for tests; here run: scalar"):
+            choose_path(name)
 
 
 @pytest.mark.parametrize("name", [*MODELS, "odd"])

@@ -179,3 +179,5 @@ def test_the_key_is_the_whole_file(tmp_path: Path) -> None:
     assert KvNodeSettings(name="a").data_plane == DataPlane()
     with pytest.raises(ValidationError, match="not a folder"):
         KvNodeSettings(name="a", kv_socket_dir=file)
+    with pytest.raises(ValidationError, match="cannot write to /proc"):
+        KvNodeSettings(name="a", kv_socket_dir=Path("/proc"))

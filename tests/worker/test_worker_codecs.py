@@ -65,7 +65,11 @@ async def test_exact_and_lossy_blocks_share_neither_names_nor_connections(model:
         assert await lossy.metric(refused) == 1
 
 
-async def test_a_codec_that_has_not_passed_is_refused_at_the_start(model: Path) -> None:
-    with pytest.raises(KvasirError, match="kvasir kv probe"):
+async def test_a_codec_that_has_not_passed_is_refused_before_weights_are_packed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("kvasir_engine.model._pack")
+    with pytest.raises(KvasirError, match="kvasir kv probe") as caught:
         async with started(model, "w", kv_codec="int4"):
             pass
+    assert caught.value.param == "--kv-codec"

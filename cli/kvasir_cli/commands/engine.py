@@ -57,7 +57,7 @@ def logits(
 ) -> None:
     """Logits of every position of a token sequence.
 
-    KVASIR_ISA chooses the CPU path (scalar, avx2, avx512).
+    KVASIR_ISA chooses the CPU path (scalar, avx2, avx512, avx512bf16, amx), or cuda.
     """
     from kvasir_engine.logits import run_logits
 

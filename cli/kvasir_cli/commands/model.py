@@ -40,7 +40,8 @@ def get(name: str, folder: Path, wheel: Path | None) -> None:
 def import_(source: Path, folder: Path) -> None:
     """Turn a GGUF file into a Hugging Face folder.
 
-    Llama, Qwen2, Qwen3 and Mixtral types with a byte-level BPE tokenizer. Weights become bf16.
+    Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Gemma 2, Gemma 3 and Phi-3 types, with a
+    byte-level or SentencePiece BPE tokenizer. Weights become bf16.
     """
     from kvasir_cli.models.importing import import_gguf
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from kvasir_kvstore._native import BlockPool, BlockServer
@@ -169,6 +170,7 @@ def _load_model(host: Host, num_threads: int) -> LoadedModel:
         weights=settings.weights,
         kv=settings.kv,
         keeps_packed=settings.keep_packed,
+        before_packing=partial(_codecs, settings),
         num_threads=num_threads,
         progress=progress,
     )
@@ -178,25 +180,35 @@ def _with_codecs(settings: WorkerSettings, model: LoadedModel) -> tuple[LoadedMo
     """The model and what its KV may go through; one whose KV may lose something has another name.
 
     Raises:
+        KvasirError: as _codecs.
+    """
+    terms = _codecs(settings, model.layout, model.fingerprint)
+    if settings.kv_codec == "raw":
+        return model, terms
+    log.info("KV over TCP: %s, of %s", settings.kv_codec, ", ".join(("raw", *terms.allowed)))
+    layout = replace(model.layout, exact=False)
+    return replace(model, layout=layout, fingerprint=fingerprint(model.fingerprint, layout)), terms
+
+
+def _codecs(settings: WorkerSettings, layout: KvLayout, model_fingerprint: bytes) -> CodecTerms:
+    """What KV of the model may go through.
+
+    Raises:
         KvasirError: the codec has not passed the model's probe.
     """
     mode = settings.kv_codec
     if mode == "raw":
-        return model, CodecTerms()
+        return CodecTerms()
     allowed: tuple[str, ...] = ()
-    if is_encodable(model.layout):
-        allowed = allowed_codecs(settings.model / RECORD_NAME, model.fingerprint)
+    if is_encodable(layout):
+        allowed = allowed_codecs(settings.model / RECORD_NAME, model_fingerprint)
     if mode not in ("auto", *allowed):
         raise KvasirError(
             Reason.UNSUPPORTED,
-            f"KV as {mode} has not passed for this model:"
-            f" run `kvasir kv probe --model {settings.model}`",
-            param="kv_codec",
+            f"{mode} has not passed for this model: run `kvasir kv probe --model {settings.model}`",
+            param="--kv-codec",
         )
-    log.info("KV over TCP: %s, of %s", mode, ", ".join(("raw", *allowed)))
-    layout = replace(model.layout, exact=False)
-    terms = CodecTerms(mode, allowed, num_heads=layout.num_kv_heads, head_dim=layout.head_dim)
-    return replace(model, layout=layout, fingerprint=fingerprint(model.fingerprint, layout)), terms
+    return CodecTerms(mode, allowed, num_heads=layout.num_kv_heads, head_dim=layout.head_dim)
 
 
 def _load_tokenizer(settings: WorkerSettings) -> Tokenizer | None:
