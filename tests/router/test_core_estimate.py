@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvasir_router.core import calibrate
 from kvasir_router.core.calibrate import Calibration, OutputLength
-from kvasir_router.core.choose import Route, pick
+from kvasir_router.core.choose import Route, RouteReason, pick
 from kvasir_router.core.estimate import Candidate, estimate
-from kvasir_router.core.fleet import FleetView, WorkerState
+from kvasir_router.core.fleet import Blended, Chunk, FleetView, WorkerState
 from router_builders import make_names, make_request, make_view, make_worker
 
 PROMPT = make_names("prompt", 100)  # 3,208 tokens with the rest; 100 us each
@@ -51,6 +51,61 @@ def test_blocks_held_elsewhere_are_fetched_where_that_is_faster(
     assert candidate.fetched_tokens == fetched
     assert candidate.hit_tokens == 0
     assert candidate.ttft_estimate_ms == pytest.approx(ms)
+
+
+HEAD, ONE, TWO = (make_names(seed, 10) for seed in ("head", "one", "two"))
+BLENDED = Blended(
+    make_names("blended", 30),
+    (Chunk(320, HEAD, 0), Chunk(640, ONE, 48), Chunk(960, TWO, 48)),
+)
+"""A head and two documents of 320 tokens; 968 with the question."""
+
+
+def estimate_blended(view: FleetView, worker: str) -> Candidate:
+    wanted = make_request(names=make_names("exact", 30), blended=BLENDED)
+    runs = view.prefix.match(wanted.kv_names, (worker, *view.stores))
+    return estimate(view, wanted, worker, runs)
+
+
+@pytest.mark.parametrize(
+    ("held", "at_store", "hit", "fetched", "computed"),
+    [
+        pytest.param((), (), 0, 0, 968 + 96, id="chunks are computed alone, then in part again"),
+        pytest.param(HEAD, (), 320, 0, 648 + 96, id="what stands before them is exact"),
+        pytest.param(ONE, (), 272, 0, 968 - 320 + 96, id="one is held"),
+        pytest.param((*ONE, *TWO[:5]), (), 384, 0, 968 - 480 + 96, id="and half of the other"),
+        pytest.param(TWO, (*ONE, *TWO), 272, 320, 968 - 640 + 96, id="one is fetched"),
+        pytest.param(make_names("exact", 30), (), 0, 0, 968 + 96, id="exact KV is not used"),
+        pytest.param(BLENDED.names, (), 960, 0, 8, id="the same prompt again"),
+        pytest.param((*BLENDED.names[:20], *TWO), (), 912, 0, 8 + 48, id="its leading part"),
+    ],
+)
+def test_chunks_that_are_held_are_not_computed_but_for_a_share(
+    held: tuple[bytes, ...],
+    at_store: tuple[bytes, ...],
+    hit: int,
+    fetched: int,
+    computed: int,
+) -> None:
+    worker = make_worker("a", store_us_per_token=20.0)
+    view = make_view(worker, stores=("kv",), reuse_us_per_token=0.0)
+    view.prefix.stored("a", held)
+    view.prefix.stored("kv", at_store)
+    candidate = estimate_blended(view, "a")
+    assert (candidate.hit_tokens, candidate.fetched_tokens) == (hit, fetched)
+    expected_us = computed * 100 + fetched * 20
+    assert candidate.ttft_estimate_ms == pytest.approx(expected_us / 1000)
+
+
+def test_of_two_candidates_the_one_that_holds_the_chunks_blends() -> None:
+    for holder in ("p1", "p2"):
+        view = make_view(*(make_worker(name) for name in ("p1", "p2")), make_worker("d", "decode"))
+        view.prefix.stored(holder, ONE)
+        for number in range(8):
+            request = make_request(str(number), names=make_names("exact", 30), blended=BLENDED)
+            route = pick(view, request, now_ms=0)
+            assert isinstance(route, Route)
+            assert (route.prefill, route.reason) == (holder, RouteReason.LONGER_HIT)
 
 
 def test_a_worker_that_decodes_too_is_expected_to_prefill_more_slowly() -> None:

@@ -8,6 +8,7 @@ import openai
 import pytest
 import tokenizers
 from fake_worker import FakeWorker
+from kvasir_kvstore.core import block
 from kvasir_proto.errors import Reason
 from kvasir_proto.rpc_errors import error_from_rpc
 from kvasir_proto.v1 import common_pb2, inference_pb2
@@ -92,6 +93,27 @@ async def test_headers_and_grpc_set_chunks_too(router: RouterUnderTest) -> None:
         pass
     request = router.requests()[-1]
     assert (pieces(request), request.chunks.recompute_permille) == (PIECES, 200)
+
+
+async def test_the_worker_that_holds_the_chunks_is_chosen(tmp_path: Path) -> None:
+    prompt = "##".join(["", "a" * 70, "b" * 70, "c" * 70, ""])
+    async with running_router(tmp_path, FakeWorker("w1"), FakeWorker("w2")) as router:
+        fleet = router.server.fleet
+        sent = await complete(router, prompt=prompt, extra_body=SEPARATED)
+        root = block.root(fleet.fingerprint or b"", sent.tenant_salt)
+        spans = [(span.start, span.end) for span in sent.chunks.spans]
+        names = [name for a, b in spans for name in block.chain(root, sent.token_ids[a:b])]
+        assert len(names) == 6
+        for holder in router.workers.values():
+            holder.tell(stored=names)
+            known = fleet.view().prefix.num_blocks
+            await router.until(lambda w=holder.name, known=known: known.get(w) == 6)
+            before = len(holder.requests)
+            for number in range(4):
+                await complete(router, prompt=f"{prompt}{number}", extra_body=SEPARATED)
+            assert len(holder.requests) == before + 4
+            holder.tell(removed=names)
+            await router.until(lambda w=holder.name, known=known: not known.get(w))
 
 
 async def test_without_separator_nothing_is_reused(router: RouterUnderTest) -> None:

@@ -10,6 +10,7 @@ from kvasir_engine.worker import chunk_reuse
 from kvasir_kvstore.core import block
 from kvasir_proto.errors import Reason
 from kvasir_proto.v1 import common_pb2
+from kvasir_router.core.blended import blended_of
 from worker_builders import RunningWorker, make_model_dir, make_request, prompt, started, until
 
 HEAD, TAIL = prompt(40, seed=2), prompt(30, seed=3)
@@ -117,6 +118,27 @@ async def test_same_prompt_with_other_chunks_shares_no_blended_block(model: Path
         again = await worker.generate(rag(permille=100))
         assert again.stats.tokens_from_chunks == 0
         assert again.stats.tokens_cached_local == len(first.token_ids) // 32 * 32
+
+
+async def test_routers_know_by_name_what_a_worker_holds_and_count_what_it_computes(
+    model: Path,
+) -> None:
+    request = rag(tenant_salt=b"a")
+    async with started(model) as worker:
+        stats = (await worker.generate(request)).stats
+        served = worker.host.served()
+        blended = blended_of(
+            request.token_ids,
+            [(span.start, span.end) for span in request.chunks.spans],
+            recompute_permille=request.chunks.recompute_permille,
+            fingerprint=served.fingerprint,
+            tenant_salt=b"a",
+        )
+        assert all(served.engine.holds(blended.names))
+        assert all(all(served.engine.holds(chunk.names)) for chunk in blended.chunks)
+        num_again = sum(chunk.num_again for chunk in blended.chunks)
+        # What is blended ends with a block of the prompt, which may cut the last chunk.
+        assert abs(stats.tokens_computed - len(request.token_ids) - num_again) < 32
 
 
 async def test_one_tenants_chunks_are_computed_again_for_another(model: Path) -> None:

@@ -74,7 +74,7 @@ class Rejected:
 def pick(view: FleetView, request: Request, *, now_ms: int) -> Route | Rejected:
     """Routes one request. `now_ms` is the caller's clock."""
     pair = prefill_pair(view, request, now_ms=now_ms)
-    runs = view.prefix.match(request.names, (*pair, *view.stores))
+    runs = view.prefix.match(request.kv_names, (*pair, *view.stores))
     decode = choose_decode(view, request, runs)
     if decode is None:
         return Rejected(RejectReason.NO_DECODE_WORKER, "no decode worker is ready", 1_000)

@@ -4,6 +4,8 @@
     compute       the prompt's tokens that nobody holds, or that are cheaper computed than fetched
     reuse         its own cache; beyond that the longest run of a peer or of a KV node, if moving a
                   token is measured to take less than computing it
+    chunks        of a prompt that is blended: those that are held are moved, not computed, but for
+                  a share; those that are not are computed alone first
     interference  every chunk of prefill shares its step with the tokens decoded there
 
 The sum is multiplied by what experience says of the worker (calibrate.py).
@@ -12,6 +14,7 @@ The sum is multiplied by what experience says of the worker (calibrate.py).
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvasir_router.core.blended import saved_by
 from kvasir_router.core.fleet import FleetView, Request, WorkerState
 
 CHUNK_TOKENS = 512
@@ -24,7 +27,7 @@ class Candidate:
 
     worker: str
     hit_tokens: int
-    """In its own cache."""
+    """In its own cache, and not computed again."""
 
     ttft_estimate_ms: float
     uncalibrated_ms: float = 0.0
@@ -41,6 +44,14 @@ def estimate(view: FleetView, request: Request, worker: str, runs: Mapping[str, 
     if state.peer_us_per_token or state.store_us_per_token:
         fetched, fetch_us = _fetch(view, request, state, us_per_token, runs)
     computed = request.num_tokens - hit - fetched + view.queued_tokens(worker)
+    if request.blended is not None:
+        saved = saved_by(
+            view, request.blended, state, hit_tokens=hit + fetched, us_per_token=us_per_token
+        )
+        hit += saved.held_tokens
+        fetched += saved.fetched_tokens
+        fetch_us += saved.fetch_us
+        computed -= saved.tokens
     us = computed * us_per_token + hit * view.policy.reuse_us_per_token + fetch_us
     if state.can_decode and state.num_running:
         us += computed / CHUNK_TOKENS * state.decode_ms_per_step * 1_000

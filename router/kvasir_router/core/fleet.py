@@ -231,6 +231,30 @@ class FleetView:
 
 
 @dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a prompt whose KV may be that of the part alone."""
+
+    end: int
+    """In the prompt, in tokens."""
+
+    names: tuple[bytes, ...]
+    """Of its full blocks, as a prompt of its own."""
+
+    num_again: int
+    """Tokens that are computed again in this prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blended:
+    """How the KV of a prompt comes about that is blended of chunks."""
+
+    names: tuple[bytes, ...]
+    """Under which it lies when it is there."""
+
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What of a request matters to routing."""
 
@@ -253,6 +277,14 @@ class Request:
     timeout_ms: int = 600_000
     exclude: frozenset[str] = frozenset()
     """Workers that have already failed or refused this request."""
+
+    blended: Blended | None = None
+    """Chunks may be reused; None: all its KV is exact."""
+
+    @property
+    def kv_names(self) -> tuple[bytes, ...]:
+        """Under which its KV lies; `names` say of which prompts it is one."""
+        return self.blended.names if self.blended else self.names
 
     def key(self, keys: KeyTree) -> bytes:
         """What the rings are asked with."""

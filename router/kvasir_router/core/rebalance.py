@@ -108,7 +108,7 @@ def _option(view: FleetView, item: Queued, hot: set[str], now_ms: int) -> _Optio
     target = next(iter(prefill_pair(view, request, now_ms=now_ms)), None)
     if target is None or target in hot:
         return None
-    runs = view.prefix.match(request.names, (item.worker, target, *view.stores))
+    runs = view.prefix.match(request.kv_names, (item.worker, target, *view.stores))
     waited_ms = item.request.waited_ms + now_ms - item.sent_ms
     return _Option(
         item,

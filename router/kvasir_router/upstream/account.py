@@ -25,7 +25,7 @@ def accounted(fleet: Fleet, request: Request, route: Route) -> Iterator[None]:
 def first_token(fleet: Fleet, route: Route, request_id: str, *, took_ms: float | None) -> None:
     """The prompt is computed, `took_ms` after it was sent: estimates learn from it.
 
-    None: they have nothing to learn from it, for they know nothing of chunks.
+    None: they have nothing to learn from it, for they do not know what blending takes.
     """
     if took_ms is not None:
         fleet.view().calibration.observe(

@@ -19,8 +19,9 @@ from kvasir_proto.errors import PEER_PARAM, KvasirError, Reason
 from kvasir_proto.frames import Frame, FrameKind
 from kvasir_proto.v1 import common_pb2, worker_pb2
 
+from kvasir_router.core.blended import blended_of
 from kvasir_router.core.choose import Rejected, RejectReason, Route, excluding, pick
-from kvasir_router.core.fleet import FleetView, Request
+from kvasir_router.core.fleet import Blended, FleetView, Request
 from kvasir_router.core.rebalance import hand_back
 from kvasir_router.membership.fleet import Fleet, now_ms
 from kvasir_router.metrics import RouterMetrics
@@ -110,6 +111,18 @@ class Dispatcher:
             ttft_slo_ms=call.ttft_slo_ms,
             tpot_slo_ms=call.tpot_slo_ms,
             timeout_ms=max(call.deadline_ms - now_ms(), 0),
+            blended=self._blended(call),
+        )
+
+    def _blended(self, call: Call) -> Blended | None:
+        if call.chunks is None:
+            return None
+        return blended_of(
+            call.token_ids,
+            [(span.start, span.end) for span in call.chunks.spans],
+            recompute_permille=call.chunks.recompute_permille,
+            fingerprint=self._fleet.fingerprint or b"",
+            tenant_salt=call.tenant_salt,
         )
 
     @contextlib.contextmanager
