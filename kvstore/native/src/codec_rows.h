@@ -22,6 +22,7 @@ struct RowCodec {
   static void to_levels(const uint16_t* source, size_t count, float inverse, int16_t* levels) {
     const auto factor = V::both(inverse);
     for (size_t i = 0; i < count; i += kWords) {
+      V::template fetch<0>(source + i + count);
       V::store(levels + i, V::levels(V::load(source + i), factor));
     }
   }
@@ -29,17 +30,9 @@ struct RowCodec {
   static void from_levels(const int16_t* levels, size_t count, float step, uint16_t* target) {
     const auto factor = V::both(step);
     for (size_t i = 0; i < count; i += kWords) {
+      V::template fetch<1>(target + i + count);
       V::store(target + i, V::from_words(load(levels + i), factor));
     }
-  }
-
-  // Products, added up by two.
-  static SignedDwords products(SignedWords a, SignedWords b) {
-#ifdef __AVX512BW__
-    return (SignedDwords)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#else
-    return (SignedDwords)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#endif
   }
 
   static int32_t total(SignedDwords dwords) {
@@ -58,8 +51,8 @@ struct RowCodec {
       SignedDwords squares{};
       for (size_t p = 0; p < kParts; ++p) {
         const SignedWords words = load(levels + p * kWords);
-        sums += products(words, SignedWords{} + 1);
-        squares += products(words, words);
+        sums += V::Types::madd(words, SignedWords{} + 1);
+        squares += V::Types::madd(words, words);
       }
       const auto sum = static_cast<uint32_t>(total(sums));
       found[r] = static_cast<uint32_t>(kLanes) * static_cast<uint32_t>(total(squares)) - sum * sum;
@@ -94,14 +87,14 @@ struct RowCodec {
     SignedDwords sums{};
     for (size_t p = 0; p < kParts; ++p) {
       coarse[p] = (load(levels + p * kWords) + half) >> shift;
-      sums += products(coarse[p], SignedWords{} + 1);
+      sums += V::Types::madd(coarse[p], SignedWords{} + 1);
     }
     const auto centre = static_cast<int16_t>((total(sums) + static_cast<int>(kLanes / 2)) >> 5);
     SignedDwords found{};
     Words largest{};
     for (size_t p = 0; p < kParts; ++p) {
       const SignedWords around = coarse[p] - centre;
-      found += products(around, around);
+      found += V::Types::madd(around, around);
       largest = V::max(largest, (Words)(around > -around ? around : -around));
       const Bytes bytes = __builtin_convertvector((Words)(around + 128), Bytes);
       std::memcpy(rows.symbols + row * kLanes + p * kWords, &bytes, sizeof bytes);
