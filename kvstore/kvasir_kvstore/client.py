@@ -27,6 +27,7 @@ from kvasir_kvstore.core.placement import Run, leading_runs, rank_nodes
 from kvasir_kvstore.index import Location, RedisIndex
 from kvasir_kvstore.metrics import TierMetrics
 from kvasir_kvstore.nodes import NodeSet
+from kvasir_kvstore.path_probe import Done, PathProbe
 from kvasir_kvstore.peers import DataPlane, join_target
 from kvasir_kvstore.pulls import WATCH_INTERVAL_S, GoesOn, NamedPuller, can_pull_from
 
@@ -121,7 +122,9 @@ class KvTier:
         self._replicas = replicas
         self._nodes = NodeSet(nodes, links=links)
         self._index = RedisIndex(redis_url, links=links) if redis_url else None
-        self._puller = NamedPuller(pool, plane or DataPlane(), pulls_max=FETCHES_MAX)
+        plane = plane or DataPlane()
+        self._puller = NamedPuller(pool, plane, pulls_max=FETCHES_MAX)
+        self._probe = PathProbe(pool, plane, self._nodes)
         self._metrics = TierMetrics(registry or CollectorRegistry())
         self._offers: deque[_Offer] = deque()
         self._offers_changed = asyncio.Condition()
@@ -140,6 +143,7 @@ class KvTier:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._probe.close()
         await self._puller.close()
         await self._nodes.close()
         if self._index is not None:
@@ -222,6 +226,14 @@ class KvTier:
         self.note(Wanted.SLOW if is_slow else Wanted.LOST, known - num_fetched)
         self.note(Wanted.UNKNOWN, len(names) - known)
         return FetchResult(num_fetched, result.bytes_moved, result.problem or problem, locate_ms)
+
+    def probe(self, names: Sequence[bytes], chain_head: bytes, done: Done) -> None:
+        """Learns what fetching takes, by a few of these blocks that nobody waits for."""
+
+        async def locate(names: Sequence[bytes], end_s: float) -> list[Location]:
+            return (await self._locate(names, chain_head, end_s=end_s))[0]
+
+        self._probe.start(names, locate, done)
 
     async def offer(
         self,

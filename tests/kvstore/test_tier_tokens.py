@@ -30,7 +30,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _fetches_whatever_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "GAIN_MIN", 0.0)
     monkeypatch.setattr(fetch, "LOSS_SHARE_MAX", 1e9)
-    monkeypatch.setattr(fetch, "FIRST_LOSS_MS_MAX", 1e9)
 
 
 async def undisturbed(model: Path) -> list[list[int]]:

@@ -8,7 +8,7 @@ from kvasir_engine.worker.metrics import Gauges, WorkerMetrics
 from kvasir_engine.worker.rates import FetchRates
 from kvasir_engine.worker.state import Role, TransferHealth, Work, WorkerState
 from kvasir_kvstore.core.block import BLOCK_TOKENS
-from kvasir_kvstore.core.fetch import FIRST_LOSS_MS_MAX, FIRST_TRIES_MAX, RETRY_EVERY
+from kvasir_kvstore.core.fetch import RETRY_EVERY
 from kvasir_proto.errors import KvasirError, Reason
 
 
@@ -170,11 +170,13 @@ def test_nothing_to_fetch_is_no_reason_to_try_again() -> None:
     assert rates.plan(num_blocks=4, compute_ms_per_block=5) is None
 
 
-def test_a_path_that_brought_nothing_yet_gets_a_few_tries() -> None:
+def test_a_path_that_brought_nothing_yet_is_tried_as_rarely_until_a_probe_shows_it() -> None:
     rates = FetchRates()
-    for _ in range(FIRST_TRIES_MAX):
-        plan = rates.plan(num_blocks=4, compute_ms_per_block=5)
-        assert plan is not None
-        assert plan.loss_ms_max == FIRST_LOSS_MS_MAX
-        rates.fetched(locate_ms=1, transfer_ms=100, num_arrived=0)
-    assert rates.plan(num_blocks=4, compute_ms_per_block=5) is None
+    assert rates.plan(num_blocks=100, compute_ms_per_block=5) is not None
+    rates.fetched(locate_ms=1, transfer_ms=100, num_arrived=0)
+    plans = [rates.plan(num_blocks=100, compute_ms_per_block=5) for _ in range(RETRY_EVERY)]
+    assert [i for i, plan in enumerate(plans) if plan] == [RETRY_EVERY - 1]
+    rates.probed(1, 4, 4)
+    assert rates.plan(num_blocks=4, compute_ms_per_block=5) is not None
+    rates.probed(1, 4000, 4)
+    assert rates.us_per_token == pytest.approx(1000 / BLOCK_TOKENS), "requests have shown more"

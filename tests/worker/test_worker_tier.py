@@ -18,7 +18,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _first_fetches_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "FIRST_LOSS_MS_MAX", 1e9)
+    monkeypatch.setattr(fetch, "LOSS_SHARE_MAX", 1e9)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,21 @@ async def test_another_worker_fetches_instead_of_computing(model: Path, kv_node:
         assert result.done.usage.cached_tokens == 192
         assert await second.metric('kvasir_worker_prompt_tokens_total{source="fetched"') == 192
         assert await second.metric('kvasir_worker_kv_bytes_total{use="fetch"') > 0
+        await until(lambda: second.is_idle)
+
+
+async def test_a_path_is_learnt_beside_a_prompt_too_short_to_try_it(
+    model: Path, kv_node: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = prompt(200, seed=5)
+    async with started(model, "a", kv_nodes=(kv_node,)) as first:
+        await first.generate(make_request(ids))
+        await until(lambda: first.host.served().tier.num_offers_pending == 0)
+    monkeypatch.setattr(fetch, "FIRST_LOSS_MS_MIN", 1e99)
+    async with started(model, "b", kv_nodes=(kv_node,)) as second:
+        result = await second.generate(make_request(ids))
+        assert (result.stats.tokens_cached_fetched, result.stats.tokens_computed) == (0, 200)
+        await until(lambda: second.host.fetch_rates.us_per_token > 0)
         await until(lambda: second.is_idle)
 
 

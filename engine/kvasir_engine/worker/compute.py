@@ -83,6 +83,7 @@ class Compute:
         )
         if plan is None:
             tier.note(Wanted.DECLINED, len(names) - num_held)
+            self._learn_path(tier, names, num_held)
             return None
         engine = self._host.served().engine
         try:
@@ -144,7 +145,14 @@ class Compute:
         self._host.metrics.transfers.labels("fetch", result.problem or "ok").inc()
         if result.problem:
             log.warning("fetching KV blocks: %s; computing them", result.problem)
+            self._learn_path(tier, names, skip)
         return num_fetched
+
+    def _learn_path(self, tier: KvTier, names: list[bytes], num_held: int) -> None:
+        """Has the path probed beside computing, if no request has shown what it takes."""
+        rates = self._host.fetch_rates
+        if len(names) > num_held and rates.path.wants_probe:
+            tier.probe(names[num_held:], names[0], rates.probed)
 
     def _wanted(self, request: EngineRequest) -> tuple[list[bytes], int]:
         """Names of the blocks a prompt starts with, and how many of them are here (a hint).

@@ -1,7 +1,7 @@
 """What fetches from the KV tier took on this worker, and how the next one is to go."""
 
 from kvasir_kvstore.core.block import BLOCK_TOKENS
-from kvasir_kvstore.core.fetch import FIRST_TRIES_MAX, RETRY_EVERY, FetchPlan, PathRates, plan_fetch
+from kvasir_kvstore.core.fetch import RETRY_EVERY, FetchPlan, PathRates, plan_fetch
 
 
 class FetchRates:
@@ -11,7 +11,6 @@ class FetchRates:
         self.path = PathRates()
         self.num_running = 0
         self._num_declined = 0
-        self._num_in_vain = 0
 
     @property
     def us_per_token(self) -> float:
@@ -36,13 +35,19 @@ class FetchRates:
 
     def fetched(self, *, locate_ms: float, transfer_ms: float, num_arrived: float) -> None:
         """A fetch ended that had found blocks, or was stopped before it did."""
-        if not self.path.ms_per_block and not num_arrived:
-            self._num_in_vain += 1
-            if self._num_in_vain < FIRST_TRIES_MAX:
-                return
         self.path = self.path.after(
             latency_ms=locate_ms,
             transfer_ms=transfer_ms,
             num_arrived=num_arrived,
             num_fetches=self.num_running,
         )
+
+    def probed(self, locate_ms: float, transfer_ms: float, num_arrived: int) -> None:
+        """A probe of the path ended; whatever requests have shown meanwhile counts for more."""
+        if self.path.wants_probe:
+            self.path = self.path.after(
+                latency_ms=locate_ms,
+                transfer_ms=transfer_ms,
+                num_arrived=num_arrived,
+                num_fetches=self.num_running + 1,
+            )
