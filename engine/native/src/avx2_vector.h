@@ -51,6 +51,31 @@ struct Avx2 {
   static F zero_where_less(F value, F x, F limit) {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), value);
   }
+
+  static I zero_integers() { return _mm256_setzero_si256(); }
+  static I broadcast_integer(int32_t x) { return _mm256_set1_epi32(x); }
+  static I subtract_integers(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I add_integers(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I load_integers(const int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const I*>(p));
+  }
+  static void store_integers(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<I*>(p), x); }
+  static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+  static void store_halves(int16_t* p, F x) {
+    const I integers = _mm256_cvtps_epi32(x);
+    const I halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(integers, integers), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(halves));
+  }
+  static void pair_codes(const int8_t* a, const int8_t* b, I* words) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
+    const __m128i y = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
+    words[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(x, y));
+    words[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(x, y));
+  }
+  static void unpair(I*, I*) {}  // they are in order
+  static I dot_pairs(I sums, I words, I inputs) {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(words, inputs));
+  }
 };
 
 }  // namespace

@@ -62,7 +62,28 @@ struct Avx512 {
   static I zero_integers() { return _mm512_setzero_si512(); }
   static I broadcast_integer(int32_t x) { return _mm512_set1_epi32(x); }
   static I subtract_integers(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I add_integers(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I load_integers(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_integers(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+  static void store_halves(int16_t* p, F x) {
+    const __m256i halves = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+  }
+  static void pair_codes(const int8_t* a, const int8_t* b, I* words) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+    const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+    words[0] = _mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(x, y));
+    words[1] = _mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(x, y));
+  }
+  static void unpair(I* low, I* high) {
+    const I first = _mm512_shuffle_i64x2(*low, *high, 0x44);
+    *high = _mm512_shuffle_i64x2(*low, *high, 0xEE);
+    *low = first;
+  }
+  static I dot_pairs(I sums, I words, I inputs) {
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(words, inputs));
+  }
   static I nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(0xF)); }
 };
 

@@ -25,6 +25,7 @@ const Kernels& best_avx512_kernels() {
     for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
       gemm_at(kernels, format) = vnni_gemm(format);
     }
+    kernels.kv[static_cast<int>(KvFormat::kInt8)] = vnni_int8_kv();
     return kernels;
   }();
   return table;

@@ -17,10 +17,6 @@ struct Avx2Wide : Avx2 {
   static constexpr int kIntegerRows = 3;
   static constexpr int kInt4Rows = 2;
 
-  static I zero_integers() { return _mm256_setzero_si256(); }
-  static I broadcast_integer(int32_t x) { return _mm256_set1_epi32(x); }
-  static I subtract_integers(I a, I b) { return _mm256_sub_epi32(a, b); }
-  static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
   static Codes widen(I x) {
     return {_mm256_and_si256(x, _mm256_set1_epi16(0xFF)), _mm256_srli_epi16(x, 8)};
   }

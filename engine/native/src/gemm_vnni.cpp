@@ -1,5 +1,7 @@
-// Products of int8 activations with int8 and int4 weights by AVX-512 VNNI.
+// Products with integers by AVX-512 VNNI: of int8 activations with int8 and int4 weights, and of
+// int8 KV.
 #include "avx512_vector.h"
+#include "vector_attention.h"
 #include "vector_integer_gemm.h"
 
 namespace kvasir {
@@ -35,9 +37,15 @@ struct Avx512Vnni : Avx512 {
         : "v"(codes), "m"(*reinterpret_cast<const Word*>(p)));
     return sums;
   }
+  static I dot_pairs(I sums, I words, I inputs) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(words), "v"(inputs));
+    return sums;
+  }
 };
 
 }  // namespace
+
+KvKernels vnni_int8_kv() { return vec::int8_kv<Avx512Vnni>(); }
 
 GemmKernel vnni_gemm(WeightFormat format) {
   GemmKernel kernel = vec::integer_gemm_of<Avx512Vnni>(format);

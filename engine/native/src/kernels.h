@@ -113,10 +113,17 @@ inline size_t part_floats(int rows, int head_dim) {
 
 inline constexpr int kAttentionPad = kRowAlign;  // floats that keep rows off one set of the cache
 
+// Columns of V as products of codes take them.
+inline int code_columns(int head_dim) {
+  return (head_dim + 2 * kRowAlign - 1) / (2 * kRowAlign) * (2 * kRowAlign);
+}
+
 inline size_t attention_scratch(int rows, int head_dim) {
   const size_t row = size_t{kSegmentTokens} + head_dim + 2 * kAttentionPad;
-  const size_t block = static_cast<size_t>(kBlockTokens) * head_dim;
-  return rows * row + 2 * part_floats(rows, head_dim) + block + 2 * size_t{kSegmentTokens};
+  const size_t codes = size_t{2} + code_columns(head_dim);
+  const size_t block = static_cast<size_t>(kBlockTokens) * code_columns(head_dim);
+  return rows * (row + codes) + 2 * part_floats(rows, head_dim) + block +
+         2 * size_t{kSegmentTokens};
 }
 
 enum class KvFormat { kPlain, kInt8 };
@@ -177,9 +184,10 @@ const Kernels& avx512_kernels();
 GemmKernel avx2_gemm(WeightFormat format);
 GemmKernel avx512_gemm(WeightFormat format);
 GemmKernel vnni_gemm(WeightFormat format);  // int8 and int4
-GemmKernel avx512bf16_gemm();               // bf16
-GemmKernel amx_gemm(WeightFormat format);   // bf16 and int8
-bool may_use_amx();                         // asks the kernel
+KvKernels vnni_int8_kv();
+GemmKernel avx512bf16_gemm();              // bf16
+GemmKernel amx_gemm(WeightFormat format);  // bf16 and int8
+bool may_use_amx();                        // asks the kernel
 #endif
 
 }  // namespace kvasir

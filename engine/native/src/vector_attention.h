@@ -2,6 +2,7 @@
 // blocks, then their softmax, then the weighted sums of its values; segments join in order.
 #pragma once
 
+#include "vector_code_product.h"
 #include "vector_kernels.h"
 
 namespace kvasir::vec {
@@ -40,9 +41,13 @@ struct Workspace {
   float* scores;  // [rows][score_stride]
   float* joined;  // a part
   float* part;
-  float* expanded;      // one block's K or V as float32
-  float* key_scales;    // [kSegmentTokens]
-  float* value_scales;  // the same
+  float* expanded;       // one block's K or V as float32, or codes as words of pairs
+  float* key_scales;     // [kSegmentTokens]
+  float* value_scales;   // the same
+  float* query_scales;   // [rows], of codes only, as what follows
+  float* weight_scales;  // [rows]
+  int sum_stride;
+  int32_t* sums;  // [rows][sum_stride]
 
   Workspace(const AttentionArgs& a, int rows) {
     const size_t count = rows;
@@ -53,13 +58,33 @@ struct Workspace {
     joined = scores + count * score_stride;
     part = joined + part_floats(rows, a.head_dim);
     expanded = part + part_floats(rows, a.head_dim);
-    key_scales = expanded + static_cast<size_t>(kBlockTokens) * a.head_dim;
+    sum_stride = code_columns(a.head_dim);
+    key_scales = expanded + static_cast<size_t>(kBlockTokens) * sum_stride;
     value_scales = key_scales + kSegmentTokens;
+    query_scales = value_scales + kSegmentTokens;
+    weight_scales = query_scales + rows;
+    sums = reinterpret_cast<int32_t*>(weight_scales + rows);
     for (int row = 0; row < rows; ++row) {
       const float* source =
           a.q + row / a.group * a.q_stride + static_cast<size_t>(row % a.group) * a.head_dim;
       __builtin_memcpy(q + static_cast<size_t>(row) * q_stride, source, a.head_dim * sizeof(float));
     }
+  }
+
+  float* scores_of(int row) const { return scores + static_cast<size_t>(row) * score_stride; }
+
+  // Brings queries to 16 bits in place, as codes want them.
+  template <class V>
+  void halve_queries(const AttentionArgs& a, int rows) const {
+    for (int row = 0; row < rows; ++row) {
+      float* place = q + static_cast<size_t>(row) * q_stride;
+      query_scales[row] = to_halves<V>(place, a.head_dim, reinterpret_cast<int16_t*>(place));
+    }
+  }
+
+  // Rows of what was brought to 16 bits in rows of floats.
+  HalfRows halves(const float* floats, int stride) const {
+    return {reinterpret_cast<const int32_t*>(floats), static_cast<size_t>(stride)};
   }
 };
 
@@ -81,16 +106,19 @@ inline Range seen_by(const AttentionArgs& a, Range tokens, Range positions) {
 }
 
 // Scores of one row against positions [from, to) of a segment become weights, zero around them up
-// to whole blocks. Fetches meanwhile, lest memory idle.
+// to whole blocks; of codes as 16-bit integers. Fetches meanwhile, lest memory idle.
 template <class V, bool kScaled>
-void soften_row(const AttentionArgs& a, const Workspace& work, float* scores, Range seen,
-                Fetches ahead, float* maximum, float* total) {
+void soften_row(const AttentionArgs& a, const Workspace& work, int row, Range seen, Fetches ahead,
+                float* maximum, float* total) {
+  float* scores = work.scores_of(row);
   constexpr int kParts = kRowAlign / V::kWidth;
   const int first = seen.from / kBlockTokens * kBlockTokens;
   const int end = (seen.to + kBlockTokens - 1) / kBlockTokens * kBlockTokens;
   if constexpr (kScaled) {
+    const typename V::F scale = V::broadcast(work.query_scales[row]);
     for (int t = first; t < end; t += V::kWidth) {
-      V::store(scores + t, V::multiply(V::load(scores + t), V::load(work.key_scales + t)));
+      const typename V::F both = V::multiply(scale, V::load(work.key_scales + t));
+      V::store(scores + t, V::multiply(V::load(scores + t), both));
     }
   }
   if (a.score_cap > 0) soft_cap<V>(scores + first, a.score_cap, end - first);
@@ -126,6 +154,10 @@ void soften_row(const AttentionArgs& a, const Workspace& work, float* scores, Ra
   for (int i = 0; i < kParts; ++i) V::store(lanes + i * V::kWidth, totals[i]);
   *maximum = max;
   *total = sum_lanes(lanes);
+  if constexpr (kScaled) {
+    int16_t* halves = reinterpret_cast<int16_t*>(scores) + first;
+    work.weight_scales[row] = to_halves<V>(scores + first, end - first, halves);
+  }
 }
 
 // One segment being attended.
@@ -225,6 +257,25 @@ struct Segment {
     for (size_t i = 0; i < kScalesOfBlock; i += kCacheLineBytes) __builtin_prefetch(scales + i);
   }
 
+  int32_t* words() const { return reinterpret_cast<int32_t*>(work.expanded); }
+
+  // Rows times `count` columns, to scores from the segment's position `first` on.
+  template <class B>
+  void score_rows(Range rows, Columns<B> columns, int count, int first, Ahead ahead) const {
+    const float* q = work.q + static_cast<size_t>(rows.from) * work.q_stride;
+    float* scores = work.scores_of(rows.from) + first;
+    const size_t stride = work.score_stride;
+    if constexpr (kHasScales<E>) {
+      const HalfRows halves = work.halves(q, work.q_stride);
+      pair_product<V>(PairProduct<B, float>{halves, a.head_dim / 2, columns, count, scores, stride},
+                      rows.count(), ahead);
+    } else {
+      product<V>(Product<B>{q, static_cast<size_t>(work.q_stride), a.head_dim, columns, count,
+                            scores, stride, true},
+                 rows.count(), ahead);
+    }
+  }
+
   // Scores of one block, or of two side by side where few rows leave registers for it.
   void score() const {
     for (int block = blocks.from; block < blocks.to;) {
@@ -234,26 +285,26 @@ struct Segment {
                            next_tokens.to == tokens.to;
       const int count = is_pair ? 2 : 1;
       const int read = block - blocks.from;
-      const size_t row = static_cast<size_t>(tokens.from) * a.group;
       const E* keys = elements_of<E>(a, a.keys, block);
       const E* more = is_pair ? elements_of<E>(a, a.keys, block + 1) : nullptr;
-      const auto multiply = [&](const auto* k, const auto* k2) {
-        product<V>(
-            Product{work.q + row * work.q_stride, static_cast<size_t>(work.q_stride), a.head_dim,
-                    Columns{k, size_t{kBlockTokens}, k2, kBlockTokens}, count * kBlockTokens,
-                    work.scores + row * work.score_stride + (block * kBlockTokens - start),
-                    static_cast<size_t>(work.score_stride), true},
-            tokens.count() * a.group, is_pair ? fetch_pair(read) : fetch(read));
-      };
+      const Ahead ahead = is_pair ? fetch_pair(read) : fetch(read);
+      const Range rows = {tokens.from * a.group, tokens.to * a.group};
+      const int first = block * kBlockTokens - start;
+      const int num_columns = count * kBlockTokens;
       if constexpr (kHasScales<E>) {
         for (int i = 0; i < count; ++i) fetch_value_scales(block + i);
       }
-      if (expands()) {
+      if (!expands()) {
+        score_rows(rows, Columns{keys, size_t{kBlockTokens}, more, kBlockTokens}, num_columns,
+                   first, ahead);
+      } else if constexpr (kHasScales<E>) {
+        expand_pairs<V>(keys, kBlockTokens, a.head_dim / 2, kBlockTokens, words(),
+                        nth_read(read + 1));
+        score_rows(rows, Columns<int32_t>{words(), kBlockTokens}, num_columns, first, {});
+      } else {
         expand<V>(keys, static_cast<size_t>(kBlockTokens) * a.head_dim, work.expanded,
                   nth_read(read + 1));
-        multiply(static_cast<const float*>(work.expanded), static_cast<const float*>(nullptr));
-      } else {
-        multiply(keys, more);
+        score_rows(rows, Columns<float>{work.expanded, kBlockTokens}, num_columns, first, {});
       }
       block += count;
     }
@@ -268,39 +319,76 @@ struct Segment {
       if (token < tokens.from || token >= tokens.to) {
         part.maxima[row] = -__builtin_inff();
         part.totals[row] = 0;
+        work.weight_scales[row] = 0;
         continue;
       }
       const Range mine = seen_by(a, {token, token + 1}, seen);
-      soften_row<V, kHasScales<E>>(
-          a, work, work.scores + static_cast<size_t>(row) * work.score_stride,
-          {mine.from - start, mine.to - start}, fetch_softening(row, num_rows), &part.maxima[row],
-          &part.totals[row]);
+      soften_row<V, kHasScales<E>>(a, work, row, {mine.from - start, mine.to - start},
+                                   fetch_softening(row, num_rows), &part.maxima[row],
+                                   &part.totals[row]);
+    }
+  }
+
+  // Rows of weights from the segment's position `first` on times as many rows of columns, added.
+  template <class B>
+  void weigh_rows(Range rows, int first, int depth, Columns<B> columns, Ahead ahead) const {
+    const float* weights = work.scores_of(rows.from);
+    if constexpr (kHasScales<E>) {
+      HalfRows halves = work.halves(weights, work.score_stride);
+      halves.words += first / 2;
+      const size_t stride = work.sum_stride;
+      int32_t* sums = work.sums + rows.from * stride;
+      const int count = (a.head_dim + kPairColumns<V> - 1) / kPairColumns<V> * kPairColumns<V>;
+      pair_product<V>(PairProduct<B, int32_t>{halves, depth / 2, columns, count, sums, stride},
+                      rows.count(), ahead);
+    } else {
+      const size_t width = a.head_dim;
+      product<V>(Product<B>{weights + first, static_cast<size_t>(work.score_stride), depth, columns,
+                            a.head_dim, part.sums + rows.from * width, width, false},
+                 rows.count(), ahead);
+    }
+  }
+
+  // What is summed of codes, as numbers.
+  void scale_sums() const {
+    for (int row = 0; row < a.num_tokens * a.group; ++row) {
+      const typename V::F scale = V::broadcast(work.weight_scales[row]);
+      const int32_t* sums = work.sums + static_cast<size_t>(row) * work.sum_stride;
+      float* out = part.sums + static_cast<size_t>(row) * a.head_dim;
+      for (int i = 0; i < a.head_dim; i += V::kWidth) {
+        V::store(out + i, V::multiply(V::to_float(V::load_integers(sums + i)), scale));
+      }
     }
   }
 
   void weigh_values() const {
-    const size_t width = a.head_dim;
-    __builtin_memset(part.sums, 0, a.num_tokens * a.group * width * sizeof(float));
+    const size_t width = a.head_dim, num_rows = static_cast<size_t>(a.num_tokens) * a.group;
+    if constexpr (kHasScales<E>) {
+      __builtin_memset(work.sums, 0, num_rows * work.sum_stride * sizeof(int32_t));
+    } else {
+      __builtin_memset(part.sums, 0, num_rows * width * sizeof(float));
+    }
     for (int block = blocks.from; block < blocks.to; ++block) {
       const Range tokens = tokens_that_see(a, positions(block));
-      const Range slots = seen_by(a, tokens, positions(block));
-      const size_t row = static_cast<size_t>(tokens.from) * a.group;
-      const E* values = elements_of<E>(a, a.values, block) +
-                        static_cast<size_t>(slots.from % kBlockTokens) * width;
-      const auto multiply = [&](const auto* v) {
-        product<V>(Product{work.scores + row * work.score_stride + (slots.from - start),
-                           static_cast<size_t>(work.score_stride), slots.count(), Columns{v, width},
-                           a.head_dim, part.sums + row * width, width, false},
-                   tokens.count() * a.group, fetch(blocks.count() + block - blocks.from));
-      };
+      const Range rows = {tokens.from * a.group, tokens.to * a.group};
+      Range slots = seen_by(a, tokens, positions(block));
+      if constexpr (kHasScales<E>) slots = {slots.from & ~1, (slots.to + 1) & ~1};  // whole pairs
+      const int first = slots.from - start;
+      const E* values = elements_of<E>(a, a.values, block) + slots.from % kBlockTokens * width;
+      const int read = blocks.count() + block - blocks.from;
       if (!expands()) {
-        multiply(values);
-        continue;
+        weigh_rows(rows, first, slots.count(), Columns<E>{values, width}, fetch(read));
+      } else if constexpr (kHasScales<E>) {
+        expand_pairs<V>(values, width, slots.count() / 2, work.sum_stride, words(),
+                        nth_read(read + 1));
+        weigh_rows(rows, first, slots.count(),
+                   Columns<int32_t>{words(), static_cast<size_t>(work.sum_stride)}, {});
+      } else {
+        expand<V>(values, slots.count() * width, work.expanded, nth_read(read + 1));
+        weigh_rows(rows, first, slots.count(), Columns<float>{work.expanded, width}, {});
       }
-      expand<V>(values, slots.count() * width, work.expanded,
-                nth_read(blocks.count() + block - blocks.from + 1));
-      multiply(static_cast<const float*>(work.expanded));
     }
+    if constexpr (kHasScales<E>) scale_sums();
   }
 
   void attend() const {
@@ -355,6 +443,7 @@ inline Part empty_part(const AttentionArgs& a, float* data) {
 template <class V, class E>
 void attend(const AttentionArgs& a) {
   const Workspace work(a, a.num_tokens * a.group);
+  if constexpr (kHasScales<E>) work.halve_queries<V>(a, a.num_tokens * a.group);
   Part joined = empty_part(a, work.joined);
   const Range segments = segments_of(a);
   for (int index = segments.from; index < segments.to; ++index) {
@@ -368,6 +457,7 @@ void attend(const AttentionArgs& a) {
 template <class V, class E>
 void attend_segment(const AttentionArgs& a, int index, float* part) {
   const Workspace work(a, a.num_tokens * a.group);
+  if constexpr (kHasScales<E>) work.halve_queries<V>(a, a.num_tokens * a.group);
   Segment<V, E>(a, work, index, part).attend();
 }
 
@@ -425,18 +515,22 @@ void store_int8(const float* k, const float* v, int head_dim, int slot, uint8_t*
 }
 
 template <class V>
+KvKernels int8_kv() {
+  return {1,
+          sizeof(float),
+          attend<V, int8_t>,
+          attend_segment<V, int8_t>,
+          join_segments<V>,
+          store_int8<V>};
+}
+
+template <class V>
 Kernels table_of(const char* name, GemmKernel (*gemm_of)(WeightFormat)) {
   const KvKernels plain = {
       2, 0, attend<V, uint16_t>, attend_segment<V, uint16_t>, join_segments<V>, store_bf16};
-  const KvKernels int8 = {1,
-                          sizeof(float),
-                          attend<V, int8_t>,
-                          attend_segment<V, int8_t>,
-                          join_segments<V>,
-                          store_int8<V>};
   return {
       name,
-      {plain, int8},
+      {plain, int8_kv<V>()},
       {gemm_of(WeightFormat::kBf16), gemm_of(WeightFormat::kInt8), gemm_of(WeightFormat::kInt4)},
       rms_norm<V>,
       rotate<V>,
