@@ -66,6 +66,12 @@ struct Avx2 {
     const I halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(integers, integers), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(halves));
   }
+  static void store_codes(int8_t* p, F x) {
+    const I integers = _mm256_cvtps_epi32(x);
+    const I halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(integers, integers), 0x08);
+    const __m128i low = _mm256_castsi256_si128(halves);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(low, low));
+  }
   static void pair_codes(const int8_t* a, const int8_t* b, I* words) {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
     const __m128i y = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));

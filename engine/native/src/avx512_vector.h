@@ -70,6 +70,9 @@ struct Avx512 {
     const __m256i halves = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
   }
+  static void store_codes(int8_t* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+  }
   static void pair_codes(const int8_t* a, const int8_t* b, I* words) {
     const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
     const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));

@@ -4,6 +4,7 @@
 
 #include "vector_code_product.h"
 #include "vector_kernels.h"
+#include "vector_kv_store.h"
 
 namespace kvasir::vec {
 
@@ -80,11 +81,6 @@ struct Workspace {
       float* place = q + static_cast<size_t>(row) * q_stride;
       query_scales[row] = to_halves<V>(place, a.head_dim, reinterpret_cast<int16_t*>(place));
     }
-  }
-
-  // Rows of what was brought to 16 bits in rows of floats.
-  HalfRows halves(const float* floats, int stride) const {
-    return {reinterpret_cast<const int32_t*>(floats), static_cast<size_t>(stride)};
   }
 };
 
@@ -266,7 +262,8 @@ struct Segment {
     float* scores = work.scores_of(rows.from) + first;
     const size_t stride = work.score_stride;
     if constexpr (kHasScales<E>) {
-      const HalfRows halves = work.halves(q, work.q_stride);
+      const HalfRows halves = {reinterpret_cast<const int32_t*>(q),
+                               static_cast<size_t>(work.q_stride)};
       pair_product<V>(PairProduct<B, float>{halves, a.head_dim / 2, columns, count, scores, stride},
                       rows.count(), ahead);
     } else {
@@ -334,8 +331,8 @@ struct Segment {
   void weigh_rows(Range rows, int first, int depth, Columns<B> columns, Ahead ahead) const {
     const float* weights = work.scores_of(rows.from);
     if constexpr (kHasScales<E>) {
-      HalfRows halves = work.halves(weights, work.score_stride);
-      halves.words += first / 2;
+      const HalfRows halves = {reinterpret_cast<const int32_t*>(weights) + first / 2,
+                               static_cast<size_t>(work.score_stride)};
       const size_t stride = work.sum_stride;
       int32_t* sums = work.sums + rows.from * stride;
       const int count = (a.head_dim + kPairColumns<V> - 1) / kPairColumns<V> * kPairColumns<V>;
@@ -470,48 +467,6 @@ void join_segments(const AttentionArgs& a, const float* parts, int num_parts) {
     join<V>(a, Part(data, rows), &joined);
   }
   write_out<V>(a, joined);
-}
-
-// ---- writing ------------------------------------------------------------------------------------
-
-inline void store_bf16(const float* k, const float* v, int head_dim, int slot, uint8_t* keys,
-                       uint8_t* values) {
-  uint16_t* key_column = reinterpret_cast<uint16_t*>(keys) + slot;
-  uint16_t* value_row = reinterpret_cast<uint16_t*>(values) + static_cast<size_t>(slot) * head_dim;
-  for (int i = 0; i < head_dim; ++i) key_column[i * kBlockTokens] = bf16_from_float(k[i]);
-  for (int i = 0; i < head_dim; ++i) value_row[i] = bf16_from_float(v[i]);
-}
-
-// One head of one token as codes, `stride` apart, and its scale: the largest is 127.
-template <class V>
-void quantise(const float* x, int head_dim, int8_t* codes, size_t stride, float* scale) {
-  typename V::F highest = V::zero();
-  for (int i = 0; i < head_dim; i += V::kWidth) {
-    const typename V::F value = V::load(x + i);
-    highest = V::max(V::max(value, V::subtract(V::zero(), value)), highest);
-  }
-  float lanes[V::kWidth];
-  V::store(lanes, highest);
-  float most = lanes[0];
-  for (int i = 1; i < V::kWidth; ++i) most = lanes[i] > most ? lanes[i] : most;
-  *scale = most * (1.0f / 127.0f);
-  const typename V::F inverse = V::broadcast(most > 0 ? 127.0f / most : 0);
-  const typename V::F low = V::broadcast(-127.0f), high = V::broadcast(127.0f);
-  for (int i = 0; i < head_dim; i += V::kWidth) {
-    const typename V::F rounded = V::round(V::multiply(V::load(x + i), inverse));
-    V::store(lanes, V::min(V::max(rounded, low), high));  // as code_of() does, NaN included
-    for (int j = 0; j < V::kWidth; ++j) codes[(i + j) * stride] = static_cast<int8_t>(lanes[j]);
-  }
-}
-
-template <class V>
-void store_int8(const float* k, const float* v, int head_dim, int slot, uint8_t* keys,
-                uint8_t* values) {
-  const size_t num_codes = static_cast<size_t>(kBlockTokens) * head_dim;
-  quantise<V>(k, head_dim, reinterpret_cast<int8_t*>(keys) + slot, kBlockTokens,
-              reinterpret_cast<float*>(keys + num_codes) + slot);
-  quantise<V>(v, head_dim, reinterpret_cast<int8_t*>(values) + slot * head_dim, 1,
-              reinterpret_cast<float*>(values + num_codes) + slot);
 }
 
 template <class V>

@@ -139,13 +139,14 @@ void pair_product(const PairProduct<B, C>& p, int m, Ahead ahead) {
     const int rows = (m - row + num_tiles - 1) / num_tiles;
     const char* here = reinterpret_cast<const char*>(p.c);
     Fetches fetches = {here, here, 0};
-    const int wide = widest_tile<V>(rows) * V::kWidth;
-    if (row == 0 && ahead.bytes > 0) {
-      fetches = {static_cast<const char*>(ahead.first), static_cast<const char*>(ahead.second),
-                 ahead.bytes / (p.pairs * ((p.n + wide - 1) / wide))};
-    }
     with_rows<V::kRows>(rows, [&](auto count) {
       constexpr int kR = decltype(count)::value;
+      constexpr int kWide = widest_tile<V>(kR) * V::kWidth;
+      if (row == 0 && ahead.bytes > 0) {
+        const unsigned steps = p.pairs * ((p.n + kWide - 1) / kWide);
+        fetches = {static_cast<const char*>(ahead.first), static_cast<const char*>(ahead.second),
+                   static_cast<int>(ahead.bytes / steps)};
+      }
       for (int column = 0; column < p.n;) {
         column += pair_columns<V, kR, widest_tile<V>(kR)>(p, row, column, fetches);
         fetches.first += static_cast<ptrdiff_t>(p.pairs) * fetches.step;

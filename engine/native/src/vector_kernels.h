@@ -2,10 +2,10 @@
 //
 // V gives: F (a register of kWidth floats), kRegisters (how many there are), kRows and kColumns
 // (the tallest register tile, columns in registers), and load, load_bf16, load_pair, store,
-// broadcast, zero, fma, add, multiply, divide, max, min, round, power_of_two, less. Lanes never mix
-// except in sum_lanes, whose order is fixed at 16 lanes: so paths of different width agree bit for
-// bit. No std:: function templates here: what one of these translation units emits must not be
-// linked into code for lesser processors.
+// store_codes (rounded to bytes), broadcast, zero, fma, add, multiply, divide, max, min, round,
+// power_of_two, less. Lanes never mix except in sum_lanes, whose order is fixed at 16 lanes: so
+// paths of different width agree bit for bit. No std:: function templates here: what one of these
+// translation units emits must not be linked into code for lesser processors.
 #pragma once
 
 #include "arena.h"
@@ -150,13 +150,14 @@ void product(const Product<B>& p, int m, Ahead ahead) {
     const int rows = (m - row + num_tiles - 1) / num_tiles;
     const char* here = reinterpret_cast<const char*>(p.c);
     Fetches fetches = {here, here, 0};
-    const int wide = widest_tile<V>(rows) * V::kWidth;
-    if (row == 0 && ahead.bytes > 0) {
-      fetches = {static_cast<const char*>(ahead.first), static_cast<const char*>(ahead.second),
-                 ahead.bytes / (p.k * ((p.n + wide - 1) / wide))};
-    }
     with_rows<V::kRows>(rows, [&](auto count) {
       constexpr int kR = decltype(count)::value;
+      constexpr int kWide = widest_tile<V>(kR) * V::kWidth;
+      if (row == 0 && ahead.bytes > 0) {
+        const unsigned steps = p.k * ((p.n + kWide - 1) / kWide);
+        fetches = {static_cast<const char*>(ahead.first), static_cast<const char*>(ahead.second),
+                   static_cast<int>(ahead.bytes / steps)};
+      }
       for (int column = 0; column < p.n;) {
         column += product_columns<V, kR, widest_tile<V>(kR)>(p, row, column, fetches);
         fetches.first += static_cast<ptrdiff_t>(p.k) * fetches.step;
