@@ -334,7 +334,8 @@ Code BlockClient::run(const Pull& pull, const Link& link, Receiver& receiver, De
   request.num_stripes = static_cast<uint16_t>(receiver.stripe().count);
   Code code = send_request(pull, link.stream, request, deadline, ended);
   if (code == Code::kOk) code = receiver.run(link.stream, request.request_id, deadline, ended);
-  if (code != Code::kOk || !(pull.is_session() || link.remote)) return code;
+  const bool is_awaited = pull.is_session() || receiver.is_source_holding();
+  if (code != Code::kOk || !is_awaited) return code;
   if (pull.is_session() && !receiver.all_whole())
     return Code::kAborted;  // the source ended with fewer blocks, or bad
   request.type = RequestType::kAcknowledge;

@@ -30,6 +30,11 @@ Code FrameBatch::add(Frame frame, const uint8_t* payload) {
   return code_;
 }
 
+void FrameBatch::send_in_place() {
+  pipe_ = Pipe::make();
+  if (pipe_) keep_pins();
+}
+
 void FrameBatch::add_part(const void* data, size_t size) {
   parts_[num_parts_++] = {.iov_base = const_cast<void*>(data), .iov_len = size};
 }
@@ -135,6 +140,7 @@ Code FrameBatch::add_end(Code reason, uint32_t count) {
   frame.kind = FrameKind::kEnd;
   frame.ordinal = count;
   frame.code = reason;
+  frame.is_held = keeps_pins_;
   add(frame, nullptr);
   return flush();
 }
@@ -143,7 +149,9 @@ Code FrameBatch::flush() {
   if (code_ == Code::kOk && stopped_.is_raised()) code_ = Code::kCancelled;
   if (code_ == Code::kOk && num_parts_ > 0) {
     if (background_) background_->before(bytes_);
-    code_ = stream_.send_all(parts_.data(), num_parts_, Deadline::in(kSendStallMs), &stopped_);
+    const Deadline deadline = Deadline::in(kSendStallMs);
+    code_ = pipe_ ? stream_.send_in_place(parts_.data(), num_parts_, pipe_, deadline, &stopped_)
+                  : stream_.send_all(parts_.data(), num_parts_, deadline, &stopped_);
   }
   if (code_ == Code::kOk) payload_bytes_sent_ += bytes_;
   num_frames_ = num_tags_ = num_parts_ = bytes_ = encoded_used_ = 0;

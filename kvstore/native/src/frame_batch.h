@@ -52,8 +52,11 @@ class FrameBatch {
 
   // The batch releases the pin once the block's frames have been sent.
   void own_pin(const Name& name) { pins_.push_back(name); }
-  // From now on, pins are released with the batch.
+  // From now on, pins are released with the batch: the peer reads the blocks until it acknowledges.
   void keep_pins() { keeps_pins_ = true; }
+  bool keeps_pins() const { return keeps_pins_; }
+  // From now on, payloads are sent from where they lie, if the system allows it; pins are kept.
+  void send_in_place();
 
   uint64_t payload_bytes_sent() const { return payload_bytes_sent_; }
 
@@ -93,6 +96,7 @@ class FrameBatch {
   Code code_ = Code::kOk;
   std::vector<Name> pins_;
   bool keeps_pins_ = false;
+  Pipe pipe_;  // where payloads are sent in place
   std::optional<Traffic::Background> background_;
 };
 

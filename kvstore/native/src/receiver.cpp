@@ -68,6 +68,7 @@ Code Receiver::run(const Stream& stream, uint64_t request_id, Deadline deadline,
     if (frame.kind == FrameKind::kData) code = take_reference(frame);
     if (frame.kind == FrameKind::kEnd) code = read_waiting();
     if (code != Code::kOk) return code;
+    is_source_holding_ = frame.kind == FrameKind::kEnd && frame.is_held != 0;
     if (frame.kind == FrameKind::kEnd) return next_bytes_ == 0 ? frame.code : bad_frame();
   }
 }

@@ -64,6 +64,8 @@ class Receiver {
   size_t copy_listed(Deadline deadline, const Signal* ended);
 
   bool has_received() const { return has_received_; }
+  // The source holds the blocks until we say that all is here.
+  bool is_source_holding() const { return is_source_holding_; }
   // Some layers are final: a peer that sends all that was asked for would send them again.
   bool has_landed() const { return result_.bytes_moved > 0 || result_.frames_bad > 0; }
   bool all_whole() const;
@@ -115,6 +117,7 @@ class Receiver {
   Ahead ahead_{};  // read together with the last payload
   size_t next_bytes_ = 0;
   bool has_received_ = false;
+  bool is_source_holding_ = false;
   Stripe stripe_;
   std::vector<std::atomic<uint32_t>>* landed_ = nullptr;
   std::optional<Traffic::Background> background_;

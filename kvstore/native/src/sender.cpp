@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kHelloMs = 5'000;         // a client says at once what it wants
 constexpr int64_t kIdleMs = 60'000;         // between requests
 constexpr int64_t kRequestMsMax = 600'000;  // whatever the client asks for
+constexpr size_t kInPlaceBytes = 1 << 20;   // an answer as large is worth an acknowledgement
 constexpr int64_t kSliceMs = 50;            // between looks at the client while a session computes
 constexpr size_t kSweepBytes = 1 << 20;     // between looks at the session, however slow the client
 
@@ -143,6 +144,9 @@ bool serve_named(const SenderContext& context, const Stream& stream, const Reque
   batch.set_stripe({.index = request.stripe, .count = request.num_stripes});
   const bool counts = request.stripe == 0;  // a pull is counted once
   if (terms.is_remote) batch.keep_pins();
+  const size_t bytes = names.size() * context.pool.shape().block_bytes() / request.num_stripes;
+  const bool is_plain = codec == Codec::kRaw && stream.secure() == nullptr;
+  if (is_plain && bytes >= kInPlaceBytes) batch.send_in_place();
   std::optional<Traffic::Urgent> urgent;
   if (request.type == RequestType::kBackground) {
     batch.set_background();
@@ -172,7 +176,9 @@ bool serve_named(const SenderContext& context, const Stream& stream, const Reque
     }
   }
   if (batch.add_end(reason, ordinal) != Code::kOk) return false;
-  if (terms.is_remote && !receive_acknowledgement(context, stream, request, deadline)) return false;
+  if (batch.keeps_pins() && !receive_acknowledgement(context, stream, request, deadline)) {
+    return false;
+  }
   context.counters.bytes_sent += batch.payload_bytes_sent();
   context.counters.blocks_sent += blocks_sent;
   return true;

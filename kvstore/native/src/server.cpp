@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <signal.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -13,6 +14,14 @@ namespace {
 constexpr int kBacklog = 128;
 constexpr int64_t kReapMs = 1'000;
 constexpr int64_t kIdleKeptMs = 200;  // a connection idle for longer makes room for a new one
+
+// splice, unlike send, cannot be told to raise no signal where the peer has gone.
+void block_pipe_signal() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGPIPE);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+}
 
 }  // namespace
 
@@ -95,6 +104,7 @@ void BlockServer::admit(Stream stream, bool is_local) {
 }
 
 void BlockServer::serve(Connection* connection) {
+  block_pipe_signal();
   const SenderContext context{.pool = pool_,
                               .self = self_,
                               .counters = counters_,

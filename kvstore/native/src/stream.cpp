@@ -20,6 +20,8 @@ namespace kvasir {
 namespace {
 
 constexpr size_t kIovMax = 1024;
+constexpr size_t kInPlaceBytes = 16 << 10;  // smaller parts are copied
+constexpr int kPipeBytes = 512 << 10;       // stands for 128 pages
 
 void set_option(int fd, int level, int option, int value) {
   setsockopt(fd, level, option, &value, sizeof value);  // best effort
@@ -117,17 +119,69 @@ Code Stream::wait_readable(Deadline deadline, const Signal* ended) const {
 
 Code Stream::send_all(iovec* parts, size_t num_parts, Deadline deadline,
                       const Signal* ended) const {
+  return send_parts(parts, num_parts, 0, deadline, ended);
+}
+
+Code Stream::send_parts(iovec* parts, size_t num_parts, int flags, Deadline deadline,
+                        const Signal* ended) const {
   advance(parts, num_parts, 0);
   while (num_parts > 0) {
     msghdr message{};
     message.msg_iov = parts;
     message.msg_iovlen = std::min(num_parts, kIovMax);
-    const ssize_t sent = sendmsg(fd_.get(), &message, MSG_NOSIGNAL);
+    const ssize_t sent = sendmsg(fd_.get(), &message, MSG_NOSIGNAL | flags);
     if (sent >= 0) {
       advance(parts, num_parts, static_cast<size_t>(sent));
       continue;
     }
     if (!would_block()) return Code::kUnreachable;
+    const Code code = wait(POLLOUT, deadline, ended);
+    if (code != Code::kOk) return code;
+  }
+  return Code::kOk;
+}
+
+Pipe Pipe::make() {
+  int ends[2];
+  if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0) return {};
+  fcntl(ends[1], F_SETPIPE_SZ, kPipeBytes);  // best effort: there is a limit for each user
+  return {.from = Fd(ends[0]), .to = Fd(ends[1])};
+}
+
+Code Stream::send_in_place(iovec* parts, size_t num_parts, const Pipe& pipe, Deadline deadline,
+                           const Signal* ended) const {
+  for (; num_parts > 0; ++parts, --num_parts) {
+    const bool has_more = num_parts > 1;
+    if (parts->iov_len < kInPlaceBytes) {
+      const Code code = send_parts(parts, 1, has_more ? MSG_MORE : 0, deadline, ended);
+      if (code != Code::kOk) return code;
+      continue;
+    }
+    while (parts->iov_len > 0) {
+      const ssize_t taken = vmsplice(pipe.to.get(), parts, 1, SPLICE_F_NONBLOCK);
+      // A sandbox may not know the call: then all is copied, as it would be otherwise.
+      if (taken <= 0) return send_parts(parts, num_parts, 0, deadline, ended);
+      const auto size = static_cast<size_t>(taken);
+      parts->iov_base = static_cast<uint8_t*>(parts->iov_base) + size;
+      parts->iov_len -= size;
+      const unsigned flags = has_more || parts->iov_len > 0 ? SPLICE_F_MORE : 0;
+      const Code code = send_pages(pipe, size, flags, deadline, ended);
+      if (code != Code::kOk) return code;
+    }
+  }
+  return Code::kOk;
+}
+
+Code Stream::send_pages(const Pipe& pipe, size_t size, unsigned flags, Deadline deadline,
+                        const Signal* ended) const {
+  while (size > 0) {
+    const ssize_t sent =
+        splice(pipe.from.get(), nullptr, fd_.get(), nullptr, size, SPLICE_F_NONBLOCK | flags);
+    if (sent > 0) {
+      size -= static_cast<size_t>(sent);
+      continue;
+    }
+    if (sent == 0 || !would_block()) return Code::kUnreachable;
     const Code code = wait(POLLOUT, deadline, ended);
     if (code != Code::kOk) return code;
   }

@@ -45,6 +45,14 @@ class Signal {
   std::atomic<bool> raised_ = false;
 };
 
+// Carries references to pages of memory from a process to a socket.
+struct Pipe {
+  static Pipe make();  // without ends if the system grants none
+  explicit operator bool() const { return static_cast<bool>(from); }
+  Fd from;
+  Fd to;
+};
+
 struct SecureChannel;
 
 class Stream {
@@ -57,6 +65,10 @@ class Stream {
                       const Signal* ended, Stream& stream);
 
   Code send_all(iovec* parts, size_t num_parts, Deadline deadline, const Signal* ended) const;
+  // The kernel reads the large parts where they lie: they must stay as they are until the peer has
+  // said that it received them.
+  Code send_in_place(iovec* parts, size_t num_parts, const Pipe& pipe, Deadline deadline,
+                     const Signal* ended) const;
   Code send_all(const void* data, size_t size, Deadline deadline, const Signal* ended) const;
   Code recv_all(void* data, size_t size, Deadline deadline, const Signal* ended) const;
   // One receive into two spans; at least one byte unless it fails.
@@ -77,6 +89,12 @@ class Stream {
   explicit operator bool() const { return static_cast<bool>(fd_); }
 
  private:
+  Code send_parts(iovec* parts, size_t num_parts, int flags, Deadline deadline,
+                  const Signal* ended) const;
+  // Of the pages that the pipe holds; `flags` as for splice.
+  Code send_pages(const Pipe& pipe, size_t size, unsigned flags, Deadline deadline,
+                  const Signal* ended) const;
+
   Fd fd_;
   std::shared_ptr<SecureChannel> secure_;
 };

@@ -5,6 +5,7 @@
 //                                   <-    HelloReply (code; not kOk: the server closes)
 //   Request named + names           ->
 //                                   <-    Frame data* | miss* ..., Frame end
+//   Request acknowledge             ->    (if the end says that the blocks are held until then)
 //   Request session                 ->
 //                                   <-    Frame data* as layers become final, Frame end
 //   Request acknowledge             ->    (all blocks are verified: the source may let go)
@@ -146,8 +147,8 @@ struct Frame {
   uint32_t source_block;  // kShared: of the server's pool
   uint16_t layer_first;
   uint16_t layer_count;
-  uint16_t reserved;
-  Code code;  // kEnd: kOk, or why it ended early
+  uint16_t is_held;  // kEnd: the server holds the blocks as they are until all is acknowledged
+  Code code;         // kEnd: kOk, or why it ended early
   uint64_t payload_bytes;
   uint64_t request_id;
   Name name;  // the block's name, or the session's id
