@@ -24,6 +24,7 @@ constexpr int kCandidates = 256;  // that are sorted where no top_k says how man
 constexpr int kRungs = 4096;
 constexpr int kBlock = 64;  // tokens that are looked at together
 constexpr int kLanes = 8;
+constexpr double kSurely = 0.99;  // of a bound: rounding cannot matter
 constexpr float kForbidden = -std::numeric_limits<float>::infinity();
 constexpr float kExponentMin = -87.0f;  // exp of less counts as zero
 
@@ -128,23 +129,41 @@ inline __attribute__((always_inline)) WideFloats exponential(WideFloats x) {
 // Tokens' shares before they are scaled to sum to 1.
 inline __attribute__((always_inline)) WideFloats weights_of(WideFloats logits, float largest,
                                                             float temperature) {
-  return exponential((logits - largest) / temperature);
+  const WideFloats below = logits - largest;
+  return exponential(temperature == 1 ? below : below / temperature);
 }
 float weight_of(float logit, float largest, float temperature) {
   return weights_of(WideFloats{} + logit, largest, temperature)[0];
 }
 
+// The sum of a block's weights; `use` is given each vector of logits and of weights.
+template <class Use>
+inline __attribute__((always_inline)) float sum_block(const float* block, float largest,
+                                                      float temperature, const Use& use) {
+  Floats sum = {};
+  for (int i = 0; i < kBlock; i += 2 * kLanes) {
+    const WideFloats logits = load<WideFloats>(block + i);
+    const WideFloats weights = weights_of(logits, largest, temperature);
+    sum += __builtin_shufflevector(weights, weights, 0, 1, 2, 3, 4, 5, 6, 7);
+    sum += __builtin_shufflevector(weights, weights, 8, 9, 10, 11, 12, 13, 14, 15);
+    use(i, logits, weights);
+  }
+  return fold(sum, [](float x, float y) { return x + y; });
+}
+
 // The sum of each block's weights.
 KVASIR_WIDER void find_sums(const Row& row, float largest, float temperature, float* sums) {
   for (int index = 0; index < row.num_blocks; ++index) {
-    Floats sum = {};
-    for (int i = 0; i < kBlock; i += 2 * kLanes) {
-      const WideFloats weights =
-          weights_of(load<WideFloats>(row.block(index) + i), largest, temperature);
-      sum += __builtin_shufflevector(weights, weights, 0, 1, 2, 3, 4, 5, 6, 7);
-      sum += __builtin_shufflevector(weights, weights, 8, 9, 10, 11, 12, 13, 14, 15);
-    }
-    sums[index] = fold(sum, [](float x, float y) { return x + y; });
+    sums[index] = sum_block(row.block(index), largest, temperature,
+                            [](int, const WideFloats&, const WideFloats&) {});
+  }
+}
+
+// Weights in the place of logits; there are whole vectors of them.
+KVASIR_WIDER void weigh(float* values, size_t count, float largest, float temperature) {
+  for (size_t i = 0; i < count; i += 2 * kLanes) {
+    const WideFloats weights = weights_of(load<WideFloats>(values + i), largest, temperature);
+    __builtin_memcpy(values + i, &weights, sizeof weights);
   }
 }
 
@@ -219,12 +238,7 @@ struct Rungs {
   float largest;
   float per_unit;
 
-  Rungs(const Row& row, float most, float temperature) : largest(most) {
-    float least = most;
-    for (int i = 0; i < row.size; ++i) {
-      const float logit = row.logits[i];
-      least = logit < least && logit > kForbidden ? logit : least;
-    }
+  Rungs(float most, float least, float temperature) : largest(most) {
     const float range = std::min(most - least, -kExponentMin * temperature);
     per_unit = range > 0 ? kRungs / range : 0;
   }
@@ -235,37 +249,85 @@ struct Rungs {
   }
 };
 
-// The sum of the weights of each class.
-KVASIR_WIDER void add_rungs(const Row& row, const Rungs& rungs, float temperature, double* sums) {
+// The smallest logit that is not forbidden.
+KVASIR_WIDER float find_least(const Row& row, float most) {
+  WideFloats least = WideFloats{} + most;
   for (int index = 0; index < row.num_blocks; ++index) {
     for (int i = 0; i < kBlock; i += 2 * kLanes) {
-      const WideFloats logits = load<WideFloats>(row.block(index) + i);
-      const WideFloats weights = weights_of(logits, rungs.largest, temperature);
-      const WideInts places = __builtin_convertvector(rungs.of(logits), WideInts);
-      for (int j = 0; j < 2 * kLanes; ++j) sums[places[j]] += weights[j];
+      const WideFloats value = load<WideFloats>(row.block(index) + i);
+      const WideFloats allowed = value > kForbidden ? value : least;
+      least = allowed < least ? allowed : least;
     }
   }
+  for (int j = 0; j < 2 * kLanes; ++j) most = std::min(most, least[j]);
+  return most;
+}
+
+// The sum of the weights of each class, and of each block.
+KVASIR_WIDER void add_rungs(const Row& row, const Rungs& rungs, float temperature, double* sums,
+                            float* block_sums) {
+  for (int index = 0; index < row.num_blocks; ++index) {
+    int32_t places[kBlock];
+    float weights[kBlock];
+    const auto keep = [&](int i, const WideFloats& logits, const WideFloats& values) {
+      const WideInts found = __builtin_convertvector(rungs.of(logits), WideInts);
+      __builtin_memcpy(places + i, &found, sizeof found);
+      __builtin_memcpy(weights + i, &values, sizeof values);
+    };
+    block_sums[index] = sum_block(row.block(index), rungs.largest, temperature, keep);
+    for (int i = 0; i < kBlock; ++i) sums[places[i]] += weights[i];
+  }
+}
+
+// Whether one of a block's tokens is in the class. By the sign of numbers that are -1 for such a
+// token and not negative for others: compilers take comparisons apart, lane by lane.
+inline __attribute__((always_inline)) bool touches(const float* block, const Rungs& rungs,
+                                                   int rung) {
+  WideInts found = {};
+  for (int i = 0; i < kBlock; i += 2 * kLanes) {
+    const WideFloats places = rungs.of(load<WideFloats>(block + i));
+    found |= (__builtin_convertvector(places, WideInts) ^ rung) - 1;
+  }
+  int32_t lanes[2 * kLanes], any = 0;
+  __builtin_memcpy(lanes, &found, sizeof lanes);
+  for (const int32_t lane : lanes) any |= lane;
+  return any < 0;
+}
+
+// Which blocks have tokens of the class; their number.
+KVASIR_WIDER int find_blocks(const Row& row, const Rungs& rungs, int rung, int* blocks) {
+  int count = 0;
+  for (int index = 0; index < row.num_blocks; ++index) {
+    blocks[count] = index;
+    count += touches(row.block(index), rungs, rung);
+  }
+  return count;
 }
 
 // The ids of one class that have any weight, strongest first, lowest id first on ties.
 std::vector<int> ids_on(const Row& row, const Rungs& rungs, int rung, float temperature) {
-  std::vector<int> ids;
-  for (int id = 0; id < row.size; ++id) {
-    const float logit = row.logits[id];
-    if (static_cast<int>(rungs.of(logit)) != rung) continue;
-    if (weight_of(logit, rungs.largest, temperature) > 0) ids.push_back(id);
+  std::vector<int> ids, blocks(row.num_blocks);
+  blocks.resize(find_blocks(row, rungs, rung, blocks.data()));
+  for (const int index : blocks) {
+    const int first = index * kBlock, end = std::min(first + kBlock, row.size);
+    for (int id = first; id < end; ++id) {
+      const float logit = row.logits[id];
+      if (static_cast<int>(rungs.of(logit)) != rung) continue;
+      if (weight_of(logit, rungs.largest, temperature) > 0) ids.push_back(id);
+    }
   }
   std::sort(ids.begin(), ids.end(), Stronger{row.logits});
   return ids;
 }
 
-// Draws from the shortest run of strongest tokens whose weights reach `limit`: many tokens, of
-// which only those of two classes are sorted.
-int draw_from_rungs(const Row& row, float largest, float temperature, double limit,
-                    double uniform) {
-  const Rungs rungs(row, largest, temperature);
+// Draws from the shortest run of strongest tokens whose share reaches top_p: many tokens, of which
+// only those of two classes are sorted.
+int draw_from_rungs(const Row& row, float largest, float temperature, float top_p, double uniform) {
+  const Rungs rungs(largest, find_least(row, largest), temperature);
   std::vector<double> sums(kRungs);
-  add_rungs(row, rungs, temperature, sums.data());
+  std::vector<float> block_sums(row.num_blocks);
+  add_rungs(row, rungs, temperature, sums.data(), block_sums.data());
+  const double limit = top_p * total_of(block_sums);
   const auto weight = [&](int id) { return weight_of(row.logits[id], largest, temperature); };
   // 1. The run: whole classes, then the front of the next.
   int last = 0;
@@ -290,34 +352,53 @@ int draw_from_rungs(const Row& row, float largest, float temperature, double lim
   return ids[kept - 1];
 }
 
+// The weights of some tokens, filled up to whole vectors.
+std::vector<float> weights_at(const Row& row, const std::vector<int>& ids, float largest,
+                              float temperature) {
+  const size_t width = 2 * kLanes;
+  std::vector<float> values((ids.size() + width - 1) / width * width, kForbidden);
+  for (size_t i = 0; i < ids.size(); ++i) values[i] = row.logits[ids[i]];
+  weigh(values.data(), values.size(), largest, temperature);
+  return values;
+}
+
+double total_weight(const Row& row, float largest, float temperature) {
+  std::vector<float> sums(row.num_blocks);
+  find_sums(row, largest, temperature, sums.data());
+  return total_of(sums);
+}
+
 // Draws from the shortest run of strongest tokens whose share reaches top_p, of the top_k
 // strongest.
 int draw_from_front(const Row& row, const std::vector<float>& maxima, float largest,
                     const SampleOptions& o, double uniform) {
   const bool has_top_k = o.top_k > 0 && o.top_k < row.size;
-  const auto weight = [&](int id) { return weight_of(row.logits[id], largest, o.temperature); };
-
-  const int num_looked_at = has_top_k ? o.top_k : std::min(row.size, kCandidates);
-  const std::vector<int> ids = strongest(row, maxima, num_looked_at);
-  double total = 0;
-  if (has_top_k) {
-    for (const int id : ids) total += weight(id);
-  } else {
-    std::vector<float> sums(row.num_blocks);
-    find_sums(row, largest, o.temperature, sums.data());
-    total = total_of(sums);
+  const std::vector<int> ids =
+      strongest(row, maxima, has_top_k ? o.top_k : std::min(row.size, kCandidates));
+  const std::vector<float> weights = weights_at(row, ids, largest, o.temperature);
+  const bool may_need_more = !has_top_k && static_cast<int>(ids.size()) < row.size;
+  double total = total_of(weights);
+  if (may_need_more) {
+    // The largest of each block together are less than all: where even that is much more than
+    // what was looked at, the total need not be known to tell that it does not suffice.
+    const Row largest_ones(maxima.data(), row.num_blocks);
+    const double least = total_weight(largest_ones, largest, o.temperature);
+    if (total < kSurely * o.top_p * least) {
+      return draw_from_rungs(row, largest, o.temperature, o.top_p, uniform);
+    }
   }
+  if (!has_top_k) total = total_weight(row, largest, o.temperature);
   const double limit = o.top_p * total;
   double sum = 0;
   size_t kept = 0;
-  while (kept < ids.size() && (kept == 0 || sum < limit)) sum += weight(ids[kept++]);
-  if (sum < limit && !has_top_k && num_looked_at < row.size) {
-    return draw_from_rungs(row, largest, o.temperature, limit, uniform);
+  while (kept < ids.size() && (kept == 0 || sum < limit)) sum += weights[kept++];
+  if (sum < limit && may_need_more) {
+    return draw_from_rungs(row, largest, o.temperature, o.top_p, uniform);
   }
   const double target = uniform * sum;
   sum = 0;
   for (size_t i = 0; i < kept; ++i) {
-    sum += weight(ids[i]);
+    sum += weights[i];
     if (sum > target) return ids[i];
   }
   return ids[kept - 1];
