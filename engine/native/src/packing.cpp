@@ -1,6 +1,7 @@
 // Weights from bf16 rows to panels (see weight_format.h).
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 
 #include "bf16.h"
@@ -14,24 +15,31 @@ namespace {
 constexpr int kIntegerDepthMax = 1 << 16;  // sums of 127 * 255 fit 32 bits
 constexpr float kInt4Levels = 15.0f;
 
-void encode_bf16(const uint16_t* row, int k, int column, uint8_t* panel) {
-  uint16_t* target = reinterpret_cast<uint16_t*>(panel) + column * 2;
-  for (int i = 0; i < k; ++i) {
-    target[static_cast<size_t>(i / 2) * 2 * kPanelColumns + i % 2] = row[i];
+// A row's units of 4 bytes to its column of the panel.
+void write_units(const void* row, size_t bytes, int column, uint8_t* panel) {
+  constexpr size_t kUnit = 4;
+  const uint8_t* source = static_cast<const uint8_t*>(row);
+  uint8_t* target = panel + column * kUnit;
+  for (size_t at = 0; at < bytes; at += kUnit, target += kUnit * kPanelColumns) {
+    std::memcpy(target, source + at, kUnit);
   }
+}
+
+void encode_bf16(const uint16_t* row, int k, int column, uint8_t* panel) {
+  write_units(row, padded_depth(k) * sizeof(uint16_t), column, panel);
 }
 
 void encode_int8(const uint16_t* row, int k, int column, uint8_t* panel) {
   const int depth = padded_depth(k);
   std::vector<float> plain(k), spread(depth);
+  std::vector<uint8_t> codes(depth);
   for (int i = 0; i < k; ++i) plain[i] = bf16_to_float(row[i]);
   spread_outliers(plain.data(), k, spread.data());
   const Coding coding = coding_of(spread.data(), depth);
-  uint8_t* target = panel + column * 4;
   for (int i = 0; i < depth; ++i) {
-    target[static_cast<size_t>(i / 4) * 4 * kPanelColumns + i % 4] =
-        static_cast<uint8_t>(nearest(spread[i] * coding.inverse) + kCodeBias);
+    codes[i] = static_cast<uint8_t>(nearest(spread[i] * coding.inverse) + kCodeBias);
   }
+  write_units(codes.data(), depth, column, panel);
   uint8_t* end = panel + panel_bytes(WeightFormat::kInt8, k);
   reinterpret_cast<float*>(end - kScalesBytes)[column] = coding.scale;
 }
@@ -66,20 +74,27 @@ void encode_int4(const uint16_t* row, int k, int column, uint8_t* panel) {
   }
 }
 
+uint16_t upper_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
 struct SourceRow {
   const uint16_t* data = nullptr;  // null: zeros
   float divisor = 1;
 };
 
-// Factors and divisors are powers of two, so that bf16 stays exact.
+// Factors and divisors are powers of two, so that nothing is rounded.
 void balance(const SourceRow& row, const float* factors, int num_columns, uint16_t* out) {
   const float share = 1 / row.divisor;
   for (int i = 0; i < num_columns; ++i) {
     const float factor = factors == nullptr ? share : share * factors[i];
-    out[i] = bf16_from_float(bf16_to_float(row.data[i]) * factor);
+    out[i] = upper_half(bf16_to_float(row.data[i]) * factor);
   }
 }
 
+// row: [padded_depth(k)], zeros behind k
 void encode(WeightFormat format, const uint16_t* row, int k, int column, uint8_t* panel) {
   switch (format) {
     case WeightFormat::kBf16:
@@ -121,7 +136,7 @@ void pack(const std::vector<RowBlock>& sources, int num_columns, Groups columns,
     const int index = panels.from + item;
     const int first = index * kPanelColumns;
     uint8_t* panel = packed.panels + index * panel_bytes(packed.format, packed.k);
-    std::vector<uint16_t> balanced(num_columns), stretched(packed.k);
+    std::vector<uint16_t> balanced(num_columns), stretched(padded_depth(packed.k));
     for (int j = 0; j < std::min(kPanelColumns, packed.n - first); ++j) {
       const SourceRow& row = rows[first + j];
       if (row.data == nullptr) continue;
