@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import redis
 from google.protobuf.message import DecodeError
@@ -25,6 +25,7 @@ from kvasir_proto.v1 import common_pb2
 from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import RedisClusterException
 
+from kvasir_kvstore.core.block import NAME_BYTES
 from kvasir_kvstore.core.placement import Run
 from kvasir_kvstore.redis_url import close, connect
 
@@ -169,20 +170,36 @@ return redis.status_reply('OK')
 """
 
 
-_LOCATE = """
-local runs, last = {}, nil
-for _, key in ipairs(KEYS) do
-  local value = redis.call('GET', key)
-  if not value then break end
-  if value == last then
-    runs[#runs] = runs[#runs] + 1
-  else
-    runs[#runs + 1], runs[#runs + 2], last = value, 1, value
+_LOCATE = b"""
+local runs, num, last = {}, 0, nil
+for at = 1, #KEYS, 256 do
+  local values = redis.call('MGET', unpack(KEYS, at, math.min(at + 255, #KEYS)))
+  for _, value in ipairs(values) do
+    if not value then return runs end
+    if value == last then
+      runs[num] = runs[num] + 1
+    else
+      runs[num + 1], runs[num + 2], last, num = value, 1, value, num + 2
+    end
   end
 end
 return runs
 """
 """Values and how often each follows itself: far less to send and parse than a value per name."""
+
+_KEY_HEAD = b"$%d\r\n%b" % (len(_KEY_PREFIX) + NAME_BYTES, _KEY_PREFIX)
+
+
+def _packed_locate(names: Sequence[bytes]) -> bytes:
+    """The command as it is sent: a client that looks at argument after argument takes longer to
+    write it than Redis takes to answer.
+    """
+    assert all(len(name) == NAME_BYTES for name in names)
+    count = b"%d" % len(names)
+    head = (b"EVAL", _LOCATE, count)
+    parts = [b"*%d\r\n" % (len(head) + len(names))]
+    parts += [b"$%d\r\n%b\r\n" % (len(part), part) for part in head]
+    return b"".join(parts) + _KEY_HEAD + (b"\r\n" + _KEY_HEAD).join(names) + b"\r\n"
 
 
 class RedisIndex:
@@ -249,10 +266,16 @@ class RedisIndex:
             return []
 
         async def run() -> list[Any]:
-            keys = [_KEY_PREFIX + name for name in names]
             if isinstance(self._redis, RedisCluster):
+                keys = [_KEY_PREFIX + name for name in names]
                 return runs_of(await self._redis.mget_nonatomic(keys))
-            runs = cast(list[Any], await self._redis.eval(_LOCATE, len(keys), *keys))
+            pool = self._redis.connection_pool
+            connection = await pool.get_connection()  # type: ignore[no-untyped-call]
+            try:
+                await connection.send_packed_command(_packed_locate(names))
+                runs = await connection.read_response()
+            finally:  # one that was left in the middle of an answer has disconnected itself
+                await pool.release(connection)
             return list(zip(runs[::2], runs[1::2], strict=True))
 
         return _locations(await self._call(run) or [])

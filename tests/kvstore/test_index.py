@@ -133,8 +133,38 @@ async def test_redis_answers_a_long_chain_in_one_round_trip(shared_redis: RedisS
             for name, stats in after.items()
         }
         counted = {name for name, count in calls.items() if count}
-        assert counted == {"cmdstat_eval", "cmdstat_get", "cmdstat_info"}
-        assert (calls["cmdstat_eval"], calls["cmdstat_get"]) == (1, 256)
+        assert counted == {"cmdstat_eval", "cmdstat_mget", "cmdstat_info"}
+        assert (calls["cmdstat_eval"], calls["cmdstat_mget"]) == (1, 1)
+
+
+@pytest.mark.parametrize("gap", [0, 255, 256, 600, 8191], ids=str)
+async def test_redis_takes_the_longest_chain_there_may_be(
+    shared_redis: RedisServer, gap: int
+) -> None:
+    names = make_names(8192)
+    async with _index(shared_redis.url, timeout_ms=5000) as index:
+        await index.announce(names[:200], A)
+        await index.announce(names[200:], B)
+        await index._redis.delete(b"kvasir:block:" + names[gap])
+        expected = [("a", 0, min(gap, 200)), ("b", 200, gap - 200)]
+        assert brief(await index.locate(names)) == [run for run in expected if run[2] > 0]
+
+
+async def test_an_answer_that_nobody_waited_for_is_not_taken_for_the_next(
+    shared_redis: RedisServer,
+) -> None:
+    ours, others = make_names(8192), make_names(3)
+    async with _index(shared_redis.url, timeout_ms=5000) as index:
+        await index.announce(ours, A)
+        await index.announce(others, B)
+        for _ in range(10):
+            asking = asyncio.create_task(index.locate(ours))
+            for _ in range(4):  # the question is on its way by then
+                await asyncio.sleep(0)
+            asking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asking
+            assert brief(await index.locate(others)) == [("b", 0, 3)]
 
 
 @contextlib.asynccontextmanager

@@ -15,7 +15,7 @@ from kvasir_proto.v1 import common_pb2
 from kvstore_builders import free_port, wait_until
 
 SERVICE = "chat.default.kvasir.internal"
-NAMES = [bytes([n]) * 32 for n in range(3)]
+NAMES = [bytes([n]) * 16 for n in range(3)]
 HOLDER = common_pb2.PeerAddress(name="w", host="10.0.0.1", uid=b"u", epoch=1)
 
 
