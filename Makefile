@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/kvasir_proto/v1/*.proto)
 NATIVE := $(shell find engine/native kvstore/native router/native -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 PACKAGES := operator router kvstore engine proto sim cli
-SANITIZED := $(addprefix tests/engine_native/test_,$(addsuffix .py,kv_move native_step products rope sampler weight_formats)) \
-  $(addprefix tests/kvstore/test_,$(addsuffix .py,arena block_names codec codec_transfer encryption pool shared_memory transfer wire_faults)) \
+SANITIZED := $(addprefix tests/engine_native/test_,$(addsuffix .py,attention batch_invariance families kv_move native_step parity products rope sampler weight_formats)) \
+  $(addprefix tests/kvstore/test_,$(addsuffix .py,arena block_names codec codec_transfer encryption pool priorities remote_reads shared_memory stripes transfer wire_faults)) \
   tests/router/test_core_prefix.py
+BENCH_ENGINE := $(BIN)/kvasir bench engine --model .cache/qwen3-0.6b
+ONE_THREAD := --threads 1 --prompt 512 --batch 1
 GENERATED := proto/kvasir_proto/v1 crds helm/kvasir docs/api.md
 
 .DEFAULT_GOAL := help
@@ -38,6 +40,7 @@ lint: build
 	$(BIN)/lint-imports
 	find engine/native engine/cuda kvstore/native router/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/python -m pytest -q tests/test_tidy.py
+	@ls $(SANITIZED) >/dev/null  # what `sanitize` runs is there
 
 types: build
 	$(BIN)/mypy
@@ -58,9 +61,12 @@ format: build ## rewrite Python and C++ files in the project's format
 
 bench: build ## engine, KV transfer, serving and routing figures into bench/results
 	$(BIN)/kvasir model make qwen3-0.6b .cache/qwen3-0.6b
-	$(BIN)/kvasir bench engine --model .cache/qwen3-0.6b --prompt 512 --json bench/results/engine-bf16.json
-	$(BIN)/kvasir bench engine --model .cache/qwen3-0.6b --prompt 512 --weights int8 --kv int8 --json bench/results/engine-int8.json
-	$(BIN)/kvasir bench engine --model .cache/qwen3-0.6b --prompt 512 --weights int4 --kv int8 --json bench/results/engine-int4.json
+	$(BENCH_ENGINE) --json bench/results/engine-bf16.json
+	$(BENCH_ENGINE) --weights int8 --kv int8 --json bench/results/engine-int8.json
+	$(BENCH_ENGINE) --weights int4 --kv int8 --json bench/results/engine-int4.json
+	$(BENCH_ENGINE) $(ONE_THREAD) --json bench/results/engine-bf16-one-thread.json
+	$(BENCH_ENGINE) $(ONE_THREAD) --weights int8 --kv int8 --json bench/results/engine-int8-one-thread.json
+	$(BENCH_ENGINE) $(ONE_THREAD) --weights int4 --kv int8 --json bench/results/engine-int4-one-thread.json
 	$(BIN)/kvasir bench kv --json bench/results/kv.json
 	$(BIN)/kvasir bench serve --model .cache/qwen3-0.6b --json bench/results/serve.json
 	$(BIN)/python bench/router.py --json bench/results/router.json

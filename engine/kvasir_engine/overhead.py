@@ -22,9 +22,14 @@ from kvasir_engine.engine import Engine
 from kvasir_engine.model import LoadedModel
 from kvasir_engine.stream import TokenStream
 
-SAMPLINGS = {"greedy": Sampling(), "top_p": Sampling(temperature=1.0, top_p=0.9)}
-"""What requests ask for: the cheapest, and what chat services commonly do."""
-
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "top_p_peaked": Sampling(temperature=0.1, top_p=0.9),
+    "top_p": Sampling(temperature=1.0, top_p=0.9),
+}
+"""What requests ask for: the cheapest, and what chat services commonly do, of models as sure of
+the next token as trained ones (by a low temperature: logits of random weights are flat) and of
+random weights as they are."""
 
 WARM_STEPS = 2
 """More than are asked for: the first and the last may not be full."""

@@ -58,7 +58,7 @@ def test_every_case_has_a_rate_and_the_result_is_json(isa: str | None, kv: KvFor
     assert [len(row["seconds"]) for row in rows] == [2] * 4
     assert all(row["share_of_limit"] > 0 for row in rows)
     for row in rows[2:]:
-        assert row["overhead_share"].keys() == {"greedy", "top_p"}
+        assert row["overhead_share"].keys() == {"greedy", "top_p_peaked", "top_p"}
         assert all(0 < share < 1 for share in row["overhead_share"].values())
     assert seen[-1] == ("measure", 8, 8)
 
