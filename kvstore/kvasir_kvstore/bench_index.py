@@ -64,7 +64,7 @@ async def _run(redis_url: str | None, report: Callable[[str], None]) -> list[Loo
     rows: list[LookupRow | ProbeRow] = []
     for index in indexes:
         try:
-            if not await index.ping():
+            if await index.generation() is None:
                 raise OSError(index.problem)
             lookup, probe = await _lookups(index), await _probes(index)
         finally:

@@ -6,12 +6,15 @@
                     if Redis itself is a cluster)
 
 Every entry is a lease that its holder renews. No call raises because the index is away: it
-answers with a miss, and `healthy` and `problem` say so. That a holder still has a block is decided
-by the holder when it is asked, and its (uid, epoch) in the entry refuses an earlier life.
+answers with a miss, and `healthy` and `problem` say so. An index that lost its entries (Redis was
+wiped, or came back empty) is of another generation: holders announce all again, and for those that
+look up it is unhealthy until holders had the time to. That a holder still has a block is decided by
+the holder when it is asked, and its (uid, epoch) in the entry refuses an earlier life.
 """
 
 import asyncio
 import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
@@ -34,6 +37,10 @@ log = logging.getLogger(__name__)
 LEASE_TTL_MS = 60_000
 ENTRIES_MAX = 1 << 20
 _KEY_PREFIX = b"kvasir:block:"
+_GENERATION_KEY = b"kvasir:generation"
+REBUILD_MS = 5_000
+"""Holders notice within a second that entries were lost, and announce theirs in less."""
+_LOST = "Redis: entries were lost or never there; KV nodes are asked"
 
 PeerAddress = common_pb2.PeerAddress
 Location = Run[PeerAddress]
@@ -62,8 +69,8 @@ class BlockIndex(Protocol):
     async def locate(self, names: Sequence[bytes]) -> list[Location]:
         """Runs that together cover the longest leading part of the names that is known."""
 
-    async def ping(self) -> bool:
-        """Whether the index answers now."""
+    async def generation(self) -> bytes | None:
+        """Another one than before: entries were lost. None: the index does not answer now."""
 
     async def close(self) -> None:
         """Lets go of connections."""
@@ -154,9 +161,9 @@ class MemoryIndex:
             found.append(lease.holder)
         return _locations(runs_of(found))
 
-    async def ping(self) -> bool:
-        """It always does."""
-        return True
+    async def generation(self) -> bytes | None:
+        """Always the same."""
+        return b"memory"
 
     async def close(self) -> None:
         """Nothing to let go of."""
@@ -171,8 +178,8 @@ return redis.status_reply('OK')
 
 
 _LOCATE = b"""
-local runs, num, last = {}, 0, nil
-for at = 1, #KEYS, 256 do
+local runs, num, last = {redis.call('GET', KEYS[1]) or ''}, 1, nil
+for at = 2, #KEYS, 256 do
   local values = redis.call('MGET', unpack(KEYS, at, math.min(at + 255, #KEYS)))
   for _, value in ipairs(values) do
     if not value then return runs end
@@ -185,7 +192,8 @@ for at = 1, #KEYS, 256 do
 end
 return runs
 """
-"""Values and how often each follows itself: far less to send and parse than a value per name."""
+"""The first key's value, then values and how often each follows itself: far less to send and parse
+than a value per name."""
 
 _KEY_HEAD = b"$%d\r\n%b" % (len(_KEY_PREFIX) + NAME_BYTES, _KEY_PREFIX)
 
@@ -195,8 +203,8 @@ def _packed_locate(names: Sequence[bytes]) -> bytes:
     write it than Redis takes to answer.
     """
     assert all(len(name) == NAME_BYTES for name in names)
-    count = b"%d" % len(names)
-    head = (b"EVAL", _LOCATE, count)
+    count = b"%d" % (1 + len(names))
+    head = (b"EVAL", _LOCATE, count, _GENERATION_KEY)
     parts = [b"*%d\r\n" % (len(head) + len(names))]
     parts += [b"$%d\r\n%b\r\n" % (len(part), part) for part in head]
     return b"".join(parts) + _KEY_HEAD + (b"\r\n" + _KEY_HEAD).join(names) + b"\r\n"
@@ -223,22 +231,25 @@ class RedisIndex:
         self._clock_ms = clock_ms
         self._retry_at_ms = 0.0
         self._problem = ""
+        self._generation = b""
+        self._lost_until_ms = 0.0
         self._redis = connect(url, links=links, timeout_s=self._timeout_s)
 
     @property
     def healthy(self) -> bool:
-        """False: the last call failed."""
-        return not self._problem
+        """False: the last call failed, or entries were lost a moment ago."""
+        return not self.problem
 
     @property
     def problem(self) -> str:
-        """Why the last call failed, or ""."""
-        return self._problem
+        """Why it is not healthy, or ""."""
+        return self._problem or (_LOST if self._clock_ms() < self._lost_until_ms else "")
 
     async def announce(self, names: Sequence[bytes], holder: PeerAddress) -> bool:
         """The holder has these blocks, for one lease from now. False: Redis is away."""
         packed = _pack(holder)
         pipeline = self._redis.pipeline(transaction=False)
+        pipeline.set(_GENERATION_KEY, os.urandom(8).hex(), nx=True)
         for name in names:
             pipeline.set(_KEY_PREFIX + name, packed, px=self._ttl_ms)
         return await self._call(pipeline.execute) is not None
@@ -265,29 +276,39 @@ class RedisIndex:
         if not names:
             return []
 
-        async def run() -> list[Any]:
+        async def run() -> tuple[bytes, list[Any]]:
             if isinstance(self._redis, RedisCluster):
-                keys = [_KEY_PREFIX + name for name in names]
-                return runs_of(await self._redis.mget_nonatomic(keys))
+                keys = [_GENERATION_KEY, *(_KEY_PREFIX + name for name in names)]
+                generation, *packed = await self._redis.mget_nonatomic(keys)
+                return generation or b"", runs_of(packed)
             pool = self._redis.connection_pool
             connection = await pool.get_connection()  # type: ignore[no-untyped-call]
             try:
                 await connection.send_packed_command(_packed_locate(names))
-                runs = await connection.read_response()
+                generation, *runs = await connection.read_response()
             finally:  # one that was left in the middle of an answer has disconnected itself
                 await pool.release(connection)
-            return list(zip(runs[::2], runs[1::2], strict=True))
+            return generation, list(zip(runs[::2], runs[1::2], strict=True))
 
-        return _locations(await self._call(run) or [])
+        found = await self._call(run)
+        if found is None:
+            return []
+        generation, runs = found
+        if not generation or self._generation not in (b"", generation):
+            if self.healthy:
+                log.warning("block index: %s", _LOST)
+            self._lost_until_ms = self._clock_ms() + REBUILD_MS
+        self._generation = generation or self._generation
+        return _locations(runs)
 
-    async def ping(self) -> bool:
-        """Whether Redis answers now; asks even if it has just failed."""
+    async def generation(self) -> bytes | None:
+        """Another one than before: entries were lost. Asks even if Redis has just been away."""
         self._retry_at_ms = 0.0
-
-        async def run() -> bool:
-            return bool(await self._redis.ping())
-
-        return bool(await self._call(run))
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.set(_GENERATION_KEY, os.urandom(8).hex(), nx=True)
+        pipeline.get(_GENERATION_KEY)
+        answers = await self._call(pipeline.execute)
+        return bytes(answers[1]) if answers and answers[1] else None
 
     async def close(self) -> None:
         """Closes the connections."""

@@ -10,7 +10,14 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from conftest import RedisServer
 from kvasir_kvstore.core.placement import Run
-from kvasir_kvstore.index import BlockIndex, Location, MemoryIndex, RedisIndex, make_index
+from kvasir_kvstore.index import (
+    REBUILD_MS,
+    BlockIndex,
+    Location,
+    MemoryIndex,
+    RedisIndex,
+    make_index,
+)
 from kvasir_proto.v1 import common_pb2
 from kvstore_builders import eventually
 
@@ -133,8 +140,8 @@ async def test_redis_answers_a_long_chain_in_one_round_trip(shared_redis: RedisS
             for name, stats in after.items()
         }
         counted = {name for name, count in calls.items() if count}
-        assert counted == {"cmdstat_eval", "cmdstat_mget", "cmdstat_info"}
-        assert (calls["cmdstat_eval"], calls["cmdstat_mget"]) == (1, 1)
+        assert counted == {"cmdstat_eval", "cmdstat_get", "cmdstat_mget", "cmdstat_info"}
+        assert all(calls[f"cmdstat_{name}"] == 1 for name in ("eval", "get", "mget"))
 
 
 @pytest.mark.parametrize("gap", [0, 255, 256, 600, 8191], ids=str)
@@ -168,8 +175,13 @@ async def test_an_answer_that_nobody_waited_for_is_not_taken_for_the_next(
 
 
 @contextlib.asynccontextmanager
-async def _index(url: str, *, timeout_ms: int = 100) -> AsyncIterator[RedisIndex]:
-    index = RedisIndex(url, timeout_ms=timeout_ms, retry_ms=50)
+async def _index(
+    url: str,
+    *,
+    timeout_ms: int = 100,
+    clock_ms: Callable[[], float] = lambda: time.monotonic() * 1000,
+) -> AsyncIterator[RedisIndex]:
+    index = RedisIndex(url, timeout_ms=timeout_ms, retry_ms=50, clock_ms=clock_ms)
     try:
         yield index
     finally:
@@ -191,6 +203,32 @@ async def test_redis_away_is_a_miss_and_visible_and_ends_by_itself(own_redis: Re
         own_redis.stop()
         assert await index.locate(names) == []
         assert not index.healthy
+
+
+async def test_a_wiped_redis_is_unhealthy_until_holders_had_time(own_redis: RedisServer) -> None:
+    own_redis.start()
+    names, now_ms = make_names(2), 0.0
+    async with (
+        _index(own_redis.url, timeout_ms=5000, clock_ms=lambda: now_ms) as index,
+        _index(own_redis.url, timeout_ms=5000) as other,
+    ):
+        await other.announce(names, A)
+        before = await other.generation()
+        for is_announced in (False, True):
+            assert await index.locate(names)
+            assert index.healthy
+            await other._redis.flushall()
+            if is_announced:  # by another holder than that of these names
+                await other.announce(make_names(1), B)
+            assert await index.locate(names) == []
+            assert not index.healthy
+            assert "lost" in index.problem
+            now_ms += REBUILD_MS
+            await other.announce(names, A)
+            assert brief(await index.locate(names)) == [("a", 0, 2)]
+            now_ms += REBUILD_MS
+            assert index.healthy
+        assert before != await other.generation()
 
 
 async def test_a_redis_that_hangs_delays_one_call_only() -> None:

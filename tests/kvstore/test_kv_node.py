@@ -215,6 +215,31 @@ async def test_redis_away_degrades_and_its_return_restores_the_entries(
             assert await eventually(fetch, lambda count: count == 3) == 3
 
 
+async def test_a_wiped_redis_degrades_and_is_filled_again_long_before_leases_end(
+    own_redis: RedisServer,
+) -> None:
+    names = make_names(3)
+    own_redis.start()
+    url = own_redis.url
+    with running_node(redis=url, lease_ttl_ms=3_600_000) as node:
+        async with (
+            make_holder([node.spec], redis_url=url) as a,
+            make_holder([node.spec], redis_url=url) as b,
+        ):
+            a.publish(names)
+            await a.offer(names)
+            result = await b.tier.locate_and_fetch(names, [0, 1, 2], timeout_ms=5000)
+            assert (result.num_fetched_leading, b.tier.problem) == (3, "")
+            index = RedisIndex(url, timeout_ms=5000)
+            await index._redis.flushall()
+            result = await b.tier.locate_and_fetch(names, [3, 4, 5], timeout_ms=5000)
+            assert result.num_fetched_leading == 3, "nodes answer from what they hold"
+            assert "lost" in b.tier.problem
+            found = await eventually(lambda: index.locate(names), bool, timeout_s=60)
+            assert found[0].count == 3
+            await index.close()
+
+
 async def test_two_nodes_share_the_chains_and_both_are_asked() -> None:
     with running_node(name="kv-0") as one, running_node(name="kv-1") as two:
         specs = [one.spec, two.spec]

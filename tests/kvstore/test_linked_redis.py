@@ -79,7 +79,7 @@ async def answers(url: str, links: Links | None) -> str:
     """Whether a new connection can be used; "" or the problem."""
     index = RedisIndex(url, links=links, timeout_ms=5000)
     try:
-        await index.ping()
+        await index.generation()
         return index.problem
     finally:
         await index.close()

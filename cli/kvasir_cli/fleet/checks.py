@@ -68,7 +68,7 @@ def check_redis(url: str) -> None:
     async def problem() -> str:
         index = make_index(url)
         try:
-            return "" if await index.ping() else index.problem
+            return index.problem if await index.generation() is None else ""
         finally:
             await index.close()
 

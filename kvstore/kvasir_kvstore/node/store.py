@@ -96,6 +96,7 @@ class NodeStore:
         self._is_arena_wanted = False  # workers have blocks of its layout; else a disk had
         self._arena_changes = asyncio.Lock()
         self._mover: Mover | None = None
+        self._is_index_lost = False  # its entries, until they are announced again
         self._changes: dict[bytes, None] = {}  # names that the index is to be told of
         self._turn = asyncio.Semaphore(settings.offers_running_max)
         self._num_offers = 0
@@ -195,6 +196,8 @@ class NodeStore:
     def degraded(self) -> list[str]:
         """What does not work though the node serves."""
         problems = [] if self._index.healthy else [f"index: {self._index.problem}"]
+        if self._is_index_lost:
+            problems.append("index: entries were lost; they are announced again")
         problems += [tier.problem for tier in self._tiers() if tier.problem]
         problems += self.upkeep.problems
         return [*problems, self._disk_problem] if self._disk_problem else problems
@@ -215,20 +218,26 @@ class NodeStore:
         return self._arena.blocks(on_disk=on_disk) if self._arena else {}
 
     async def keep_leases(self) -> None:
-        """Keeps the index right until cancelled: renews entries, at once when an index is back."""
+        """Keeps the index right until cancelled: renews entries; at once when they were lost."""
         renewed_s = time.monotonic()
+        announced = await self._index.generation()  # what was restored has been announced
         tick_s = min(1.0, self._settings.lease_ttl_ms / 3000)
         while True:
             await asyncio.sleep(tick_s)
             if self._arena is not None:
                 self.counts.blocks_expired += self._arena.expire()
             await self._tell_index()
-            was_healthy = self._index.healthy
-            is_back = not was_healthy and await self._index.ping()
+            was_away = not self._index.healthy
+            generation = await self._index.generation()
+            if announced is not None and generation not in (None, announced):
+                self._is_index_lost = True
+                log.warning("block index: entries were lost; announcing them again")
             is_due = time.monotonic() - renewed_s >= self._settings.lease_ttl_ms / 3000
-            if is_back or (is_due and was_healthy):
-                renewed_s = time.monotonic()
-                await self._announce_all()
+            if generation is None or not (was_away or is_due or generation != announced):
+                continue
+            renewed_s = time.monotonic()
+            if await self._announce_all():
+                announced, self._is_index_lost = generation, False
 
     async def close(self) -> None:
         """Withdraws this node's entries and ends all transfers."""
@@ -398,15 +407,16 @@ class NodeStore:
             if not await self._index.withdraw(batch, self.address):
                 return
 
-    async def _announce_all(self) -> None:
-        if self._arena is not None:
-            await self._announce(self._arena.names())
+    async def _announce_all(self) -> bool:
+        return self._arena is None or await self._announce(self._arena.names())
 
-    async def _announce(self, names: Sequence[bytes]) -> None:
+    async def _announce(self, names: Sequence[bytes]) -> bool:
+        """False: the index is away."""
         for start in range(0, len(names), _ANNOUNCE_BATCH):
             batch = names[start : start + _ANNOUNCE_BATCH]
             if not await self._index.announce(batch, self.address):
-                return
+                return False
+        return True
 
     def _tiers(self) -> list[kvnode_pb2.TierDescription]:
         return [tier.describe() for tier in self._arena.below] if self._arena else []
