@@ -1,24 +1,33 @@
 """What a model says while its KV tier fails: the tokens of a run without one, whatever happens."""
 
 import asyncio
+import contextlib
 import itertools
 import random
+import re
 import resource
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import RedisServer
-from kv_fleet import NodeProcess, running_node
+from kv_fleet import NodeProcess, describe, running_node
+from kvasir_kvstore._native import BlockPool, BlockServer
 from kvasir_kvstore.core import fetch
-from kvstore_builders import Wire, eventually, free_port
+from kvasir_proto.v1 import kvnode_pb2
+from kvstore_builders import Wire, eventually, fill, free_port
 from worker_builders import RunningWorker, make_model_dir, make_request, prompt, started
 
 PROMPTS = [prompt(200, seed=seed) for seed in range(1, 41)]
 """Of more blocks than a worker's cache holds, so that each comes from the tier or is computed."""
 CALL_S_MAX = 60
 CORRUPTIONS = 1_000
-BITS_OF_A_PIECE = 16
+"""Frames that are changed."""
+LIES = 20
+"""Connections to each server that stands in for the node."""
+FRAME_MAGIC = b"KSVR"
+FRAME_HEADER_BYTES = 64
 
 
 @pytest.fixture(scope="module")
@@ -149,43 +158,127 @@ async def test_no_token_changes_while_a_kv_node_and_redis_die_and_a_disk_is_full
 
 
 class Corruption:
-    """Changes what a KV node sends: bits, order and length of it; greetings pass."""
+    """Changes what a KV node sends, frame by frame; `counts` are of frames changed, by how.
+
+    No more of an answer is changed once its reader must have hung up.
+    """
 
     def __init__(self) -> None:
         self._random = random.Random(7)
-        self.num_done = 0
+        self.counts: Counter[str] = Counter()
 
     def __call__(self, offset: int, data: bytes) -> bytes | None:
-        if offset == 0 or self._random.random() < 0.2:
+        chance = self._random.random()
+        if chance < 0.3:
             return data
-        kind = self._random.random()
-        self.num_done += 1 if kind < 0.2 else BITS_OF_A_PIECE
-        if kind < 0.05:
+        if chance < 0.34:
+            self.counts["cut off"] += 1
             return None
-        if kind < 0.1:
+        if chance < 0.38:
+            self.counts["cut short"] += 1
             return data[: self._random.randrange(len(data))]
-        if kind < 0.2:
+        if chance < 0.42:
+            self.counts["halves swapped"] += 1
             middle = len(data) // 2
             return data[middle:] + data[:middle]
+        if offset == 0:
+            self.counts["greeting"] += 1
+            return self._with_changed_bits(data, of=range(len(data)))
+        return b"".join(self._changed(frames_of(data)))
+
+    def _changed(self, frames: list[bytes]) -> list[bytes]:
+        """Some payloads swapped under headers that stay, some with changed bits; then a header."""
+        for i, frame in enumerate(frames):
+            other = self._random.randrange(len(frames))
+            chance = self._random.random()
+            if len(frame) <= FRAME_HEADER_BYTES or chance < 0.3:
+                continue
+            if chance < 0.6 and len(frame) == len(frames[other]) and frame != frames[other]:
+                frames[i], frames[other] = (
+                    frame[:FRAME_HEADER_BYTES] + frames[other][FRAME_HEADER_BYTES:],
+                    frames[other][:FRAME_HEADER_BYTES] + frame[FRAME_HEADER_BYTES:],
+                )
+                self.counts["payloads swapped"] += 1
+            elif chance < 0.95:
+                payload = range(FRAME_HEADER_BYTES, len(frame))
+                frames[i] = self._with_changed_bits(frame, of=payload)
+                self.counts["payload"] += 1
+            else:
+                frames[i] = self._with_changed_bits(frame, of=range(FRAME_HEADER_BYTES))
+                self.counts["header"] += 1
+                break
+        return frames
+
+    def _with_changed_bits(self, data: bytes, *, of: range) -> bytes:
         changed = bytearray(data)
-        for _ in range(BITS_OF_A_PIECE):
-            changed[self._random.randrange(len(data))] ^= 1 << self._random.randrange(8)
+        for at in self._random.sample(of, self._random.randint(1, min(8, len(of)))):
+            changed[at] ^= 1 << self._random.randrange(8)
         return bytes(changed)
+
+
+def frames_of(data: bytes) -> list[bytes]:
+    """What came at once, cut before each frame."""
+    starts = [match.start() for match in re.finditer(FRAME_MAGIC, data)]
+    return [data[start:end] for start, end in itertools.pairwise([0, *starts, len(data)])]
+
+
+@contextlib.contextmanager
+def liar(
+    about: kvnode_pb2.KvNodeDescription, names: list[bytes], *, digest: bytes, epoch: int
+) -> Iterator[BlockServer]:
+    """Serves garbage under these names as another life of the node, or of another model."""
+    layout = about.layout
+    pool = BlockPool(
+        num_blocks=len(names),
+        num_layers=layout.num_layers,
+        layer_bytes=layout.block_bytes // layout.num_layers,
+        layout_digest=digest,
+    )
+    for block, name in enumerate(names):
+        fill(pool, block, seed=block)
+        pool.publish(name, block)
+    server = BlockServer(pool, host="127.0.0.1", port=0, uid=about.address.uid, epoch=epoch)
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_corrupted_transfers_change_no_token(model: Path) -> None:
+    """Nor does an earlier life of the node that answers in its place, or another model's node."""
     expected = await undisturbed(model)
     corruption = Corruption()
     with (
         running_node(host="127.0.0.1", advertise_host="127.0.0.2", memory_mb=64) as node,
-        Wire(node.settings.data_port, corruption, at=("127.0.0.2", node.settings.data_port)),
+        Wire(
+            node.settings.data_port, corruption, at=("127.0.0.2", node.settings.data_port)
+        ) as wire,
     ):
         settings = {"kv_nodes": (node.spec,), "kv_cache_mb": 1, "fetch_timeout_ms": 200}
         async with started(model, "w", **settings) as worker:
             load = Load(worker, expected)
-            while corruption.num_done < CORRUPTIONS:
+            for _ in PROMPTS:  # until the node has blocks
                 await load.one()
+            about = await describe(node)
+            served = worker.host.served()
+            names = [name for ids in PROMPTS for name in served.names(ids, tenant_salt=b"")]
+            digest, epoch = about.layout.digest, about.address.epoch
+            with (
+                liar(about, names, digest=digest, epoch=epoch - 1) as stale,
+                liar(about, names, digest=bytes(16), epoch=epoch) as foreign,
+            ):
+
+                def refused() -> tuple[int, int]:
+                    return stale.stats()["stale_refused"], foreign.stats()["layout_refused"]
+
+                ports = itertools.cycle([node.settings.data_port] * 3 + [stale.port, foreign.port])
+                while corruption.counts.total() < CORRUPTIONS or min(refused()) < LIES:
+                    wire.target = next(ports)
+                    await load.one()
+                assert stale.stats()["blocks_sent"] == foreign.stats()["blocks_sent"] == 0
+            kinds = {"cut off", "cut short", "halves swapped", "greeting", "header", "payload"}
+            assert corruption.counts.keys() == kinds | {"payloads swapped"}
             assert load.num_fetched > 0, "what was whole was used"
-            assert await worker.metric("kvasir_kvtier_frames_bad_total") > 0
+            assert await worker.metric("kvasir_kvtier_frames_bad_total") > CORRUPTIONS / 10
