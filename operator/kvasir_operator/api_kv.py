@@ -137,11 +137,12 @@ class KvSocketSettings(ApiModel):
         default=None,
         pattern=r"^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$",
         max_length=512,
-        description="A folder of each node, made where it is missing, that pods share: through "
-        "sockets in it they hand one another their memory, and KV between pods of one node is "
-        "copied once, without the network. It becomes Kvasir's user's own: an init container does "
-        "that as root. Pod Security `baseline` and `restricted` forbid both. Absent: KV moves over "
-        "TCP. A change replaces workers and KV nodes.",
+        description="A folder of each node, made where it is missing, in which only root should "
+        "write. The pods of a namespace share a folder NAMESPACE.kvasir-kv in it: through sockets "
+        "they hand one another their memory, and KV between pods of one node is copied once, "
+        "without the network. An init container makes that folder their user's own, as root. Pod "
+        "Security `baseline` and `restricted` forbid both. Absent: KV moves over TCP. A change "
+        "replaces workers and KV nodes.",
     )
 
 

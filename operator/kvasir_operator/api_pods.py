@@ -257,10 +257,10 @@ class VolumeMount(ApiModel):
 
     RULES = (
         Rule(
-            "!self.mountPath.matches('^/(tmp$|(tls|kv-key|kv-disk|model)(/|$))"
+            "!self.mountPath.matches('^/(tmp$|(tls|kv-key|kv-disk|kv-sockets|model)(/|$))"
             "|(^|/)[.][.]?(/|$)|//|/$|:')",
-            "mountPath must not hide /tmp, /tls, /kv-key, /kv-disk or /model, which Kvasir mounts "
-            "itself: choose a plain absolute path, without . or .. or ':' in it and without '/' "
+            "mountPath must not hide /tmp, /tls, /kv-key, /kv-disk, /kv-sockets or /model, which "
+            "Kvasir mounts itself: choose a plain absolute path, without . or .. or ':' in it and without '/' "
             "at its end",
         ),
         Rule(

@@ -125,14 +125,14 @@ def test_missing_claims_of_volumes_are_told_of_once() -> None:
         assert "PersistentVolumeClaim adapters does not exist" in warning
 
 
-FOLDER = "/run/kvasir/default.chat"
+CHOSEN, FOLDER = "/run/kvasir", "/run/kvasir/default.kvasir-kv"
 
 
 @pytest.mark.parametrize("part", ["prefill", "decode", "kv"])
 def test_parts_of_a_service_share_a_folder_of_the_node_by_choice(part: str) -> None:
     kind = {"prefill": "PrefillPool", "decode": "DecodePool", "kv": "KVCachePool"}[part]
-    chosen = plan_for(make_service(kvCache={}, kvSocketHostPath="/run/kvasir"))
-    assert child_of(chosen, kind, f"chat-{part}")["spec"]["kvSocketHostPath"] == FOLDER
+    chosen = plan_for(make_service(kvCache={}, kvSocketHostPath=CHOSEN))
+    assert child_of(chosen, kind, f"chat-{part}")["spec"]["kvSocketHostPath"] == CHOSEN
     usual = plan_for(make_service(kvCache={}))
     assert "kvSocketHostPath" not in child_of(usual, kind, f"chat-{part}")["spec"]
 
@@ -141,7 +141,7 @@ def test_parts_of_a_service_share_a_folder_of_the_node_by_choice(part: str) -> N
 def test_a_pod_finds_the_sockets_of_its_node_and_nobody_else_may(
     pod_of: Callable[..., Manifest],
 ) -> None:
-    spec = pod_of(kvSocketHostPath=FOLDER)["spec"]
+    spec = pod_of(kvSocketHostPath=CHOSEN)["spec"]
     arguments = container_of(spec)["args"]
     assert arguments[arguments.index("--kv-socket-dir") + 1] == "/kv-sockets"
     folder = {"path": FOLDER, "type": "DirectoryOrCreate"}

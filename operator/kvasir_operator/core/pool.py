@@ -325,7 +325,7 @@ def _part(world: World, spec: PoolSpec) -> Part:
         ports=_ports(spec),
         tls_secret=spec.tls_secret or "",
         kv_key_secret=spec.kv_key_secret or "",
-        kv_socket_host_path=spec.kv_socket_host_path or "",
+        kv_socket_host_path=_socket_folder(owner, spec),
         settings=spec,
         image=spec,
         default_image=world.default_image,
@@ -339,6 +339,13 @@ def _part(world: World, spec: PoolSpec) -> Part:
         near=_near(spec),
         grace_s=grace_s,
     )
+
+
+def _socket_folder(owner: Owner, spec: PoolSpec) -> str:
+    """On the node; the namespace's own, so that it changes no folder that is there already."""
+    if not spec.kv_socket_host_path:
+        return ""
+    return f"{spec.kv_socket_host_path}/{owner.namespace}.kvasir-kv"
 
 
 def _secret_env(spec: PoolSpec) -> dict[str, Manifest]:

@@ -154,8 +154,7 @@ def _pools(world: World, spec: ModelServiceSpec) -> list[Manifest]:
     if key := kv_key_secret(owner.name, spec):
         common |= {"kvKeySecret": key}
     if spec.kv_socket_host_path:
-        own = f"{spec.kv_socket_host_path}/{owner.namespace}.{owner.name}"
-        common |= {"kvSocketHostPath": own}
+        common |= {"kvSocketHostPath": spec.kv_socket_host_path}
     engine = spec.model_dump(mode="json", by_alias=True, exclude_none=True, include=OF_ALL_WORKERS)
     kv = {
         "kvNodes": _kv_nodes(owner, spec),
