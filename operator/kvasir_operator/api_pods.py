@@ -260,8 +260,8 @@ class VolumeMount(ApiModel):
             "!self.mountPath.matches('^/(tmp$|(tls|kv-key|kv-disk|kv-sockets|model)(/|$))"
             "|(^|/)[.][.]?(/|$)|//|/$|:')",
             "mountPath must not hide /tmp, /tls, /kv-key, /kv-disk, /kv-sockets or /model, which "
-            "Kvasir mounts itself: choose a plain absolute path, without . or .. or ':' in it and without '/' "
-            "at its end",
+            "Kvasir mounts itself: choose a plain absolute path, without . or .. or ':' in it and "
+            "without '/' at its end",
         ),
         Rule(
             "!has(self.subPath) || !self.subPath.matches('(^|/)[.][.](/|$)')",

@@ -60,11 +60,11 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     ),
     "mount over the model": (
         {**DATA, "volumeMounts": [{"name": "data", "mountPath": "/model/lora"}]},
-        "mountPath must not hide /tmp, /tls, /kv-key, /kv-disk or /model",
+        "mountPath must not hide /tmp, /tls, /kv-key, /kv-disk, /kv-sockets or /model",
     ),
     "mount that climbs": (
         {**DATA, "volumeMounts": [{"name": "data", "mountPath": "/mnt/../model"}]},
-        "mountPath must not hide /tmp, /tls, /kv-key, /kv-disk or /model",
+        "mountPath must not hide /tmp, /tls, /kv-key, /kv-disk, /kv-sockets or /model",
     ),
     "mount of a folder outside of the volume": (
         {**DATA, "volumeMounts": [{"name": "data", "mountPath": "/a", "subPath": "b/.."}]},
