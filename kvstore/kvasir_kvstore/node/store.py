@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 NAMES_MAX = 8192
 """In one call: a chain of 256k tokens."""
+LEASE_TICK_S = 1.0
+"""How soon it is noticed that the index is back or lost entries."""
 _ANNOUNCE_BATCH = 1024
 _RETRY_AFTER_MS = 200
 
@@ -221,7 +223,7 @@ class NodeStore:
         """Keeps the index right until cancelled: renews entries; at once when they were lost."""
         renewed_s = time.monotonic()
         announced = await self._index.generation()  # what was restored has been announced
-        tick_s = min(1.0, self._settings.lease_ttl_ms / 3000)
+        tick_s = min(LEASE_TICK_S, self._settings.lease_ttl_ms / 3000)
         while True:
             await asyncio.sleep(tick_s)
             if self._arena is not None:
