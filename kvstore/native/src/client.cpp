@@ -1,10 +1,8 @@
 #include "client.h"
 
 #include <algorithm>
-#include <exception>
 #include <optional>
 #include <stdexcept>
-#include <system_error>
 #include <unordered_set>
 
 #include "crc32c.h"
@@ -17,9 +15,11 @@ namespace {
 constexpr int64_t kConnectMs = 3'000;  // a peer that does not answer so long is unreachable
 constexpr int64_t kHelloMs = 5'000;
 constexpr int64_t kIdleMs = 30'000;  // below the server's limit, so that it rarely closes first
+constexpr int64_t kTellMs = 1'000;
+constexpr size_t kUsedMax = 4096;
+static_assert(kUsedMax <= kNamesMax);
 constexpr auto kWatchEvery = std::chrono::seconds(1);
-constexpr int64_t kMoreLinksMs = 200;     // a pull that has one connection waits no longer for more
-constexpr size_t kStripeBytes = 2 << 20;  // so much of a pull is worth a connection of its own
+constexpr int64_t kMoreLinksMs = 200;  // a pull that has one connection waits no longer for more
 constexpr size_t kIdlePeersMax = 256;
 constexpr size_t kCancelledEarlyMax = 1024;
 
@@ -29,7 +29,7 @@ Code send_request(const Pull& pull, const Stream& stream, Request request, Deadl
   const bool is_named = has_names(request.type);
   const size_t body_bytes = is_named ? pull.names.size() * sizeof(Name) : 0;
   request.session_id = pull.session_id;
-  request.count = static_cast<uint32_t>(pull.blocks.size());
+  request.count = static_cast<uint32_t>(is_named ? pull.names.size() : pull.blocks.size());
   request.timeout_ms = static_cast<uint32_t>(deadline.left_ms());
   request.num_stripes = std::max<uint16_t>(request.num_stripes, 1);
   request.body_crc = crc32c(pull.names.data(), body_bytes);
@@ -49,22 +49,10 @@ Code send_request(const Pull& pull, const Stream& stream, Request request, Deadl
   return stream.send_all(parts, 3, deadline, ended);
 }
 
-// What the stripes of a pull brought together. A block is whole if it is for each of them.
-PullResult join_stripes(std::vector<PullResult>& stripes, Code failure) {
-  PullResult joined = std::move(stripes[0]);
-  for (size_t k = 1; k < stripes.size(); ++k) {
-    const PullResult& one = stripes[k];
-    for (size_t i = 0; i < joined.blocks_ok.size(); ++i) {
-      joined.blocks_ok[i] = joined.blocks_ok[i] && one.blocks_ok[i];
-    }
-    joined.bytes_moved += one.bytes_moved;
-    joined.frames_bad += one.frames_bad;
-    joined.bytes_wire += one.bytes_wire;
-    joined.wire_ns = std::max(joined.wire_ns, one.wire_ns);
-    joined.is_lossy = joined.is_lossy || one.is_lossy;
-  }
-  joined.error = joined.frames_bad > 0 ? Code::kBadFrame : failure;
-  return joined;
+Request used_request() {
+  Request request{};
+  request.type = RequestType::kUsed;
+  return request;
 }
 
 }  // namespace
@@ -200,15 +188,6 @@ Receiver BlockClient::make_receiver(const Pull& pull) {
   return receiver;
 }
 
-// Over so many connections at most.
-uint32_t BlockClient::num_stripes(const Pull& pull) const {
-  if (pull.is_session() || options_.remote) return 1;
-  const size_t num_blocks = pull.blocks.size();
-  const size_t by_size = num_blocks * pool_.shape().block_bytes() / kStripeBytes;
-  const size_t num_frames = num_blocks * frames_per_block(pool_.shape());
-  return static_cast<uint32_t>(std::clamp<size_t>(std::min(by_size, num_frames), 1, kStripesMax));
-}
-
 PullResult BlockClient::pull(const Pull& pull) {
   claim_blocks(pull.blocks);
   Registration registration(*this, pull.cancel_id);
@@ -237,52 +216,6 @@ PullResult BlockClient::pull_alone(const Pull& pull, Link link, Deadline deadlin
   Receiver receiver = make_receiver(pull);
   const Code code = attempt(pull, std::move(link), receiver, deadline, ended);
   return receiver.take_result(code);
-}
-
-// Each connection carries a part of every block, on a thread of its own. Where one fails, no more
-// blocks would become whole, so all end; those that are whole stay.
-PullResult BlockClient::pull_striped(const Pull& pull, std::vector<Link> links, Deadline deadline,
-                                     Signal& ended) {
-  const auto count = static_cast<uint32_t>(links.size());
-  std::vector<std::atomic<uint32_t>> landed(pull.blocks.size());
-  std::vector<PullResult> results(count);
-  std::mutex mutex;
-  Code failure = Code::kOk;
-  std::exception_ptr fault;
-  const auto take_stripe = [&](uint32_t index) {
-    Code code = Code::kAborted;
-    std::exception_ptr caught;
-    try {
-      Receiver receiver = make_receiver(pull);
-      receiver.set_stripe({.index = index, .count = count}, landed);
-      code = attempt(pull, std::move(links[index]), receiver, deadline, &ended);
-      results[index] = receiver.take_result(code);
-    } catch (...) {
-      caught = std::current_exception();
-    }
-    if (code == Code::kOk) return;
-    const std::lock_guard lock(mutex);
-    if (failure == Code::kOk) failure = code;
-    if (caught) fault = caught;
-    ended.raise();
-  };
-  std::vector<std::thread> threads;
-  threads.reserve(count);
-  for (uint32_t index = 1; index < count; ++index) {
-    try {
-      threads.emplace_back(take_stripe, index);
-    } catch (const std::system_error&) {  // the process may have no more threads
-      take_stripe(index);
-    }
-  }
-  take_stripe(0);
-  for (std::thread& thread : threads) thread.join();
-  if (fault) std::rethrow_exception(fault);
-  PullResult result = join_stripes(results, failure);
-  for (size_t i = 0; i < pull.blocks.size(); ++i) {
-    if (!result.blocks_ok[i]) pool_.raise_ready(pull.blocks[i], 0);
-  }
-  return result;
 }
 
 Code BlockClient::find_link(const Peer& peer, Deadline deadline, const Signal* ended, Link& link) {
@@ -317,10 +250,41 @@ Code BlockClient::read_shared(const Pull& pull, const Link& link, Receiver& rece
   if (receiver.copy_listed(deadline, ended) > 0) code = run(pull, link, receiver, deadline, ended);
   if (ended->is_raised()) return Code::kCancelled;
   if (deadline.is_past()) return Code::kTimeout;
-  if (code != Code::kOk) return code;
-  Request used{};
-  used.type = RequestType::kUsed;
-  return send_request(pull, link.stream, used, deadline, ended);
+  return code == Code::kOk ? note_used(pull, link, deadline, ended) : code;
+}
+
+// Telling the peer wakes it, which takes longer than reading a block: many are told at a time.
+Code BlockClient::note_used(const Pull& pull, const Link& link, Deadline deadline,
+                            const Signal* ended) {
+  Pull due{.peer = pull.peer, .blocks = {}, .names = {}};
+  {
+    const std::lock_guard lock(mutex_);
+    std::vector<Name>& used = peers_[pull.peer].used;
+    if (used.size() + pull.names.size() > kUsedMax) due.names.swap(used);
+    used.insert(used.end(), pull.names.begin(), pull.names.end());
+  }
+  if (due.names.empty()) return Code::kOk;
+  return send_request(due, link.stream, used_request(), deadline, ended);
+}
+
+// Tells peers what is due, over connections that nobody uses at the moment.
+void BlockClient::tell_used() {
+  std::vector<std::pair<Pull, Link>> due;
+  {
+    const std::lock_guard lock(mutex_);
+    for (auto& [peer, state] : peers_) {
+      if (state.used.empty() || state.idle.empty()) continue;
+      due.emplace_back(Pull{.peer = peer, .blocks = {}, .names = std::move(state.used)},
+                       std::move(state.idle.back().link));
+      state.used.clear();
+      state.idle.pop_back();
+    }
+  }
+  for (auto& [pull, link] : due) {
+    const Deadline soon = Deadline::in(kTellMs);
+    if (send_request(pull, link.stream, used_request(), soon, nullptr) != Code::kOk) continue;
+    keep(pull.peer, std::move(link));
+  }
 }
 
 Code BlockClient::run(const Pull& pull, const Link& link, Receiver& receiver, Deadline deadline,
@@ -458,6 +422,9 @@ void BlockClient::watch_peers() {
   std::unique_lock lock(mutex_);
   while (!closed_) {
     drop_unused();
+    lock.unlock();
+    tell_used();
+    lock.lock();
     changed_.wait_for(lock, kWatchEvery, [this] { return closed_; });
   }
 }

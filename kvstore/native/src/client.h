@@ -96,6 +96,7 @@ class BlockClient {
     std::weak_ptr<const SharedView> view;  // one for all connections
     uint32_t num_urgent = 0;               // connections to the peer that named pulls hold
     uint32_t num_background = 0;           // those in the background: they have their own
+    std::vector<Name> used;  // looked for in the peer's memory, which it has yet to be told
   };
   class Registration;
   class Turn;
@@ -114,6 +115,8 @@ class BlockClient {
                    const Signal* ended);
   // One that is kept, or a new one.
   Code find_link(const Peer& peer, Deadline deadline, const Signal* ended, Link& link);
+  Code note_used(const Pull& pull, const Link& link, Deadline deadline, const Signal* ended);
+  void tell_used();
   Code connect(const Peer& peer, Deadline deadline, const Signal* ended, Link& link);
   Code greet(const Peer& peer, Stream& stream, bool is_remote, Deadline deadline,
              const Signal* ended) const;
