@@ -45,6 +45,8 @@ EMBEDDINGS = "model.embed_tokens.weight"
 ARITHMETIC: dict[WeightFormat, str] = {"bf16": "", "int8": "int8 balanced", "int4": "int4"}
 """Part of the fingerprint: another name once a format's numbers are rounded in another way, as KV
 of the two may still be in KV nodes, or in workers of the version before."""
+KV_ARITHMETIC: dict[KvFormat, str] = {"bf16": "", "int8": "integers"}
+"""The same of attention over KV."""
 BALANCED: tuple[WeightFormat, ...] = ("int8",)
 """Formats for which columns of weights are scaled to fit their inputs as they are packed."""
 KV_DTYPES = {1: "int8", 2: "bfloat16", 4: "float32"}
@@ -145,7 +147,8 @@ def load_model(
         _numerics(config, weights).encode() + source, digest_size=DIGEST_BYTES
     ).digest()
     layout = config.layout(KV_DTYPES[_native.kv_element_bytes(name, kv)])
-    before_packing(layout, fingerprint(digest, layout))
+    mark = fingerprint(_attending(digest, kv), layout)
+    before_packing(layout, mark)
     # 3. Its weights, packed for the path, or as an earlier load has kept them.
     kept = None
     if keeps_packed and name != CUDA_PATH:
@@ -156,7 +159,7 @@ def load_model(
     native = _pack(config, files, how, kept, progress)
     assert native.layer_bytes == layout.layer_bytes, "native and Python disagree on the KV layout"
     log.info("loaded %s (%s, %d bytes of weights)", path, name, native.weight_bytes)
-    return LoadedModel(native, config, layout, fingerprint(digest, layout), native.weight_bytes)
+    return LoadedModel(native, config, layout, mark, native.weight_bytes)
 
 
 def new_kv_arrays(model: LoadedModel, num_blocks: int) -> KvArrays:
@@ -168,6 +171,14 @@ def new_kv_arrays(model: LoadedModel, num_blocks: int) -> KvArrays:
     )
     model.native.attach_pool(arrays.data, arrays.ready, arrays.progress)
     return arrays
+
+
+def _attending(digest: bytes, kv: KvFormat) -> bytes:
+    """The digest with how KV is attended, which packed weights do not depend on."""
+    arithmetic = KV_ARITHMETIC[kv].encode()
+    if not arithmetic:
+        return digest
+    return hashlib.blake2b(arithmetic + digest, digest_size=DIGEST_BYTES).digest()
 
 
 def _numerics(config: ModelConfig, weights: WeightFormat) -> str:
