@@ -47,6 +47,8 @@ ARITHMETIC: dict[WeightFormat, str] = {"bf16": "", "int8": "int8 balanced", "int
 of the two may still be in KV nodes, or in workers of the version before."""
 KV_ARITHMETIC: dict[KvFormat, str] = {"bf16": "", "int8": "integers"}
 """The same of attention over KV."""
+INT8_KV_HEAD_DIM_MAX = 512
+"""Of wider heads, sums of attention over int8 KV could overflow 32 bits."""
 BALANCED: tuple[WeightFormat, ...] = ("int8",)
 """Formats for which columns of weights are scaled to fit their inputs as they are packed."""
 KV_DTYPES = {1: "int8", 2: "bfloat16", 4: "float32"}
@@ -137,6 +139,9 @@ def load_model(
         known = ", ".join(WEIGHT_FORMATS)
         raise KvasirError(Reason.UNSUPPORTED, f"no weight format {weights!r}; there are: {known}")
     config, files = open_model(path)
+    if kv == "int8" and config.head_dim > INT8_KV_HEAD_DIM_MAX:
+        text = f"int8 KV takes heads of up to {INT8_KV_HEAD_DIM_MAX} values, not {config.head_dim}"
+        raise KvasirError(Reason.UNSUPPORTED, text)
     name = choose_path(isa)
     # 2. Its digest; where it is taken now, this also brings the files into the page cache.
     if keeps_packed:

@@ -8,7 +8,13 @@ from family_models import make_family_model
 from golden_models import PATHS, RUNNABLE
 from kvasir_engine.formats import KvFormat
 from kvasir_engine.logits import sequence_logits
-from kvasir_engine.model import LoadedModel, load_model, new_kv_arrays
+from kvasir_engine.model import (
+    INT8_KV_HEAD_DIM_MAX,
+    LoadedModel,
+    load_model,
+    new_kv_arrays,
+)
+from kvasir_proto.errors import KvasirError
 from step_builders import Part, make_odd_model, run_step
 
 LENGTH = 600
@@ -113,6 +119,21 @@ def test_what_nobody_sees_may_be_anything(
     arrays.data[:9] = 0xFF  # position 590 sees 291 and later
     (rest,) = run_step(model, Part(ids, 590, LENGTH - 590, blocks))
     assert np.array_equal(rest, whole[590:])
+
+
+@pytest.mark.parametrize("head_dim", [512, 528])
+def test_int8_kv_refuses_heads_whose_sums_could_overflow(tmp_path: Path, head_dim: int) -> None:
+    folder = make_family_model("gemma2", tmp_path / "wide", head_dim=head_dim)
+    if head_dim > INT8_KV_HEAD_DIM_MAX:
+        with pytest.raises(KvasirError, match="up to 512 values, not 528"):
+            load_model(folder, isa=RUNNABLE[-1], kv="int8", num_threads=1)
+        return
+    model = load_model(folder, isa=RUNNABLE[-1], kv="int8", num_threads=1)
+    reference = load_model(folder, isa="scalar", kv="int8", num_threads=1)
+    ids = np.arange(40, dtype=np.int32)
+    expected = sequence_logits(reference, ids, chunk=40)
+    error = sequence_logits(model, ids, chunk=40) - expected
+    assert np.sqrt(np.mean(np.square(error))) < 0.01 * expected.std()
 
 
 def test_layout_of_int8_kv_holds_codes_and_scales(folders: dict[str, Path]) -> None:
