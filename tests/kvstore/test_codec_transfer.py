@@ -238,8 +238,9 @@ def test_the_bench_measures_every_codec_on_every_path(monkeypatch: pytest.Monkey
     monkeypatch.setattr(bench_codecs, "TOTAL_BYTES", 1 << 20)
     rows = bench_codecs.run_bench_codecs(num_heads=2, head_dim=32)
     paths = _native.codec_paths()[1:] or _native.codec_paths()
-    expected = [(codec, path) for path in paths for codec in CODECS]
-    assert [(row.codec, row.path) for row in rows] == [("memcpy", ""), *expected]
+    one = [("memcpy", ""), *((codec, path) for path in paths for codec in CODECS)]
+    expected = [(place, *row) for place in ("memory", "cache") for row in one]
+    assert [(row.place, row.codec, row.path) for row in rows] == expected
     assert all(row.encode_gb_per_s > 0 and row.decode_gb_per_s > 0 for row in rows)
 
 

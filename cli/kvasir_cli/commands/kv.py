@@ -95,7 +95,7 @@ def rates(num_heads: int, head_dim: int, json_file: Path | None) -> None:
     rows = run_bench_codecs(num_heads=num_heads, head_dim=head_dim)
     for row in rows:
         click.echo(
-            f"  {row.codec:<8} {row.path:<7} encode {row.encode_gb_per_s:6.2f} GB/s"
+            f"  {row.place:<6}  {row.codec:<8} {row.path:<7} encode {row.encode_gb_per_s:6.2f} GB/s"
             f"  decode {row.decode_gb_per_s:6.2f} GB/s  {row.ratio:.2f} times smaller"
         )
     if json_file is not None:

@@ -341,18 +341,18 @@ struct VectorCodec {
     uint8_t* codes = target + 4 * num_groups;
     for (size_t g = 0; g < num_groups; g += 4, codes += 2 * kLanes) {
       for (size_t p = 0; p < kParts; ++p) {
-        Words packed{};
+        Dwords even{};
+        Dwords odd{};
         for (size_t k = 0; k < 4; ++k) {
           const uint16_t* const at = source + (g + k) * kLanes + p * kWords;
           fetch<0>(at + num_groups * kLanes);
           const Pair wide = widen(load(at));
           const float base = bases[pair_place(g) + pair_place(k)];
           const float inverse = inverses[pair_place(g) + pair_place(k)];
-          const Floats even = (wide.even - base) * inverse + kRoundUnsigned;
-          const Floats odd = (wide.odd - base) * inverse + kRoundUnsigned;
-          packed |= join((Dwords)even, (Dwords)odd) << 4 * k;
+          even |= (Dwords)((wide.even - base) * inverse + kRoundUnsigned) << 4 * k;
+          odd |= (Dwords)((wide.odd - base) * inverse + kRoundUnsigned) << 4 * k;
         }
-        store(codes + p * kBytes, packed);
+        store(codes + p * kBytes, join(even, odd));
       }
     }
     return true;
