@@ -10,12 +10,14 @@ from typing import TypeVar
 import pytest
 from kv_fleet import LAYOUT, PROTO_LAYOUT, make_holder
 from kvasir_kvstore.core.cache import BlockCache, Held, Limits, Origin
+from kvasir_kvstore.index import MemoryIndex
 from kvasir_kvstore.node import moves, object_store
 from kvasir_kvstore.node import upkeep as upkeep_module
 from kvasir_kvstore.node.arena import Arena
 from kvasir_kvstore.node.block_file import BlockFile
 from kvasir_kvstore.node.object_store import ObjectTier
 from kvasir_kvstore.node.settings import KvNodeSettings
+from kvasir_kvstore.node.store import NodeStore
 from kvasir_kvstore.node.upkeep import Upkeep
 from kvasir_kvstore.nodes import NodeSet
 from kvasir_proto.errors import KvasirError, Reason
@@ -214,11 +216,42 @@ async def test_blocks_that_nobody_wants_displace_what_is_kept_below_and_one_anot
                 source.address, part, Origin(), stored_ms={}, timeout_ms=120_000, is_cold=True
             )
             assert set(filled.committed) == set(part)
-        await eventually(lambda: _now(disk.is_behind), lambda is_behind: not is_behind)
+            await eventually(lambda: _now(disk.is_behind), lambda is_behind: not is_behind)
     assert set(disk.names()) == {*hot, *moved}
     assert len(set(hot) - set(arena.cache.names())) <= 4, "as many as are on their way to disk"
     await arena.close(timeout_ms=0)
     file.close()
+
+
+async def test_blocks_that_nobody_wants_do_not_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do they hold the turn of an offer meanwhile."""
+    settings = KvNodeSettings(name="n", memory_mb=1, disk_dir=tmp_path, disk_mb=1)
+    store = NodeStore(settings, uid=random_uid(), epoch=1, index=MemoryIndex())
+    is_free = threading.Event()
+    async with make_holder([]) as source:
+        names = [os.urandom(16) for _ in range(2)]
+        source.publish(names)
+        hot = kvnode_pb2.OfferRequest(source=source.address, layout=PROTO_LAYOUT, names=names[:1])
+        cold = kvnode_pb2.OfferRequest(
+            source=source.address, layout=PROTO_LAYOUT, names=names[1:], is_cold=True
+        )
+        monkeypatch.setattr(BlockFile, "write", lambda *_: is_free.wait(60) and None)
+        assert (await store.offer(hot)).num_pulled == 1
+        with pytest.raises(KvasirError) as caught:
+            await store.offer(cold)
+        assert (caught.value.reason, caught.value.retry_after_ms > 0) == (Reason.OVERLOADED, True)
+        is_free.set()
+
+        async def offered() -> int:
+            try:
+                return (await store.offer(cold)).num_pulled
+            except KvasirError:
+                return 0
+
+        assert await eventually(offered, bool) == 1
+    await store.close()
 
 
 async def test_blocks_that_nobody_wants_get_no_room_where_they_cannot_stay() -> None:
@@ -395,3 +428,51 @@ async def test_blocks_that_are_loaded_to_be_moved_are_offered_as_cold_and_with_t
         ([9_999], True),
         ([16_999], True),
     ]
+
+
+class Overloaded(Refusing):
+    """A node that has too much to do, for so many offers."""
+
+    def __init__(self, num_refusals: int) -> None:
+        super().__init__()
+        self.num_refusals, self.num_asked = num_refusals, 0
+
+    async def offer(
+        self, target: str, request: kvnode_pb2.OfferRequest
+    ) -> kvnode_pb2.OfferResponse:
+        self.num_asked += 1
+        if self.num_asked <= self.num_refusals:
+            raise KvasirError(Reason.OVERLOADED, "not now", retry_after_ms=200)
+        return kvnode_pb2.OfferResponse(num_held=len(request.names))
+
+
+class Many(One):
+    """A node that holds a chain of two offers."""
+
+    def blocks(self, *, on_disk: bool) -> dict[bytes, Held]:
+        names = [i.to_bytes(16, "big") for i in range(2 * moves.NAMES_PER_OFFER)]
+        return {name: Held(0, Origin(chain_head=NAME), stored_ms=1) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("num_refusals", "num_asked", "next_round_s"),
+    [(3, 3 + 2, moves.INTERVAL_S), (1000, moves.TRIES_MAX, moves.RETRY_S)],
+    ids=["for a while", "for long"],
+)
+async def test_a_node_that_is_overloaded_is_asked_again_and_then_left_for_a_round(
+    monkeypatch: pytest.MonkeyPatch, num_refusals: int, num_asked: int, next_round_s: float
+) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if waits.count(moves.INTERVAL_S) + waits.count(moves.RETRY_S) == 2:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(moves.asyncio, "sleep", sleep)
+    target = Overloaded(num_refusals)
+    address = common_pb2.PeerAddress(host="kv", grpc_port=2)
+    with pytest.raises(asyncio.CancelledError):
+        await moves.Mover(KvNodeSettings(name="n"), target, address, source=Many()).run()
+    assert target.num_asked == num_asked
+    assert waits[-1] == next_round_s

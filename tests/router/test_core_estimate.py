@@ -1,11 +1,13 @@
 """The estimate of TTFT, what experience corrects of it, and the pace of decode workers."""
 
+import itertools
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from kvasir_router.core import calibrate
+from kvasir_router.core.blended import blended_of
 from kvasir_router.core.calibrate import Calibration, OutputLength
 from kvasir_router.core.choose import Route, RouteReason, pick
 from kvasir_router.core.estimate import Candidate, estimate
@@ -56,7 +58,7 @@ def test_blocks_held_elsewhere_are_fetched_where_that_is_faster(
 HEAD, ONE, TWO = (make_names(seed, 10) for seed in ("head", "one", "two"))
 BLENDED = Blended(
     make_names("blended", 30),
-    (Chunk(320, HEAD, 0), Chunk(640, ONE, 48), Chunk(960, TWO, 48)),
+    (Chunk(0, HEAD, 0), Chunk(320, ONE, 48), Chunk(640, TWO, 48)),
 )
 """A head and two documents of 320 tokens; 968 with the question."""
 
@@ -78,6 +80,7 @@ def estimate_blended(view: FleetView, worker: str) -> Candidate:
         pytest.param(make_names("exact", 30), (), 0, 0, 968 + 96, id="exact KV is not used"),
         pytest.param(BLENDED.names, (), 960, 0, 8, id="the same prompt again"),
         pytest.param((*BLENDED.names[:20], *TWO), (), 912, 0, 8 + 48, id="its leading part"),
+        pytest.param((*BLENDED.names[:25], *TWO), (), 936, 0, 8 + 24, id="half of a chunk"),
     ],
 )
 def test_chunks_that_are_held_are_not_computed_but_for_a_share(
@@ -95,6 +98,39 @@ def test_chunks_that_are_held_are_not_computed_but_for_a_share(
     assert (candidate.hit_tokens, candidate.fetched_tokens) == (hit, fetched)
     expected_us = computed * 100 + fetched * 20
     assert candidate.ttft_estimate_ms == pytest.approx(expected_us / 1000)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 200), min_size=2, max_size=6),
+    held=st.lists(st.integers(0, 7), min_size=7, max_size=7),
+    at_store=st.lists(st.integers(0, 7), min_size=7, max_size=7),
+    permille=st.integers(1, 1000),
+)
+def test_no_prompt_saves_more_than_it_has(
+    sizes: list[int], held: list[int], at_store: list[int], permille: int
+) -> None:
+    ends = list(itertools.accumulate(sizes))
+    tokens = list(range(ends[-1] + 1))
+    blended = blended_of(
+        tokens,
+        list(itertools.pairwise(ends)),
+        recompute_permille=permille,
+        fingerprint=bytes(16),
+        tenant_salt=b"",
+    )
+    view = make_view(make_worker("a", store_us_per_token=20.0), stores=("kv",))
+    chains = [blended.names, *(chunk.names for chunk in blended.chunks)]
+    for chain, count, count_at_store in zip(chains, held, at_store, strict=False):
+        view.prefix.stored("a", chain[: 3 * count])
+        view.prefix.stored("kv", chain[: 3 * count_at_store])
+    wanted = make_request(names=make_names("x", 1), num_tokens=len(tokens), blended=blended)
+    candidate = estimate(view, wanted, "a", view.prefix.match(wanted.kv_names, ("a", "kv")))
+    assert candidate.hit_tokens >= 0
+    assert candidate.fetched_tokens >= 0
+    assert candidate.hit_tokens + candidate.fetched_tokens <= len(tokens)
+    fetched_us = candidate.fetched_tokens * 20.0
+    reused_us = candidate.hit_tokens * view.policy.reuse_us_per_token
+    assert candidate.ttft_estimate_ms * 1000 >= fetched_us + reused_us - 1e-6
 
 
 def test_of_two_candidates_the_one_that_holds_the_chunks_blends() -> None:

@@ -214,7 +214,7 @@ class Arena:
 
         Args:
             stored_ms: of those that were stored elsewhere before.
-            is_cold: wait until nothing else is to be written, and displace only what is below.
+            is_cold: displaces only what is below; refused while others are to be written.
         """
         started_s = time.monotonic()
         end_s = started_s + timeout_ms / 1000
@@ -233,7 +233,8 @@ class Arena:
                 committed += whole
                 results.append(result)
             left = self.missing([name for name in left if name not in slots])
-            if not (left and is_behind and await _is_set(settled, until_s=room_end_s)):
+            may_wait = left and is_behind and not is_cold
+            if not (may_wait and await _is_set(settled, until_s=room_end_s)):
                 num_refused = len(left) if is_behind else 0
                 return Filled(tuple(committed), tuple(results), num_refused)
 
@@ -253,7 +254,8 @@ class Arena:
             )
             whole = [name for name, is_ok in zip(slots, result.blocks_ok, strict=True) if is_ok]
             for name in reversed(whole):  # parents last: they are wanted most
-                self._publish(name, unfilled.pop(name))
+                self._publish(name, unfilled[name])
+                del unfilled[name]
                 committed.append(name)
         finally:
             self._on_change(committed[::-1], ())

@@ -180,6 +180,7 @@ class DiskTier:
             if not batch:
                 self._has_work.clear()
                 self._is_idle.set()
+                self._on_settled()
                 continue
             for name in batch:
                 del self._waiting[name]

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvasir_proto.errors import KvasirError
+from kvasir_proto.errors import KvasirError, Reason
 from kvasir_proto.v1 import common_pb2, kvnode_pb2
 
 from kvasir_kvstore.core.cache import Held, Origin
@@ -35,6 +35,8 @@ RETRY_S = 5.0
 NAMES_PER_OFFER = 32
 """Half of what may be on its way from disk to memory at a time: requests have the rest."""
 OFFER_TIMEOUT_MS = 10_000
+TRIES_MAX = 10
+"""Of one offer to a node that is overloaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +119,21 @@ class Mover:
         chains: defaultdict[tuple[Origin, bool, bool], list[bytes]] = defaultdict(list)
         for name, block in held.items():
             chains[block.origin, name in new, name not in wanted].append(name)
-        is_done = True
+        failed: set[str] = set()
         for (origin, is_new, is_cold), names in chains.items():
             head = origin.chain_head
             before: set[tuple[str, int]] = set()
             if self._placed is not None and not is_new:
                 before = self._placed.share(head, self._replicas)
-            for target, _ in sorted(members.share(head, self._replicas) - before):
+            targets = {target for target, _ in members.share(head, self._replicas) - before}
+            for target in sorted(targets - failed):
                 for start in range(0, len(names), NAMES_PER_OFFER):
                     part = names[start : start + NAMES_PER_OFFER]
                     blocks = {name: held[name] for name in part}
-                    is_done &= await self._offer(target, blocks, layout, is_cold=is_cold)
-        return is_done
+                    if not await self._offer(target, blocks, layout, is_cold=is_cold):
+                        failed.add(target)  # the others' turn; it gets its own in the next round
+                        break
+        return not failed
 
     async def _offer(
         self,
@@ -142,15 +147,14 @@ class Mover:
         if target == join_target(self._address.host, self._address.grpc_port):
             return True
         try:
-            answer = await self._nodes.offer(target, self._request(blocks, layout, is_cold))
+            answer = await self._ask(target, blocks, layout, is_cold)
             num_pulled, num_loaded = answer.num_pulled, 0
             if answer.num_missed:
                 num_loaded = await self._source.load(
                     list(blocks), timeout_ms=OFFER_TIMEOUT_MS, is_cold=True
                 )
             if num_loaded:
-                request = self._request(blocks, layout, is_cold)
-                num_pulled += (await self._nodes.offer(target, request)).num_pulled
+                num_pulled += (await self._ask(target, blocks, layout, is_cold)).num_pulled
         except KvasirError as error:
             log.info("moving blocks to %s: %s", target, error.message)
             return False
@@ -158,6 +162,24 @@ class Mover:
         num_moved = max(num_pulled, num_loaded)
         await asyncio.sleep(num_moved * layout.block_bytes / self._bytes_per_s)
         return True
+
+    async def _ask(
+        self,
+        target: str,
+        blocks: Mapping[bytes, Held],
+        layout: common_pb2.KvLayout,
+        is_cold: bool,
+    ) -> kvnode_pb2.OfferResponse:
+        """Offers again as long as the node only has too much to do just now."""
+        tries_left = TRIES_MAX
+        while True:
+            tries_left -= 1
+            try:
+                return await self._nodes.offer(target, self._request(blocks, layout, is_cold))
+            except KvasirError as error:
+                if error.reason is not Reason.OVERLOADED or not tries_left:
+                    raise
+                await asyncio.sleep(error.retry_after_ms / 1000)
 
     def _request(
         self, blocks: Mapping[bytes, Held], layout: common_pb2.KvLayout, is_cold: bool

@@ -261,6 +261,8 @@ class NodeStore:
             raise KvasirError(Reason.INVALID_REQUEST, "the address is incomplete", param="source")
         arena = await self._arena_of(request.layout)
         self.counts.blocks_offered += len(names)
+        if request.is_cold and arena.is_behind:
+            raise _no_room()  # at once: those that are wanted need the turns
         timeout_ms = min(request.timeout_ms or 1 << 62, self._settings.offer_timeout_ms_max)
         end_s = time.monotonic() + timeout_ms / 1000
         # 2. Wait for a turn.
@@ -277,11 +279,7 @@ class NodeStore:
         num_held = len(names) - len(missing)
         self._count(filled, num_held=num_held, num_missing=len(missing))
         if filled.num_refused and not filled.results:
-            raise KvasirError(
-                Reason.OVERLOADED,
-                "no room: the blocks in memory are yet to be written",
-                retry_after_ms=_RETRY_AFTER_MS,
-            )
+            raise _no_room()
         return kvnode_pb2.OfferResponse(
             num_pulled=len(filled.committed),
             num_held=num_held,
@@ -452,6 +450,14 @@ class NodeStore:
             "bad_requests": stats["bad_requests"],
             "connections_refused": stats["connections_refused"],
         }
+
+
+def _no_room() -> KvasirError:
+    return KvasirError(
+        Reason.OVERLOADED,
+        "no room: the blocks in memory are yet to be written",
+        retry_after_ms=_RETRY_AFTER_MS,
+    )
 
 
 def _now_ms() -> int:

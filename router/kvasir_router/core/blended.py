@@ -48,7 +48,7 @@ def blended_of(
         # What stands before the first chunk is the same alone: none of it is computed again.
         permille = recompute_permille if start else 0
         num_again = -(-len(names) * BLOCK_TOKENS * permille // 1000)
-        chunks.append(Chunk(end, names, num_again))
+        chunks.append(Chunk(start, names, num_again))
     names = tuple(block.chain(block.root(fingerprint, salt), token_ids))
     return Blended(names, tuple(chunk for chunk in chunks if chunk.names))
 
@@ -56,18 +56,21 @@ def blended_of(
 def saved_by(
     view: FleetView, blended: Blended, state: WorkerState, *, hit_tokens: int, us_per_token: float
 ) -> Saved:
-    """What the chunks behind a hit of `hit_tokens` of the blended prompt save at a worker."""
+    """What the chunks save at a worker behind a hit of `hit_tokens` of the blended prompt."""
     held_tokens = fetched_tokens = tokens = 0
     for chunk in blended.chunks:
-        if chunk.end <= hit_tokens:
+        num_tokens = len(chunk.names) * view.block_tokens
+        num_hit = max(hit_tokens - chunk.start, 0)
+        if num_hit >= num_tokens:
             continue
         runs = view.prefix.match(chunk.names, (state.name, *view.stores))
-        held = runs.get(state.name, 0) * view.block_tokens
-        fetched = 0
+        held_end = max(runs.get(state.name, 0) * view.block_tokens, num_hit)
+        held, fetched = held_end - num_hit, 0
         if 0 < state.store_us_per_token < us_per_token:
             at_stores = max((runs.get(store, 0) for store in view.stores), default=0)
-            fetched = max(at_stores * view.block_tokens - held, 0)
-        held_tokens += max(held - chunk.num_again, 0)
+            fetched = max(at_stores * view.block_tokens - held_end, 0)
+        num_again = -(-chunk.num_again * (num_tokens - num_hit) // num_tokens)
+        held_tokens += max(held - num_again, 0)
         fetched_tokens += fetched
-        tokens += held + fetched - chunk.num_again
+        tokens += held + fetched - num_again
     return Saved(held_tokens, fetched_tokens, tokens, fetched_tokens * state.store_us_per_token)

@@ -234,7 +234,7 @@ class FleetView:
 class Chunk:
     """A part of a prompt whose KV may be that of the part alone."""
 
-    end: int
+    start: int
     """In the prompt, in tokens."""
 
     names: tuple[bytes, ...]
