@@ -1,11 +1,14 @@
 """Learns what the path to the KV nodes takes, by a fetch that no request waits for.
 
-One at a time, of a few blocks, into memory of its own. A probe that fails tells nothing.
+One at a time, of a few blocks, into memory of its own. A probe that fails tells nothing, and the
+next one is not soon. It is as urgent as what it stands for, or it would measure how long transfers
+in the background wait.
 """
 
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -21,6 +24,8 @@ log = logging.getLogger(__name__)
 
 PROBE_BLOCKS = 4
 TIMEOUT_MS = 2_000
+INTERVAL_S = 1.0
+"""From one to the next: looking for blocks that nobody has asks as much of the nodes as a fetch."""
 
 Locate = Callable[[Sequence[bytes], float], Awaitable[list[Location]]]
 """Runs that cover the leading part of the names, found by then (of `time.monotonic`)."""
@@ -34,10 +39,12 @@ class PathProbe:
     def __init__(self, pool: BlockPool, plane: DataPlane, nodes: NodeSet) -> None:
         self._pool, self._plane, self._nodes = pool, plane, nodes
         self._task: asyncio.Task[None] | None = None
+        self._ended_s = -math.inf
 
     def start(self, names: Sequence[bytes], locate: Locate, done: Done) -> None:
-        """Begins one, unless one runs; `done` is called if it brings something."""
-        if names and (self._task is None or self._task.done()):
+        """Begins one, unless one runs or just ended; `done` is called if it brings something."""
+        is_running = self._task is not None and not self._task.done()
+        if names and not is_running and time.monotonic() - self._ended_s >= INTERVAL_S:
             self._task = asyncio.create_task(self._run(names[:PROBE_BLOCKS], locate, done))
 
     async def close(self) -> None:
@@ -47,6 +54,14 @@ class PathProbe:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self, names: Sequence[bytes], locate: Locate, done: Done) -> None:
+        try:
+            await self._fetch(names, locate, done)
+        except Exception:
+            log.exception("probing the path to the KV nodes failed")
+        finally:
+            self._ended_s = time.monotonic()
+
+    async def _fetch(self, names: Sequence[bytes], locate: Locate, done: Done) -> None:
         started_s = time.monotonic()
         runs = await locate(names, started_s + TIMEOUT_MS / 1000)
         locate_ms = (time.monotonic() - started_s) * 1000
