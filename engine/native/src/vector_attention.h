@@ -17,7 +17,7 @@ inline float exp_one(float x) {
 
 // K or V of one head in one block. Scales follow codes; bf16 has none.
 template <class E>
-inline const E* elements_of(const AttentionArgs& a, const uint8_t* first_block, int index) {
+static inline const E* elements_of(const AttentionArgs& a, const uint8_t* first_block, int index) {
   return reinterpret_cast<const E*>(first_block + a.block_table[index] * a.block_bytes);
 }
 
@@ -85,7 +85,7 @@ struct Workspace {
 };
 
 // Tokens of the call that see any of the positions.
-inline Range tokens_that_see(const AttentionArgs& a, Range positions) {
+static inline Range tokens_that_see(const AttentionArgs& a, Range positions) {
   Range tokens = {positions.from - a.first_position, a.num_tokens};
   if (tokens.from < 0) tokens.from = 0;
   const int leaving = positions.to + a.window - 1 - a.first_position;
@@ -94,7 +94,7 @@ inline Range tokens_that_see(const AttentionArgs& a, Range positions) {
 }
 
 // Of `positions`, those that any of the tokens sees: what lies outside may hold anything.
-inline Range seen_by(const AttentionArgs& a, Range tokens, Range positions) {
+static inline Range seen_by(const AttentionArgs& a, Range tokens, Range positions) {
   const int first = first_seen(a, a.first_position + tokens.from);
   const int last = a.first_position + tokens.to;
   return {first > positions.from ? first : positions.from,
@@ -428,7 +428,7 @@ void write_out(const AttentionArgs& a, const Part& joined) {
 }
 
 // A part to which nothing has been added.
-inline Part empty_part(const AttentionArgs& a, float* data) {
+static inline Part empty_part(const AttentionArgs& a, float* data) {
   const int rows = a.num_tokens * a.group;
   Part part(data, rows);
   for (int row = 0; row < rows; ++row) part.maxima[row] = -__builtin_inff();
