@@ -120,7 +120,8 @@ class Mover:
         for name, block in held.items():
             chains[block.origin, name in new, name not in wanted].append(name)
         failed: set[str] = set()
-        for (origin, is_new, is_cold), names in chains.items():
+        # What is wanted goes first: a node that has much to write takes nothing else.
+        for (origin, is_new, is_cold), names in sorted(chains.items(), key=lambda it: it[0][2]):
             head = origin.chain_head
             before: set[tuple[str, int]] = set()
             if self._placed is not None and not is_new:
