@@ -242,6 +242,8 @@ async def test_blocks_that_nobody_wants_do_not_wait_for_the_disk(
         with pytest.raises(KvasirError) as caught:
             await store.offer(cold)
         assert (caught.value.reason, caught.value.retry_after_ms > 0) == (Reason.OVERLOADED, True)
+        hot.is_cold = True
+        assert (await store.offer(hot)).num_held == 1, "what is here costs nothing"
         is_free.set()
 
         async def offered() -> int:

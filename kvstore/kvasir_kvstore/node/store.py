@@ -261,7 +261,7 @@ class NodeStore:
             raise KvasirError(Reason.INVALID_REQUEST, "the address is incomplete", param="source")
         arena = await self._arena_of(request.layout)
         self.counts.blocks_offered += len(names)
-        if request.is_cold and arena.is_behind:
+        if request.is_cold and arena.is_behind and arena.missing(names):
             raise _no_room()  # at once: those that are wanted need the turns
         timeout_ms = min(request.timeout_ms or 1 << 62, self._settings.offer_timeout_ms_max)
         end_s = time.monotonic() + timeout_ms / 1000
