@@ -1,13 +1,15 @@
 """Large pulls go over several connections: equal bytes, counted once, nothing half visible."""
 
 import random
+import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from kvasir_kvstore._native import BlockClient, BlockServer, PullResult
+from kvasir_kvstore._native import BlockClient, BlockServer, PullResult, crc32c
 from kvstore_builders import EPOCH, UID, InThread, Pair, Wire, make_pair, name_of, wait_until
 
 KEY = bytes(range(32))
@@ -235,6 +237,68 @@ def test_a_server_without_room_for_more_connections_serves_the_pull_over_one() -
         assert pair.pull_named().blocks_ok == [True] * NUM_BLOCKS
         assert np.array_equal(pair.target.data, pair.source.data)
         assert pair.server.stats()["connections_refused"] > 0
+
+
+@pytest.mark.parametrize("connections_max", [1, 2, 3])
+def test_a_full_server_that_ends_a_kept_connection_costs_no_large_pull(
+    connections_max: int,
+) -> None:
+    """It makes room for a pull's further connections by ending the one that the pull has taken."""
+    with striped_pair() as pair:
+        port = pair.server.port
+        pair.server.stop()
+        pair.server = BlockServer(
+            pair.source,
+            host="127.0.0.1",
+            port=port,
+            uid=UID,
+            epoch=EPOCH,
+            connections_max=connections_max,
+        )
+        for _ in range(3):
+            assert pair.pull_named(pair.names[:1], [0]).blocks_ok == [True]
+            time.sleep(0.25)  # long enough for the server to take it for idle
+            result = pair.pull_named()
+            assert (result.error, result.blocks_ok) == ("", [True] * NUM_BLOCKS)
+
+
+def test_further_connections_leave_half_of_a_server_to_others() -> None:
+    with striped_pair() as pair:
+        port = pair.server.port
+        pair.server.stop()
+        pair.server = BlockServer(
+            pair.source, host="127.0.0.1", port=port, uid=UID, epoch=EPOCH, connections_max=4
+        )
+        assert pair.pull_named().error == ""
+        assert pair.server.stats()["connections"] == 2
+
+
+def test_a_frame_that_covers_parts_of_other_connections_is_not_taken() -> None:
+    """Else a block would be ready before the others have sent theirs, and written after that."""
+    wrong = bytes(NUM_LAYERS * LAYER_BYTES)
+    widened: list[int] = []  # by the threads that carry the connections
+
+    def widen(_offset: int, data: bytes) -> bytes:
+        frame = bytearray(data[:60])
+        if threading.get_ident() in widened:
+            return b""
+        if data[:4] != b"KSVR" or len(data) < 64:
+            return data
+        if struct.unpack_from("<IIHH", frame, 8) != (0, 0, 0, 1):
+            return data
+        struct.pack_into("<H", frame, 18, NUM_LAYERS)
+        struct.pack_into("<Q", frame, 24, len(wrong))
+        struct.pack_into("<I", frame, 56, crc32c(np.frombuffer(wrong, np.uint8)))
+        checksum = crc32c(np.frombuffer(frame, np.uint8))
+        widened.append(threading.get_ident())
+        return bytes(frame) + struct.pack("<I", checksum) + wrong
+
+    with striped_pair() as pair, Wire(pair.server.port, widen) as wire:
+        pair.port = wire.port
+        result = pair.pull_named(timeout_ms=3000)
+        assert len(widened) == 1
+        assert (result.error, any(result.blocks_ok)) == ("bad_frame", False)
+        assert_whole_or_nothing(pair, result)
 
 
 def test_cancelling_ends_all_connections_of_a_pull() -> None:

@@ -19,6 +19,7 @@ constexpr int64_t kTellMs = 1'000;
 constexpr size_t kUsedMax = 4096;
 static_assert(kUsedMax <= kNamesMax);
 constexpr auto kWatchEvery = std::chrono::seconds(1);
+constexpr uint32_t kKeptForSmall = 2;  // of a peer's connections: large pulls leave them free
 constexpr int64_t kMoreLinksMs = 200;  // a pull that has one connection waits no longer for more
 constexpr size_t kIdlePeersMax = 256;
 constexpr size_t kCancelledEarlyMax = 1024;
@@ -96,8 +97,11 @@ class BlockClient::Turn {
   Turn(BlockClient& client, const Pull& pull, Deadline deadline, const Signal* ended)
       : client_(client), pull_(pull) {
     if (pull.is_session()) return;
-    const uint32_t max = client.options_.connections_per_peer_max;
-    const uint32_t running_max = pull.is_background ? std::max(1U, max / 2) : max;
+    const uint32_t num_stripes = client.num_stripes(pull);
+    const uint32_t max_of_all = client.options_.connections_per_peer_max;
+    const uint32_t max = pull.is_background ? std::max(1U, max_of_all / 2) : max_of_all;
+    const uint32_t kept = num_stripes > 1 ? std::min(kKeptForSmall, max / 2) : 0;
+    const uint32_t running_max = max - kept;
     std::unique_lock lock(client.mutex_);
     for (;;) {
       if (ended->is_raised()) code_ = Code::kCancelled;
@@ -106,8 +110,8 @@ class BlockClient::Turn {
       if (num_running() < running_max) break;
       client.changed_.wait_for(lock, std::chrono::milliseconds(deadline.left_ms()));
     }
-    const uint32_t num_free = running_max - num_running() - 1;
-    num_held_ = 1 + std::min(client.num_stripes(pull) - 1, num_free / 2);
+    const uint32_t num_more = std::min(num_stripes - 1, (max - num_running() - 1) / 2);
+    num_held_ = std::min(1 + num_more, running_max - num_running());
     num_running() += num_held_;
   }
   ~Turn() { keep(0); }
@@ -199,16 +203,26 @@ PullResult BlockClient::pull(const Pull& pull) {
   if (code == Code::kOk) code = find_link(pull.peer, deadline, &ended, link);
   if (code != Code::kOk) return make_receiver(pull).take_result(code);
   std::vector<Link> links;
-  while (!link.view && links.size() + 1 < turn.num_held()) {
-    Link more;
-    const Deadline soon = deadline.at_most(kMoreLinksMs);
-    if (find_link(pull.peer, soon, &ended, more) != Code::kOk) break;
+  links.push_back(std::move(link));
+  add_links(pull.peer, turn.num_held(), deadline.at_most(kMoreLinksMs), &ended, links);
+  turn.keep(std::max<uint32_t>(1, static_cast<uint32_t>(links.size())));
+  if (links.size() > 1) return pull_striped(pull, std::move(links), deadline, ended);
+  if (links.empty()) code = find_link(pull.peer, deadline, &ended, links.emplace_back());
+  if (code != Code::kOk) return make_receiver(pull).take_result(code);
+  return pull_alone(pull, std::move(links[0]), deadline, &ended);
+}
+
+// Until there are `num`, or the peer has room for no more. It makes room by ending connections that
+// are idle to it, which may be those that we hold already: these are dropped.
+void BlockClient::add_links(const Peer& peer, uint32_t num, Deadline deadline, const Signal* ended,
+                            std::vector<Link>& links) {
+  if (links[0].view || num <= 1) return;
+  while (links.size() < num) {
+    Link more = take_idle(peer);
+    if (!more.stream && connect(peer, LinkKind::kExtra, deadline, ended, more) != Code::kOk) break;
     links.push_back(std::move(more));
   }
-  turn.keep(static_cast<uint32_t>(links.size()) + 1);
-  if (links.empty()) return pull_alone(pull, std::move(link), deadline, &ended);
-  links.push_back(std::move(link));
-  return pull_striped(pull, std::move(links), deadline, ended);
+  std::erase_if(links, [](const Link& link) { return link.stream.is_disturbed(); });
 }
 
 PullResult BlockClient::pull_alone(const Pull& pull, Link link, Deadline deadline,
@@ -220,7 +234,7 @@ PullResult BlockClient::pull_alone(const Pull& pull, Link link, Deadline deadlin
 
 Code BlockClient::find_link(const Peer& peer, Deadline deadline, const Signal* ended, Link& link) {
   link = take_idle(peer);
-  return link.stream ? Code::kOk : connect(peer, deadline, ended, link);
+  return link.stream ? Code::kOk : connect(peer, LinkKind::kUsual, deadline, ended, link);
 }
 
 // A connection kept from earlier may have been closed by the peer: then once more on a new one.
@@ -309,7 +323,8 @@ Code BlockClient::run(const Pull& pull, const Link& link, Receiver& receiver, De
 
 // A peer of this node is read from its memory, where it offers that; others from afar if that is
 // what was chosen, else by TCP.
-Code BlockClient::connect(const Peer& peer, Deadline deadline, const Signal* ended, Link& link) {
+Code BlockClient::connect(const Peer& peer, LinkKind kind, Deadline deadline, const Signal* ended,
+                          Link& link) {
   const bool is_local = peer.may_be_local && !options_.socket_dir.empty() &&
                         connect_local(options_.socket_dir, peer.life.uid, link.stream);
   Code code = Code::kOk;
@@ -319,7 +334,8 @@ Code BlockClient::connect(const Peer& peer, Deadline deadline, const Signal* end
   }
   const Deadline soon = deadline.at_most(kHelloMs);
   const bool is_remote = !is_local && options_.remote != nullptr;
-  if (code == Code::kOk) code = greet(peer, link.stream, is_remote, soon, ended);
+  if (is_remote) kind = LinkKind::kRemote;
+  if (code == Code::kOk) code = greet(peer, link.stream, kind, soon, ended);
   if (code == Code::kOk && is_local) code = map_memory(peer, soon, ended, link);
   if (code == Code::kOk && is_remote) {
     code = recv_remote_pool(link.stream, link.remote.emplace(), soon, ended);
@@ -327,12 +343,12 @@ Code BlockClient::connect(const Peer& peer, Deadline deadline, const Signal* end
   return code;
 }
 
-Code BlockClient::greet(const Peer& peer, Stream& stream, bool is_remote, Deadline deadline,
+Code BlockClient::greet(const Peer& peer, Stream& stream, LinkKind kind, Deadline deadline,
                         const Signal* ended) const {
   Greeting greeting{};
   Hello& hello = greeting.hello;
   hello.is_secured = !options_.secret.empty();
-  hello.is_remote = is_remote;
+  hello.kind = kind;
   hello.layout_digest = pool_.shape().layout_digest;
   hello.uid = peer.life.uid;
   hello.epoch = peer.life.epoch;

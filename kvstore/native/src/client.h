@@ -115,10 +115,12 @@ class BlockClient {
                    const Signal* ended);
   // One that is kept, or a new one.
   Code find_link(const Peer& peer, Deadline deadline, const Signal* ended, Link& link);
+  void add_links(const Peer& peer, uint32_t num, Deadline deadline, const Signal* ended,
+                 std::vector<Link>& links);
   Code note_used(const Pull& pull, const Link& link, Deadline deadline, const Signal* ended);
   void tell_used();
-  Code connect(const Peer& peer, Deadline deadline, const Signal* ended, Link& link);
-  Code greet(const Peer& peer, Stream& stream, bool is_remote, Deadline deadline,
+  Code connect(const Peer& peer, LinkKind kind, Deadline deadline, const Signal* ended, Link& link);
+  Code greet(const Peer& peer, Stream& stream, LinkKind kind, Deadline deadline,
              const Signal* ended) const;
   Code map_memory(const Peer& peer, Deadline deadline, const Signal* ended, Link& link);
   Link take_idle(const Peer& peer);

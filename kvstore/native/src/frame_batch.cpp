@@ -11,7 +11,9 @@ constexpr int64_t kSendStallMs = 20'000;  // a peer that takes nothing for so lo
 
 }  // namespace
 
+// What is still queued in place must not leave once the blocks may hold something else.
 FrameBatch::~FrameBatch() {
+  if (pipe_ && !is_acknowledged_) stream_.discard();
   for (const Name& name : pins_) pool_.unpin(name);
 }
 

@@ -57,6 +57,8 @@ class FrameBatch {
   bool keeps_pins() const { return keeps_pins_; }
   // From now on, payloads are sent from where they lie, if the system allows it; pins are kept.
   void send_in_place();
+  // All that was sent in place has been taken.
+  void note_acknowledged() { is_acknowledged_ = true; }
 
   uint64_t payload_bytes_sent() const { return payload_bytes_sent_; }
 
@@ -96,6 +98,7 @@ class FrameBatch {
   Code code_ = Code::kOk;
   std::vector<Name> pins_;
   bool keeps_pins_ = false;
+  bool is_acknowledged_ = false;
   Pipe pipe_;  // where payloads are sent in place
   std::optional<Traffic::Background> background_;
 };

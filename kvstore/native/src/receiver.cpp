@@ -238,6 +238,8 @@ bool Receiver::is_expected(const Frame& frame) const {
       frame.layer_first + frame.layer_count > shape.num_layers) {
     return false;
   }
+  const uint32_t on_grid = std::min(frame_layers(shape), shape.num_layers - frame.layer_first);
+  if (stripe_.count > 1 && frame.layer_count != on_grid) return false;  // the rest is of others
   const uint64_t layers_bytes = uint64_t{frame.layer_count} * shape.layer_bytes;
   const bool is_encoded = is_lossy(frame.codec);
   if (is_encoded ? frame.codec != codec_ || frame.payload_bytes >= layers_bytes

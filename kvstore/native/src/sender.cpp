@@ -46,7 +46,8 @@ Code check_hello(const SenderContext& context, const Hello& hello) {
   const CodecShape codecs = codec_shape(hello);
   const bool is_right = codecs.is_encodable() && codecs.layer_bytes() == shape.layer_bytes;
   if (hello.num_heads != 0 && !is_right) return Code::kOtherLayout;
-  return hello.is_remote && context.remote_agent.empty() ? Code::kOtherTransport : Code::kOk;
+  return hello.kind == LinkKind::kRemote && context.remote_agent.empty() ? Code::kOtherTransport
+                                                                         : Code::kOk;
 }
 
 void count_refusal(ServerCounters& counters, Code code) {
@@ -67,13 +68,15 @@ bool greet(const SenderContext& context, Stream& stream, Terms& terms) {
   if (is_secured && stream.recv_all(&nonce, sizeof nonce, deadline, stopped) != Code::kOk) {
     return false;
   }
-  terms = {.codecs = codec_shape(hello), .is_remote = hello.is_remote != 0};
+  terms = {.codecs = codec_shape(hello), .is_remote = hello.kind == LinkKind::kRemote};
   HelloReply& reply = greeting.reply;
   reply.code = check_hello(context, hello);
   reply.uid = context.self.uid;
   reply.epoch = context.self.epoch;
-  seal(reply);
   count_refusal(context.counters, reply.code);
+  const bool is_unwanted = hello.kind == LinkKind::kExtra && !context.takes_extra;
+  if (reply.code == Code::kOk && is_unwanted) reply.code = Code::kRefused;
+  seal(reply);
   Code code = stream.send_all(&reply, sizeof reply, deadline, stopped);
   if (code != Code::kOk || reply.code != Code::kOk) return false;
   if (is_secured) {
@@ -179,6 +182,7 @@ bool serve_named(const SenderContext& context, const Stream& stream, const Reque
   if (batch.keeps_pins() && !receive_acknowledgement(context, stream, request, deadline)) {
     return false;
   }
+  batch.note_acknowledged();
   context.counters.bytes_sent += batch.payload_bytes_sent();
   context.counters.blocks_sent += blocks_sent;
   return true;

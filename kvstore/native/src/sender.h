@@ -30,8 +30,9 @@ struct SenderContext {
   const Signal& stopped;
   const std::string& secret;  // "": connections are not encrypted
   const std::string&
-      remote_agent;       // what peers that read the pool from afar must know; "": none do
-  bool is_local = false;  // the peer reads the pool's memory itself
+      remote_agent;         // what peers that read the pool from afar must know; "": none do
+  bool is_local = false;    // the peer reads the pool's memory itself
+  bool takes_extra = true;  // there is room for connections that are not needed
 };
 
 // Returns when the connection should be closed. `idle_since_ms` is nonzero while the connection

@@ -111,7 +111,8 @@ void BlockServer::serve(Connection* connection) {
                               .stopped = stopped_,
                               .secret = secret_,
                               .remote_agent = remote_agent_,
-                              .is_local = connection->is_local};
+                              .is_local = connection->is_local,
+                              .takes_extra = 2 * num_connections() <= connections_max_};
   try {
     serve_connection(context, connection->stream, connection->idle_since_ms);
   } catch (const std::exception&) {  // no memory, or no cryptography: this connection ends

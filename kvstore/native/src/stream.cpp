@@ -144,8 +144,9 @@ Code Stream::send_parts(iovec* parts, size_t num_parts, int flags, Deadline dead
 Pipe Pipe::make() {
   int ends[2];
   if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0) return {};
-  fcntl(ends[1], F_SETPIPE_SZ, kPipeBytes);  // best effort: there is a limit for each user
-  return {.from = Fd(ends[0]), .to = Fd(ends[1])};
+  Pipe pipe{.from = Fd(ends[0]), .to = Fd(ends[1])};
+  // There is a limit for each user, beyond which pipes are so small that copying is quicker.
+  return fcntl(ends[1], F_SETPIPE_SZ, kPipeBytes) < 0 ? Pipe{} : std::move(pipe);
 }
 
 Code Stream::send_in_place(iovec* parts, size_t num_parts, const Pipe& pipe, Deadline deadline,
@@ -229,6 +230,11 @@ bool Stream::is_disturbed() const {
 }
 
 void Stream::shut() const { shutdown(fd_.get(), SHUT_RDWR); }
+
+void Stream::discard() const {
+  const sockaddr none{.sa_family = AF_UNSPEC, .sa_data = {}};
+  ::connect(fd_.get(), &none, sizeof none);
+}
 
 Fd listen_on(const std::string& host, uint16_t port, int backlog) {
   int error = EADDRNOTAVAIL;

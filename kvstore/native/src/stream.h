@@ -80,6 +80,8 @@ class Stream {
   // The peer closed, or sent something though it is our turn.
   bool is_disturbed() const;
   void shut() const;  // both ways: ends the waits of other threads
+  // Ends a TCP connection, and forgets what is still to be sent.
+  void discard() const;
 
   // What seals and opens this connection's messages; null: they are sent as they are.
   SecureChannel* secure() const { return secure_.get(); }

@@ -64,11 +64,15 @@ struct Identity {
   uint64_t epoch;
 };
 
+// kExtra: one more for a large pull, which the server refuses before others need the room. kRemote:
+// payloads are read from afar.
+enum class LinkKind : uint8_t { kUsual = 0, kRemote = 1, kExtra = 2 };
+
 struct Hello {
   uint32_t magic;
   uint16_t version;
   uint8_t is_secured;  // the client's nonce follows
-  uint8_t is_remote;   // payloads are read from afar
+  LinkKind kind;
   Name layout_digest;
   Name uid;  // (uid, epoch): the life of the process that the client means to talk to
   uint64_t epoch;
