@@ -68,6 +68,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     held: set[bytes] = field(default_factory=set)
     mute: bool = False
     hub: EventHub[worker_pb2.WorkerEvent] | None = None  # tells events as a real worker does
+    breaks_stream: bool = False  # the next event of the hub is lost, and the stream that it was on
     waiting: dict[str, asyncio.Event] = field(default_factory=dict)
     grpc_port: int = 0
 
@@ -128,6 +129,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             watch = self.hub.watch(load_interval_ms=50, after=request.after)
             async with contextlib.aclosing(watch) as events:
                 async for event in events:
+                    if self.breaks_stream:
+                        self.breaks_stream = False
+                        return
                     yield event
             return
         queue: asyncio.Queue[worker_pb2.WorkerEvent] = asyncio.Queue()

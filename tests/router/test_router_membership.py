@@ -162,7 +162,7 @@ async def test_a_stream_that_broke_goes_on_with_what_was_missed(tmp_path: Path) 
     async with running_router(tmp_path, worker) as router:
         known = router.server.fleet.view().prefix
         assert known.leading(names) == {"a": 2}
-        worker.hub.close()  # ends the streams; the worker lives on
+        worker.breaks_stream = True  # before the next event
         worker.hub.blocks_changed(stored=names[2:], removed=())
         await router.until(lambda: known.leading(names) == {"a": 4})
         await router.has_members("a")
