@@ -142,7 +142,7 @@ def _env(pod: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.timeout(900)
 def test_pods_of_one_node_share_memory_by_choice(kubectl: Kubectl, router: str) -> None:
     """Pod Security "restricted" forbids a folder of the node: KV is encrypted over TCP, until..."""
-    _chat_until_moved(kubectl, router, "tcp-encrypted")
+    answers = _chat_until_moved(kubectl, router, "tcp-encrypted")
     assert _moved_bytes(kubectl, "shm") == 0
     before = pod_uids(kubectl, *MOVED)
     _enforce(kubectl, "privileged")
@@ -154,7 +154,9 @@ def test_pods_of_one_node_share_memory_by_choice(kubectl: Kubectl, router: str) 
 
     wait_for("every worker and KV node to be replaced", is_over, limit_s=420)
     wait_until_settled(kubectl)
-    _chat_until_moved(kubectl, router, "shm")
+    again = _chat_until_moved(kubectl, router, "shm")
+    common = answers.keys() & again.keys()
+    assert {manner: again[manner] for manner in common} == {m: answers[m] for m in common}
 
 
 def _enforce(kubectl: Kubectl, level: str) -> None:
@@ -162,14 +164,16 @@ def _enforce(kubectl: Kubectl, level: str) -> None:
     kubectl("label", "--overwrite", f"namespace/{NAMESPACE}", label)
 
 
-def _chat_until_moved(kubectl: Kubectl, router: str, transport: str) -> None:
-    """Several prompts: which worker serves one, and on which node, is the router's choice."""
+def _chat_until_moved(kubectl: Kubectl, router: str, transport: str) -> dict[str, str]:
+    """Answers by manner. Which worker serves a prompt, on which node, is the router's choice."""
+    answers: dict[str, str] = {}
     for manner in ("swift", "sober", "warm", "plain", "curious", "formal", "modest", "precise"):
         answer = chat(router, system(f"Be {manner}. {SYSTEM}"), user(QUESTION))
         tell(answer)
+        answers[manner] = answer.text
         assert answer.text
         if _moved_bytes(kubectl, transport) > 0:
-            return
+            return answers
     raise AssertionError(f"no KV moved by {transport}")
 
 
