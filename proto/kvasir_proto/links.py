@@ -12,7 +12,7 @@ those that live go on. Files that do not fit together are not taken up: the last
 import logging
 import ssl
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,13 +91,13 @@ class Links:
         Raises:
             OSError: the port is taken or cannot be bound.
         """
-        loaded = self._latest()[1]
+        version, loaded = self._latest()
         try:
             if loaded is None:
                 return server.add_insecure_port(target)
             credentials = grpc.dynamic_ssl_server_credentials(
                 _configuration(loaded.identity),
-                self._configuration_of_now,
+                self._news_after(version),
                 require_client_authentication=not for_anyone,
             )
             return server.add_secure_port(target, credentials)
@@ -139,11 +139,24 @@ class Links:
                     log.error("new certificates are not taken up: %s", error)
             return self._version, self._loaded
 
-    def _configuration_of_now(self) -> grpc.ServerCertificateConfiguration:
-        """What gRPC's server asks before each handshake."""
-        loaded = self._latest()[1]
-        assert loaded is not None, "secure links stay secure"
-        return _configuration(loaded.identity)
+    def _news_after(self, version: int) -> Callable[[], grpc.ServerCertificateConfiguration | None]:
+        """What gRPC's server asks before each handshake: a configuration, if there is a newer one.
+
+        Only then: gRPC puts what it is given in the place of what other handshakes may be using,
+        and frees that (https://github.com/grpc/grpc/issues/36693).
+        """
+        known = version
+
+        def news() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal known
+            latest, loaded = self._latest()
+            assert loaded is not None, "secure links stay secure"
+            if latest == known:
+                return None
+            known = latest
+            return _configuration(loaded.identity)
+
+        return news
 
 
 def make_identity(certificate: bytes, key: bytes, authorities: bytes) -> Identity:

@@ -4,8 +4,12 @@ import asyncio
 import contextlib
 import datetime
 import re
+import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,6 +232,48 @@ async def test_parts_that_learn_of_a_rotation_one_after_the_other_still_talk(
             assert client.version == version + (folder is folders[1])
             assert (await server.check(client)).status == 1
             assert await server.get(client) == "served"
+
+
+SERVER = """
+import asyncio, sys, grpc.aio
+from pathlib import Path
+from kvasir_proto.links import Links
+
+async def main():
+    server = grpc.aio.server()
+    print(Links(Path(sys.argv[1])).listen(server, "127.0.0.1:0"), flush=True)
+    await server.start()
+    await server.wait_for_termination()
+
+asyncio.run(main())
+"""
+
+
+def test_many_handshakes_at_once_do_not_end_the_server(tmp_path: Path) -> None:
+    """gRPC frees what a handshake uses if it is given a configuration meanwhile."""
+    folder = write(tmp_path / "tls", make())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_cert_chain(folder / CERTIFICATE, folder / KEY)
+    context.load_verify_locations(folder / AUTHORITIES)
+    context.set_alpn_protocols(["h2"])
+
+    def shake_hands(port: int) -> None:
+        with (
+            socket.create_connection(("127.0.0.1", port), 10) as plain,
+            context.wrap_socket(plain, server_hostname=NAME),
+        ):
+            pass
+
+    command = [sys.executable, "-c", SERVER, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            port = int(server.stdout.readline())
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(shake_hands, [port] * 1_500))
+            assert server.poll() is None
+        finally:
+            server.kill()
 
 
 async def test_files_that_do_not_fit_are_not_taken_up(tmp_path: Path) -> None:
