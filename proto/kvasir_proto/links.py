@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import grpc
 import grpc.aio
@@ -139,7 +140,7 @@ class Links:
                     log.error("new certificates are not taken up: %s", error)
             return self._version, self._loaded
 
-    def _news_after(self, version: int) -> Callable[[], grpc.ServerCertificateConfiguration | None]:
+    def _news_after(self, version: int) -> Callable[[], grpc.ServerCertificateConfiguration]:
         """What gRPC's server asks before each handshake: a configuration, if there is a newer one.
 
         Only then: gRPC puts what it is given in the place of what other handshakes may be using,
@@ -156,7 +157,8 @@ class Links:
             known = latest
             return _configuration(loaded.identity)
 
-        return news
+        # its stubs do not say that None is an answer
+        return cast("Callable[[], grpc.ServerCertificateConfiguration]", news)
 
 
 def make_identity(certificate: bytes, key: bytes, authorities: bytes) -> Identity:
